@@ -1,0 +1,37 @@
+"""Gated-delta attention over batch-resident states.
+
+In: the states of the rows of one forward pass. Out: mlx-lm's own ``ArraysCache``
+holding them, with the rows' lengths where the pass is padded on the right, so
+that padding changes no state; after the pass, the new states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_compat.backend.state_pool import State
+
+
+def make_caches(states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list[Any]:
+    """One cache per layer; ``lengths [B]`` are the tokens of each row in this pass."""
+    from mlx_lm.models.cache import ArraysCache
+
+    padded = bool((lengths != lengths.max()).any())
+    caches = []
+    for state in states:
+        cache = ArraysCache(size=2)
+        cache.cache = list(state)
+        if padded:
+            cache.lengths = mx.array(lengths.astype(np.int32))
+        caches.append(cache)
+    return caches
+
+
+def new_states(caches: Sequence[Any]) -> list[State]:
+    """The states that the layers left in their caches."""
+    return [(cache.cache[0], cache.cache[1]) for cache in caches]

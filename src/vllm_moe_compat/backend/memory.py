@@ -1,0 +1,161 @@
+"""How much memory the pages may have, and why.
+
+In: vLLM's settings and a loaded model. Out: a budget whose parts the start-up
+line shows. ``--kv-cache-memory-bytes`` is taken as given. Otherwise the limit
+is ``--gpu-memory-utilization`` of the device's memory, or what is free now if
+that is less (the memory is shared with the rest of the machine); from it come
+the weights, a measured allowance for activations, and the gated-delta states of
+as many sequences as may run at once. No more is taken than that many sequences
+of the longest length could fill.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import psutil
+
+from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
+from vllm_moe_compat.backend.state_pool import StatePool
+from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.log import logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_moe_compat.backend.handoff import ServedModel
+
+# Tokens of the trial pass that measures activations; the cost grows linearly.
+TRIAL_TOKENS = 64
+# Resident states may take this share of what is left for caches.
+STATE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes by purpose; ``page_bytes`` is what vLLM is told."""
+
+    limit: int
+    weights: int
+    activations: int
+    states: int
+    sequences: int
+    page_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        parts = [f"{_mib(self.page_bytes)} for pages ({self.reason})"]
+        if self.states:
+            parts.append(f"{_mib(self.states)} for the states of {self.sequences} sequences")
+        parts.append(f"{_mib(self.weights)} weights")
+        parts.append(f"{_mib(self.activations)} activations")
+        return ", ".join(parts)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def device_memory() -> tuple[int, int]:
+    """Total and free bytes where MLX allocates."""
+    host = psutil.virtual_memory()
+    info: dict[str, Any] = mx.device_info()
+    if mx.default_device().type == mx.DeviceType.gpu:
+        total = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+        if total:
+            # Metal's memory is the host's; a CUDA device's is its own.
+            free = info.get("free_memory")
+            return total, int(free) if free is not None else min(total, int(host.available))
+    return int(host.total), int(host.available)
+
+
+def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
+    """Work the budget out; lowers ``max_num_seqs`` if the states would not fit.
+
+    Raises:
+        UnsupportedServingError: nothing is left for pages.
+    """
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    linear = [layer for layer in served.layers if isinstance(layer, LinearLayer)]
+    per_sequence = StatePool.bytes_per_sequence(linear)
+    activations = _activations(served, scheduler.max_num_batched_tokens)
+    total, free = device_memory()
+    wanted = int(total * cache.gpu_memory_utilization) - served.weight_bytes
+    left = min(wanted, free) - activations
+    bound = "--gpu-memory-utilization" if wanted <= free else "what is free now"
+    explicit = cache.kv_cache_memory_bytes
+    room = max(0, int((left - (explicit or 0)) * (1.0 if explicit else STATE_SHARE)))
+    sequences = scheduler.max_num_seqs
+    if per_sequence and sequences * per_sequence > room:
+        sequences = max(1, room // per_sequence)
+        logger.warning(
+            "moe_compat: --max-num-seqs lowered from %d to %d: the gated-delta state of one "
+            "sequence takes %s and %s are left for states",
+            scheduler.max_num_seqs,
+            sequences,
+            _mib(per_sequence),
+            _mib(room),
+        )
+        scheduler.max_num_seqs = sequences
+    states = sequences * per_sequence
+    if explicit:
+        page_bytes, reason = int(explicit), "--kv-cache-memory-bytes"
+    else:
+        useful = useful_page_bytes(vllm_config, served.layers, sequences)
+        page_bytes, reason = left - states, f"limited by {bound}"
+        if useful < page_bytes:
+            page_bytes = useful
+            reason = f"all that {sequences} sequences of {vllm_config.model_config.max_model_len} "
+            reason += "tokens can use"
+    if page_bytes <= 0:
+        raise UnsupportedServingError(
+            f"No memory is left for the KV cache: of {_mib(total)} ({_mib(free)} free) "
+            f"--gpu-memory-utilization {cache.gpu_memory_utilization} allows "
+            f"{_mib(int(total * cache.gpu_memory_utilization))}, the weights take "
+            f"{_mib(served.weight_bytes)}, activations {_mib(activations)} and states "
+            f"{_mib(states)}; free memory, raise the utilization, or lower --max-num-seqs or "
+            "--max-num-batched-tokens."
+        )
+    return Budget(
+        total, served.weight_bytes, activations, states, sequences, page_bytes, reason
+    )
+
+
+def useful_page_bytes(vllm_config: VllmConfig, layers: list[Layer], sequences: int) -> int:
+    """Bytes of pages that ``sequences`` of the longest length can fill.
+
+    Every sequence needs its KV blocks and, per group of gated-delta layers, up
+    to two state blocks, each a page in as many pools as the smallest kind has
+    layers; one block more is vLLM's null block.
+    """
+    attention = [layer for layer in layers if isinstance(layer, AttentionLayer)]
+    linear = len(layers) - len(attention)
+    block = vllm_config.cache_config.block_size
+    length = vllm_config.model_config.max_model_len
+    page = max(
+        2 * block * layer.kv_heads * layer.head_dim * layer.dtype.size for layer in attention
+    )
+    width = min(len(attention), linear) if linear else len(attention)
+    kv_groups = math.ceil(len(attention) / width)
+    state_groups = math.ceil(linear / width)
+    blocks = sequences * (kv_groups * math.ceil(length / block) + 2 * state_groups) + 1
+    return page * width * blocks
+
+
+def _activations(served: ServedModel, tokens: int) -> int:
+    """Peak bytes of a prefill of ``tokens``, scaled up from a short one.
+
+    The model's head is left out, as in every prefill.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(served.model)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    served.model(mx.zeros((1, TRIAL_TOKENS), dtype=mx.int32), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    peak = int(mx.get_peak_memory()) - int(before)
+    return math.ceil(peak * max(1, tokens / TRIAL_TOKENS))

@@ -1,0 +1,76 @@
+"""Pages: the memory that vLLM's block ids address.
+
+vLLM plans one pool of ``num_blocks`` pages per layer *position*: the first
+softmax layer and the first layer of every gated-delta group share one, since a
+block id belongs to one group at a time. MLX arrays have one dtype and cannot
+alias, so a pool holds raw unsigned integers of the model dtype's width, and
+keys, values and states are viewed as such on the way in and out. What is
+reported to vLLM is then what is allocated.
+
+Who may hold a pool: MLX writes into a buffer in place only if nobody else holds
+it when the write is scheduled. So ``pages`` is the one reference, every write
+replaces it, reads come after the writes of the same evaluation, and whoever
+reads evaluates before the next write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+RAW_DTYPES = {2: mx.uint16, 4: mx.uint32}
+
+
+class PagePool:
+    """``pages [num_blocks, page_elements]`` of raw integers, zeroed at first.
+
+    Block 0 is vLLM's null block: it is never written, so reads that are padded
+    with it read zeros.
+    """
+
+    def __init__(self, num_blocks: int, page_bytes: int, dtype: mx.Dtype) -> None:
+        if page_bytes % dtype.size:
+            raise ValueError(f"a page of {page_bytes} bytes does not hold whole {dtype} elements")
+        self.num_blocks = num_blocks
+        self.raw = RAW_DTYPES[dtype.size]
+        self.pages = mx.zeros((num_blocks, page_bytes // dtype.size), dtype=self.raw)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.pages.nbytes)
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Write zeros over whole pages, so that stale bits cannot be read as NaN."""
+        if len(blocks):
+            self.pages[mx.array(np.asarray(blocks, dtype=np.uint32))] = mx.array(0, dtype=self.raw)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, destination): vLLM's copy-on-write of a shared block."""
+        if pairs:
+            table = np.asarray(pairs, dtype=np.uint32)
+            sources = self.pages[mx.array(table[:, 0])]
+            # The read holds the buffer: let it finish before the write is scheduled.
+            mx.eval(sources)
+            self.pages[mx.array(table[:, 1])] = sources
+
+    def write_head(self, blocks: mx.array, values: mx.array) -> None:
+        """Write ``values [B, n]`` (raw) at the start of the pages ``blocks [B]``."""
+        self.pages[blocks, : values.shape[1]] = values
+
+    def read_head(self, blocks: mx.array, count: int) -> mx.array:
+        """The first ``count`` raw elements of the pages ``blocks [B]``: ``[B, count]``."""
+        return self.pages[blocks, :count]
+
+    def write_rows(self, rows: mx.array, values: mx.array) -> None:
+        """Write ``values [..., D]`` (raw) at ``rows [...]`` of the pool seen as ``[-1, D]``."""
+        shape = self.pages.shape
+        flat = self.pages.reshape(-1, values.shape[-1])
+        flat[rows] = values
+        self.pages = flat.reshape(shape)
+
+    def read_runs(self, runs: mx.array, length: int, width: int) -> mx.array:
+        """Runs of ``length`` rows: ``runs [...]`` → ``[..., length, width]`` raw."""
+        return self.pages.reshape(-1, length, width)[runs]

@@ -1,0 +1,235 @@
+"""One step: from vLLM's schedule to logits, and from logits to tokens.
+
+In: a scheduler output and a loaded model. Out: vLLM's ``ModelRunnerOutput``.
+Prefill passes run first, then one pass of one token for every request that
+samples. Each pass is evaluated before the next is built: MLX writes into a pool
+in place only while nothing else holds it, so overlapping two passes would copy
+whole pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+from vllm_moe_compat.backend import linear_attention
+from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
+from vllm_moe_compat.backend.batch import Batch, Pass, Request
+from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
+from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.sampling import TokenSampler
+from vllm_moe_compat.backend.scheduler_output import decode
+from vllm_moe_compat.backend.state_pool import StatePool
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+
+
+class Memory:
+    """Where every layer keeps what it keeps: its page pool, KV group and block size."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        pools: dict[int, PagePool],
+        groups: dict[int, int],
+        block_sizes: Sequence[int],
+        *,
+        keep_boundaries: bool,
+    ) -> None:
+        """``pools`` and ``groups`` by layer index, ``block_sizes`` by KV group.
+
+        ``keep_boundaries``: prefix caching is on, so gated-delta states at block
+        boundaries may be asked for again.
+        """
+        self.layers, self.pools, self.groups = list(layers), pools, groups
+        self.block_sizes = list(block_sizes)
+        self.keep_boundaries = keep_boundaries
+        linear = [layer for layer in layers if isinstance(layer, LinearLayer)]
+        self.states = StatePool(
+            linear,
+            [pools[layer.index] for layer in linear],
+            [groups[layer.index] for layer in linear],
+        )
+        self.attention_groups = {
+            groups[layer.index]: pools[layer.index]
+            for layer in layers
+            if isinstance(layer, AttentionLayer)
+        }
+
+    @property
+    def distinct_pools(self) -> list[PagePool]:
+        """Every pool once."""
+        return list({id(pool): pool for pool in self.pools.values()}.values())
+
+    def state_blocks(
+        self, requests: Sequence[Request], tokens: Sequence[int]
+    ) -> dict[int, list[int]]:
+        """By gated-delta group, the block of each request's state after ``tokens``."""
+        return {
+            group: [
+                request.blocks[group][max(count - 1, 0) // self.block_sizes[group]]
+                for request, count in zip(requests, tokens, strict=True)
+            ]
+            for group in set(self.states.groups)
+        }
+
+    def clear_partial_blocks(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
+        """Zero the KV blocks that this step begins and does not fill.
+
+        What is left in them from an earlier owner may be a state's bits, NaN as
+        keys; masking alone would let it through.
+        """
+        for group, size in enumerate(self.block_sizes):
+            if group not in self.attention_groups:
+                continue
+            blocks = []
+            for request in requests:
+                end = request.computed + scheduled[request.req_id]
+                if end % size and end // size * size >= request.computed:
+                    blocks.append(request.blocks[group][end // size])
+            if blocks:
+                for layer in self.layers:
+                    if self.groups[layer.index] == group:
+                        self.pools[layer.index].zero(blocks)
+
+
+class ModelRunner:
+    """Executes steps for one model."""
+
+    def __init__(self, model: nn.Module, memory: Memory, sampler: TokenSampler) -> None:
+        self.model, self.memory, self.sampler = model, memory, sampler
+        self.batch = Batch()
+        self._scheduler_output: SchedulerOutput | None = None
+        self._order: list[str] = []
+        self._logits: mx.array | None = None
+        self._unsampled: list[str] = []
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run the forward passes of a step; ``sample`` completes it.
+
+        Returns the empty output when nothing was scheduled, else None.
+        """
+        step = decode(scheduler_output)
+        lost = self.batch.update(step)
+        self.sampler.forget(set(step.finished))
+        self.memory.states.drop(lost)
+        for pool in self.memory.distinct_pools:
+            pool.copy(step.page_copies)
+        scheduled = step.scheduled
+        if not scheduled:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        requests = [self.batch.requests[req_id] for req_id in scheduled]
+        self.memory.clear_partial_blocks(requests, scheduled)
+        for work in self.batch.prefills(scheduled):
+            self._prefill(work)
+        sampling = [r for r in requests if self.batch.samples(r.req_id, scheduled[r.req_id])]
+        self._order = self.sampler.select(sampling)
+        self._unsampled = [req_id for req_id in scheduled if req_id not in set(self._order)]
+        self._logits = None
+        if self._order:
+            work = self.batch.decodes(self._order, scheduled)
+            self._logits = self.forward(work, range(len(self._order)))[:, -1]
+        self._save_states(requests, scheduled)
+        self._scheduler_output = scheduler_output
+        return None
+
+    def _prefill(self, work: Pass) -> None:
+        scored = [
+            row
+            for row, request in enumerate(work.requests)
+            if request.params.prompt_logprobs is not None and not request.output
+        ]
+        logits = self.forward(work, scored)
+        for i, row in enumerate(scored):
+            start, count = int(work.offsets[row]), int(work.lengths[row])
+            self.sampler.score_prompt(work.requests[row], start, logits[i, :count])
+
+    def forward(self, work: Pass, rows: Sequence[int]) -> mx.array:
+        """Run one pass and evaluate it: pages, states, and the logits of ``rows``.
+
+        Returns logits ``[len(rows), T, V]``; with no rows, the model's head is
+        never computed.
+        """
+        memory = self.memory
+        caches: list[Any] = [None] * len(memory.layers)
+        steps: dict[int, AttentionStep] = {}
+        for layer in memory.layers:
+            if isinstance(layer, AttentionLayer):
+                group = memory.groups[layer.index]
+                if group not in steps:
+                    block = memory.block_sizes[group]
+                    table = work.tables(group, block)
+                    steps[group] = AttentionStep(work.offsets, work.lengths, table, block)
+                caches[layer.index] = PagedKV(layer, memory.pools[layer.index], steps[group])
+        held = self._linear_caches(work)
+        for layer, cache in zip(memory.states.layers, held, strict=True):
+            caches[layer.index] = cache
+        logits: mx.array = self.model(mx.array(work.tokens), cache=caches)
+        outputs = [pool.pages for pool in memory.distinct_pools]
+        if held:
+            states = linear_attention.new_states(held)
+            memory.states.put_in(work.req_ids, states)
+            outputs += [part for state in states for part in state]
+        if len(rows) < len(work.requests):
+            logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
+        if rows:
+            outputs.append(logits)
+        mx.eval(outputs)
+        return logits
+
+    def _linear_caches(self, work: Pass) -> list[Any]:
+        states = self.memory.states
+        if not states.layers:
+            return []
+        behind = [int(offset) for offset in work.offsets]
+        blocks = self.memory.state_blocks(work.requests, behind)
+        taken = states.take_out(work.req_ids, behind, blocks)
+        return linear_attention.make_caches(taken, work.lengths)
+
+    def _save_states(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
+        """Write to pages the states that a later step may have to read from there."""
+        memory = self.memory
+        if not memory.states.layers:
+            return
+        block = memory.block_sizes[memory.states.groups[0]]
+        keep, counts, unfinished = [], [], set()
+        for request in requests:
+            end = request.computed + scheduled[request.req_id]
+            partial = end < request.num_tokens
+            if partial:
+                unfinished.add(request.req_id)
+            if partial or (memory.keep_boundaries and end % block == 0):
+                keep.append(request)
+                counts.append(end)
+        memory.states.save([r.req_id for r in keep], memory.state_blocks(keep, counts))
+        memory.states.drop(unfinished)
+
+    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample what ``execute`` computed; chunks of unfinished prompts get no token."""
+        assert self._scheduler_output is not None, "sample_tokens before execute_model"
+        scheduler_output, self._scheduler_output = self._scheduler_output, None
+        tokens: list[list[int]] = []
+        logprobs = None
+        if self._logits is not None:
+            logits, self._logits = self._logits, None
+            sampled, logprobs = self.sampler.sample(logits, scheduler_output, grammar)
+            tokens = [[token] for token in sampled]
+        req_ids = self._order + self._unsampled
+        prompts = {}
+        for req_id in self._order:
+            finished = self.sampler.finished_prompt(req_id)
+            if finished is not None:
+                prompts[req_id] = finished
+        return ModelRunnerOutput(
+            req_ids=req_ids,
+            req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
+            sampled_token_ids=tokens + [[] for _ in self._unsampled],
+            logprobs=logprobs,
+            prompt_logprobs_dict=prompts,
+        )

@@ -1,0 +1,168 @@
+"""Gated-delta states: resident rows for who is running, pages for what must last.
+
+In: who is computed in a forward pass, and the states that the layers returned.
+A state is as large as hundreds of tokens of keys and values, and every decode
+step changes all of it, so the running batch's states stay in arrays ``[B, …]``
+per layer and are passed from step to step as they are. When the batch changes,
+rows are regrouped once. Pages are written only for what vLLM may come back for:
+the state at a block boundary (prefix caching), and that of a prompt whose next
+chunk comes later.
+
+The state after ``n`` tokens lives in the page of block ``(n - 1) // block``;
+where a request has computed nothing, its state is zero and no page is read, so
+nobody sees a predecessor's. This addressing serves both of vLLM's modes: with
+prefix caching off, ``block`` is the longest sequence and the page always the
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from vllm_moe_compat.backend.layers import LinearLayer
+from vllm_moe_compat.backend.page_pool import PagePool
+
+State = tuple[mx.array, mx.array]  # convolution tail [B, k-1, C], state [B, Hv, Dv, Dk]
+
+
+@dataclass
+class _Bank:
+    """States of some requests: row ``i`` of every array belongs to ``req_ids[i]``."""
+
+    req_ids: list[str]
+    states: list[State]
+
+    def rows(self, index: Sequence[int]) -> list[State]:
+        """The states of the rows ``index``, all layers; lazy."""
+        if list(index) == list(range(len(self.req_ids))):
+            return self.states
+        taken = mx.array(np.asarray(index, dtype=np.uint32))
+        return [(conv[taken], state[taken]) for conv, state in self.states]
+
+
+class StatePool:
+    """The states of all gated-delta layers."""
+
+    def __init__(
+        self, layers: Sequence[LinearLayer], pools: Sequence[PagePool], groups: Sequence[int]
+    ) -> None:
+        """``pools`` and ``groups``: each layer's page pool and KV group, in its order."""
+        self.layers, self.pools, self.groups = list(layers), list(pools), list(groups)
+        self.banks: list[_Bank] = []
+
+    @staticmethod
+    def bytes_per_sequence(layers: Sequence[LinearLayer]) -> int:
+        """Bytes of one sequence's states, all layers together."""
+        return sum(_size(layer.conv_shape, layer.conv_dtype) for layer in layers) + sum(
+            _size(layer.state_shape, layer.state_dtype) for layer in layers
+        )
+
+    @property
+    def resident(self) -> set[str]:
+        """Requests that have a row."""
+        return {req_id for bank in self.banks for req_id in bank.req_ids}
+
+    def drop(self, req_ids: set[str]) -> None:
+        """Forget the rows of requests that ended or lost their pages."""
+        banks = []
+        for bank in self.banks:
+            keep = [i for i, req_id in enumerate(bank.req_ids) if req_id not in req_ids]
+            if len(keep) < len(bank.req_ids):
+                bank = _Bank([bank.req_ids[i] for i in keep], bank.rows(keep))
+                mx.eval(bank.states)
+            if keep:
+                banks.append(bank)
+        self.banks = banks
+
+    def take_out(
+        self, req_ids: Sequence[str], computed: Sequence[int], blocks: Mapping[int, Sequence[int]]
+    ) -> list[State]:
+        """Remove and return the states of ``req_ids``, in their order, per layer.
+
+        From a bank where they are in one, else zero (``computed`` 0), else from
+        the pages ``blocks[group][i]``. The rows of other requests stay.
+        """
+        for number, bank in enumerate(self.banks):
+            if bank.req_ids == list(req_ids):
+                # The common step: the same batch goes on. The arrays change
+                # hands, so that the layers may reuse their buffers.
+                return self.banks.pop(number).states
+        wanted = {req_id: i for i, req_id in enumerate(req_ids)}
+        parts: list[list[State]] = []
+        order: list[int] = []
+        for bank in self.banks:
+            index = [i for i, req_id in enumerate(bank.req_ids) if req_id in wanted]
+            if index:
+                parts.append(bank.rows(index))
+                order += [wanted.pop(bank.req_ids[i]) for i in index]
+        paged = [i for i in wanted.values() if computed[i] > 0]
+        if paged:
+            parts.append(
+                [
+                    self._read(number, [blocks[group][i] for i in paged])
+                    for number, group in enumerate(self.groups)
+                ]
+            )
+        fresh = [i for i in wanted.values() if computed[i] == 0]
+        if fresh:
+            parts.append([_zeros(layer, len(fresh)) for layer in self.layers])
+        back = mx.array(np.argsort(np.asarray(order + paged + fresh)).astype(np.uint32))
+        states = [
+            (
+                mx.concatenate([part[number][0] for part in parts])[back],
+                mx.concatenate([part[number][1] for part in parts])[back],
+            )
+            for number in range(len(self.layers))
+        ]
+        # Reads of pages end here, before anything writes to them.
+        mx.eval(states)
+        self.drop(set(req_ids))
+        return states
+
+    def put_in(self, req_ids: Sequence[str], states: list[State]) -> None:
+        """Keep the (evaluated) states of ``req_ids``, per layer, for the next step."""
+        self.banks.append(_Bank(list(req_ids), states))
+
+    def save(self, req_ids: Sequence[str], blocks: Mapping[int, Sequence[int]]) -> None:
+        """Write rows to the pages ``blocks[group][i]``; they stay resident too."""
+        place = {req_id: i for i, req_id in enumerate(req_ids)}
+        for bank in self.banks:
+            index = [i for i, req_id in enumerate(bank.req_ids) if req_id in place]
+            if not index:
+                continue
+            at = [place[bank.req_ids[i]] for i in index]
+            for number, (pool, state) in enumerate(zip(self.pools, bank.rows(index), strict=True)):
+                page = [blocks[self.groups[number]][i] for i in at]
+                values = mx.concatenate(
+                    [part.view(pool.raw).reshape(len(index), -1) for part in state], axis=1
+                )
+                pool.write_head(mx.array(np.asarray(page, dtype=np.uint32)), values)
+                mx.eval(pool.pages)
+
+    def _read(self, number: int, page: Sequence[int]) -> State:
+        layer, pool = self.layers[number], self.pools[number]
+        conv_size = _size(layer.conv_shape, layer.conv_dtype) // pool.raw.size
+        state_size = _size(layer.state_shape, layer.state_dtype) // pool.raw.size
+        index = mx.array(np.asarray(page, dtype=np.uint32))
+        raw = pool.read_head(index, conv_size + state_size)
+        conv = mx.contiguous(raw[:, :conv_size]).view(layer.conv_dtype)
+        state = mx.contiguous(raw[:, conv_size:]).view(layer.state_dtype)
+        return (
+            conv.reshape(len(page), *layer.conv_shape),
+            state.reshape(len(page), *layer.state_shape),
+        )
+
+
+def _size(shape: tuple[int, ...], dtype: mx.Dtype) -> int:
+    return int(np.prod(shape)) * int(dtype.size)
+
+
+def _zeros(layer: LinearLayer, count: int) -> State:
+    return (
+        mx.zeros((count, *layer.conv_shape), dtype=layer.conv_dtype),
+        mx.zeros((count, *layer.state_shape), dtype=layer.state_dtype),
+    )

@@ -1,0 +1,231 @@
+"""vLLM's worker over MLX: one process, one device, one model.
+
+In: vLLM's calls in their order (load, describe the cache, report memory, take
+the cache plan, warm up, execute steps). Out: a model that serves. Everything
+about a step is the runner's; this file is about memory and life cycle.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import psutil
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from vllm_moe_compat.backend import handoff, self_check, vllm_bridge
+from vllm_moe_compat.backend.layers import AttentionLayer, LinearLayer
+from vllm_moe_compat.backend.memory import Budget, measure
+from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.runner import Memory, ModelRunner
+from vllm_moe_compat.backend.sampling import TokenSampler
+from vllm_moe_compat.log import logger
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.outputs import ModelRunnerOutput
+
+MLX_DTYPES = {
+    torch.float32: mx.float32,
+    torch.bfloat16: mx.bfloat16,
+    torch.float16: mx.float16,
+}
+TORCH_DTYPES = {mlx: host for host, mlx in MLX_DTYPES.items()}
+
+
+def _layer_name(index: int) -> str:
+    return f"layers.{index}"
+
+
+class MlxWorker(WorkerBase):  # type: ignore[misc]
+    """The worker class that ``MlxPlatform`` names."""
+
+    served: handoff.ServedModel
+    budget: Budget
+    runner: ModelRunner
+
+    def init_device(self) -> None:
+        """Fix the seeds; MLX finds its device by itself."""
+        vllm_bridge.allow_shutdown_without_accelerator()
+        self.device = torch.device("cpu")
+        torch.manual_seed(self.model_config.seed)
+        mx.random.seed(self.model_config.seed)
+        mx.reset_peak_memory()
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the checkpoint and align page sizes of its layer kinds.
+
+        Raises:
+            CompatError: the checkpoint or the model cannot be served.
+        """
+        dtype = MLX_DTYPES[self.model_config.dtype]
+        self.served = handoff.load(self.model_config.model, self.model_config.revision, dtype)
+        self._align_pages()
+
+    def _align_pages(self) -> None:
+        """Choose block sizes so that a KV page holds a gated-delta state.
+
+        vLLM's pool has one page size, and one block id may name either kind of
+        page. ``16 * ceil(state / (16 * bytes per token))`` tokens are the
+        smallest KV block that is as large as a state.
+        """
+        cache, layers = self.cache_config, self.served.layers
+        attention = next((x for x in layers if isinstance(x, AttentionLayer)), None)
+        linear = next((x for x in layers if isinstance(x, LinearLayer)), None)
+        if attention is None or linear is None:
+            return
+        per_token = 2 * attention.kv_heads * attention.head_dim * attention.dtype.size
+        state = self._state_spec(linear, 1, None).page_size_bytes
+        block = 16 * math.ceil(state / (16 * per_token))
+        cache.block_size = max(block, cache.block_size)
+        cache.mamba_page_size_padded = cache.block_size * per_token
+        aligned = cache.mamba_cache_mode == "align"
+        cache.mamba_block_size = cache.block_size if aligned else self.model_config.max_model_len
+
+    def _state_spec(self, layer: LinearLayer, block: int, padded: int | None) -> MambaSpec:
+        from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+        return MambaSpec(
+            block_size=block,
+            shapes=(layer.conv_shape, layer.state_shape),
+            dtypes=(TORCH_DTYPES[layer.conv_dtype], TORCH_DTYPES[layer.state_dtype]),
+            page_size_padded=padded,
+            mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+            mamba_cache_mode=self.cache_config.mamba_cache_mode,
+        )
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """What each layer keeps, in vLLM's terms."""
+        cache = self.cache_config
+        specs: dict[str, KVCacheSpec] = {}
+        for layer in self.served.layers:
+            if isinstance(layer, AttentionLayer):
+                specs[_layer_name(layer.index)] = FullAttentionSpec(
+                    block_size=cache.block_size,
+                    num_kv_heads=layer.kv_heads,
+                    head_size=layer.head_dim,
+                    dtype=TORCH_DTYPES[layer.dtype],
+                )
+            else:
+                specs[_layer_name(layer.index)] = self._state_spec(
+                    layer, cache.mamba_block_size, cache.mamba_page_size_padded
+                )
+        return specs
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """Layer outermost: every layer's pages are one array."""
+        return ["LBNHC"]
+
+    def determine_available_memory(self) -> int:
+        """Bytes for pages, after weights, activations and resident states.
+
+        Raises:
+            UnsupportedServingError: nothing is left.
+        """
+        self.budget = measure(self.vllm_config, self.served)
+        return self.budget.page_bytes
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the pages that vLLM planned, and build the runner."""
+        groups: dict[int, int] = {}
+        page_bytes: dict[int, int] = {}
+        sizes = []
+        for number, group in enumerate(kv_cache_config.kv_cache_groups):
+            sizes.append(group.kv_cache_spec.block_size)
+            for name in group.layer_names:
+                index = int(name.rpartition(".")[2])
+                groups[index] = number
+                page_bytes[index] = group.kv_cache_spec.page_size_bytes
+        dtype = MLX_DTYPES[self.model_config.dtype]
+        by_region: dict[int, PagePool] = {}
+        pools: dict[int, PagePool] = {}
+        for tensor in kv_cache_config.kv_cache_tensors:
+            for position, name in enumerate(tensor.layers):
+                index = int(name.rpartition(".")[2])
+                # Layers at the same address share their pages.
+                region = tensor.offset + position * tensor.layer_stride
+                if region not in by_region:
+                    by_region[region] = PagePool(
+                        kv_cache_config.num_blocks, page_bytes[index], dtype
+                    )
+                pools[index] = by_region[region]
+        mx.eval([pool.pages for pool in by_region.values()])
+        memory = Memory(
+            self.served.layers,
+            pools,
+            groups,
+            sizes,
+            keep_boundaries=bool(self.cache_config.enable_prefix_caching),
+        )
+        self.runner = ModelRunner(self.served.model, memory, TokenSampler(self.vllm_config))
+        held = sum(pool.nbytes for pool in memory.distinct_pools)
+        logger.info(
+            "moe_compat: %s; %d pages of %d tokens in %d pools (%.1f MiB)",
+            self.budget,
+            kv_cache_config.num_blocks,
+            self.cache_config.block_size,
+            len(by_region),
+            held / 2**20,
+        )
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Run every kind of pass once and compare with mlx-lm's own caches.
+
+        Raises:
+            UnsupportedServingError: the paged result differs.
+        """
+        start = time.perf_counter()
+        self_check.run(self.runner)
+        torch.manual_seed(self.model_config.seed)
+        return CompilationTimes(language_model=time.perf_counter() - start, encoder=0.0)
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """Take the length that vLLM fitted to the memory."""
+        self.model_config.max_model_len = max_model_len
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Forward passes of a step; None means that ``sample_tokens`` is due."""
+        return self.runner.execute(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Tokens of the step that was executed last."""
+        return self.runner.sample(grammar_output)
+
+    def take_draft_token_ids(self) -> None:
+        """No drafts."""
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        """Text generation."""
+        return ("generate",)
+
+    def get_model(self) -> Any:
+        """The mlx-lm model."""
+        return self.served.model
+
+    def synchronize_device(self) -> None:
+        """Every step is evaluated when it returns; wait for what else there is."""
+        mx.synchronize()
+
+    def check_health(self) -> None:
+        """Healthy as long as it answers."""
+
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
+        """Refuse: there is no torch profile of MLX.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the embedded MLX backend has no profiler")
+
+    def shutdown(self) -> None:
+        """Give the memory back."""
+        resident = psutil.Process().memory_info().rss / 2**20
+        for name in ("runner", "served"):
+            self.__dict__.pop(name, None)
+        mx.clear_cache()
+        logger.info("moe_compat: worker shut down (it held %.0f MiB)", resident)

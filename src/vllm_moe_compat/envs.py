@@ -1,0 +1,71 @@
+"""Every environment variable that the package reads.
+
+One table is the source: readers, documentation and the names that vLLM is told
+about (it warns of unknown ``VLLM_*`` variables) all come from ``VARIABLES``.
+Values are read at call time, so a test or a parent process can change them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from vllm_moe_compat.errors import SettingError
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable: its name, its choices or type, its default."""
+
+    name: str
+    default: str
+    doc: str
+    choices: tuple[str, ...] = ()
+
+    def read(self) -> str:
+        """Return the value, or the default when unset or empty.
+
+        Raises:
+            SettingError: the value is none of the choices.
+        """
+        value = os.environ.get(self.name, "").strip() or self.default
+        if self.choices and value not in self.choices:
+            raise SettingError(
+                f"{self.name}={value!r} means nothing; set it to one of "
+                f"{', '.join(self.choices)}, or unset it for {self.default!r}."
+            )
+        return value
+
+
+ENABLED = Variable(
+    "VLLM_MOE_COMPAT",
+    "1",
+    "0 switches the whole plugin off: nothing is patched, no platform is offered.",
+    ("0", "1"),
+)
+BACKEND = Variable(
+    "VLLM_MOE_COMPAT_BACKEND",
+    "auto",
+    "Who serves: auto (vllm-metal or vLLM's own kernels where they are, else the embedded MLX "
+    "platform), embedded (ours, in any case), off (never ours).",
+    ("auto", "embedded", "off"),
+)
+DTYPE = Variable(
+    "VLLM_MOE_COMPAT_DTYPE",
+    "auto",
+    "What FP8 weights are dequantised to: auto (the serving dtype under vLLM; elsewhere bfloat16, "
+    "or float32 on MLX's CPU device, whose gather_mm knows no other), bfloat16, float16, float32.",
+    ("auto", "bfloat16", "float16", "float32"),
+)
+SMOKE_MODEL = Variable(
+    "VLLM_MOE_COMPAT_SMOKE_MODEL",
+    "",
+    "Tests only: the checkpoint folder on which tests/smoke runs; unset, they are not selected.",
+)
+SMOKE_GOLDEN = Variable(
+    "VLLM_MOE_COMPAT_SMOKE_GOLDEN",
+    "",
+    "Tests only: a JSON file {prompt, text} that the smoke tests compare greedy output with.",
+)
+
+VARIABLES: tuple[Variable, ...] = (ENABLED, BACKEND, DTYPE, SMOKE_MODEL, SMOKE_GOLDEN)
