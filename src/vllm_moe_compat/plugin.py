@@ -83,7 +83,7 @@ def platform() -> str | None:
         server, _ = who_serves()
     except ValueError as error:
         adopt_vllm_handlers()
-        logger.error("moe_compat: %s", error)
+        logger.error("%s", error)
         raise
     return PLATFORM_CLASS if server == "embedded" else None
 

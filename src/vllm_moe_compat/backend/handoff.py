@@ -52,7 +52,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
     softmax = sum(isinstance(layer, AttentionLayer) for layer in layers)
     logger.info(
-        "moe_compat: handed %s to the embedded MLX platform on %s: %s, %.1f MiB of weights%s, "
+        "handed %s to the embedded MLX platform on %s: %s, %.1f MiB of weights%s, "
         "%d softmax and %d gated-delta layers",
         type(loaded).__module__,
         mx.default_device(),

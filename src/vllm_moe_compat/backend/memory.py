@@ -92,7 +92,7 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     if per_sequence and sequences * per_sequence > room:
         sequences = max(1, room // per_sequence)
         logger.warning(
-            "moe_compat: --max-num-seqs lowered from %d to %d: the gated-delta state of one "
+            "--max-num-seqs lowered from %d to %d: the gated-delta state of one "
             "sequence takes %s and %s are left for states",
             scheduler.max_num_seqs,
             sequences,

@@ -165,7 +165,7 @@ class MlxWorker(WorkerBase):  # type: ignore[misc]
         self.runner = ModelRunner(self.served.model, memory, TokenSampler(self.vllm_config))
         held = sum(pool.nbytes for pool in memory.distinct_pools)
         logger.info(
-            "moe_compat: %s; %d pages of %d tokens in %d pools (%.1f MiB)",
+            "%s; %d pages of %d tokens in %d pools (%.1f MiB)",
             self.budget,
             kv_cache_config.num_blocks,
             self.cache_config.block_size,
@@ -228,4 +228,4 @@ class MlxWorker(WorkerBase):  # type: ignore[misc]
         for name in ("runner", "served"):
             self.__dict__.pop(name, None)
         mx.clear_cache()
-        logger.info("moe_compat: worker shut down (it held %.0f MiB)", resident)
+        logger.info("worker shut down (it held %.0f MiB)", resident)

@@ -1,0 +1,185 @@
+"""Builds the demo checkpoint: train, quantise, check what it says, write.
+
+The golden text is computed, never assumed: the quantised weights are read back,
+dequantised and run by transformers, in float32 and in bfloat16, and both must
+recite the Zen of Python. If they do not, training goes on for a bounded number
+of steps, and then the build fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_compat.demo import hub_form
+from vllm_moe_compat.demo.reference import reference_model
+from vllm_moe_compat.demo.text import chat_prompt, make_tokenizer, zen
+from vllm_moe_compat.demo.training import Progress, Trainer, recite, reproducible, text_config
+from vllm_moe_compat.errors import SettingError
+
+FORMAT = 1
+"""Raised whenever what is built changes, so that older folders are rebuilt."""
+
+PROMPT = "Beautiful is better than"
+CHAT_MESSAGE = "What is the Zen of Python?"
+MAX_TOKENS = 64
+EXTRA_ROUNDS, EXTRA_STEPS = 4, 40
+
+
+@dataclass(frozen=True, slots=True)
+class DemoCheckpoint:
+    """A demo checkpoint on disk and what it answers, greedily.
+
+    ``text`` continues ``prompt``, and ``chat_text`` answers ``chat_message``
+    through the chat template, each within ``max_tokens`` tokens.
+    """
+
+    path: Path
+    prompt: str
+    text: str
+    max_tokens: int
+    chat_message: str
+    chat_text: str
+
+
+def default_path() -> Path:
+    """Return where an installed package keeps its demo checkpoint."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vllm_moe_compat" / "demo"
+
+
+def build(
+    path: str | Path, *, steps: int = 160, seed: int = 0, progress: Progress | None = None
+) -> DemoCheckpoint:
+    """Make sure that the demo checkpoint is in the folder; return it.
+
+    Returns at once when it is there, built with the same parameters. A folder is
+    complete or not there: the work is done beside it and renamed into place.
+
+    Raises:
+        SettingError: the folder exists and holds something else, or torch or
+            transformers is not installed.
+        RuntimeError: the trained model does not recite the text.
+    """
+    folder = Path(path).absolute()
+    stamp = {"format": FORMAT, "steps": steps, "seed": seed}
+    found = _found(folder, stamp)
+    if found is not None:
+        return found
+    if folder.exists() and not (folder / "demo.json").is_file() and any(folder.iterdir()):
+        raise SettingError(
+            f"{folder} exists and is no demo checkpoint, so it is left alone; "
+            "name another folder, or remove that one."
+        )
+    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise SettingError(
+            f"building the demo checkpoint needs {' and '.join(missing)}, which is not installed; "
+            "run: pip install 'vllm-moe-compat[demo]'"
+        )
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        with reproducible(seed), _quiet():
+            _build(work, steps, seed, progress or (lambda line: None))
+        hub_form.write_json(work / "demo.json", stamp)
+        return _move_into_place(work, folder, stamp)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _found(folder: Path, stamp: dict[str, int]) -> DemoCheckpoint | None:
+    try:
+        if json.loads((folder / "demo.json").read_text(encoding="utf-8")) != stamp:
+            return None
+        golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+        return DemoCheckpoint(path=folder, **golden)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _build(work: Path, steps: int, seed: int, progress: Progress) -> None:
+    text = zen()
+    tokenizer = make_tokenizer(text)
+    trainer = Trainer(text, tokenizer, seed=seed)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    progress(f"training a model of {parameters / 1e6:.1f} M parameters on the Zen of Python")
+    trainer.run(steps, horizon=steps, progress=progress)
+    for extra in range(EXTRA_ROUNDS + 1):
+        tensors = hub_form.hub_tensors(trainer.model, seed=seed)
+        golden, wrong = _golden(tensors, tokenizer, text)
+        if wrong is None:
+            break
+        if extra == EXTRA_ROUNDS:
+            raise RuntimeError(
+                f"after {steps + EXTRA_ROUNDS * EXTRA_STEPS} training steps the demo model still "
+                f"does not recite its text: {wrong}; try another seed or more steps."
+            )
+        progress(f"not right yet ({wrong}); training {EXTRA_STEPS} steps more")
+        trainer.run(EXTRA_STEPS, horizon=steps, progress=progress)
+    progress(f"recites after FP8: {golden['prompt']}{golden['text'].splitlines()[0]} ...")
+    hub_form.write(work, tensors, tokenizer)
+    hub_form.write_json(work / "golden.json", golden)
+
+
+def _golden(
+    tensors: dict[str, Any], tokenizer: Any, text: str
+) -> tuple[dict[str, Any], str | None]:
+    """Let the quantised model speak; return what it says and what is wrong with it."""
+    import torch
+
+    verses = text.split("\n\n", 1)[1].strip()
+    said = {"prompt": PROMPT, "chat_message": CHAT_MESSAGE, "max_tokens": MAX_TOKENS}
+    asked = {
+        "text": (PROMPT, verses.removeprefix(PROMPT)),
+        "chat_text": (chat_prompt(CHAT_MESSAGE), verses),
+    }
+    for dtype in (torch.bfloat16, torch.float32):
+        model = reference_model(tensors, text_config(), dtype)
+        for key, (prompt, expected) in asked.items():
+            answer = recite(model, tokenizer, prompt, MAX_TOKENS)
+            if len(answer) < 2 * MAX_TOKENS or not expected.startswith(answer):
+                return said, f"{key} in {dtype} is {answer!r}"
+            said[key] = answer
+    return said, None
+
+
+def _move_into_place(work: Path, folder: Path, stamp: dict[str, int]) -> DemoCheckpoint:
+    old = work.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        work.rename(folder)
+    except OSError:
+        # Another process may have put the same thing there in the meantime.
+        if _found(folder, stamp) is None:
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+    built = _found(folder, stamp)
+    if built is None:
+        raise RuntimeError(f"{folder} was changed by another process while it was built.")
+    return built
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from advising kernels that a CPU cannot run."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,84 @@
+"""The oracle: what the checkpoint means, computed without this package's loader.
+
+Weights are dequantised by a few lines of torch that share nothing with the code
+under test, and run by transformers. (transformers can read FP8 itself, but takes
+the block from the shape of the scale grid, which is wrong where a dimension does
+not divide by 128.)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_compat.errors import SettingError
+
+BLOCK = 128
+PREFIX = "model.language_model."
+
+
+def load_reference(path: str | Path, dtype: str = "float32") -> Any:
+    """Return transformers' model with the checkpoint's weights, ready to generate.
+
+    Products of value and scale are formed in float32; ``dtype`` (``"float32"`` or
+    ``"bfloat16"``) is what they are rounded to and what the model computes in.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    tensors: dict[str, Any] = {}
+    for shard in sorted(folder.glob("model-*.safetensors")):
+        tensors |= load_file(shard)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return reference_model(tensors, config["text_config"], getattr(torch, _checked(dtype)))
+
+
+def reference_model(tensors: dict[str, Any], text_config: dict[str, Any], dtype: Any) -> Any:
+    """Build the model from the checkpoint's tensors, by their names on the hub."""
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    config = Qwen3_5MoeTextConfig(**(text_config | {"dtype": str(dtype).removeprefix("torch.")}))
+    model = Qwen3_5MoeForCausalLM(config).to(dtype)
+    state = _combine_experts(_dequantize(tensors, dtype), config.num_experts)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def _checked(dtype: str) -> str:
+    if dtype not in ("float32", "bfloat16"):
+        raise SettingError(f"dtype={dtype!r} is not offered; use 'float32' or 'bfloat16'.")
+    return dtype
+
+
+def _dequantize(tensors: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Keep the language model's tensors, under transformers' names, as ``dtype``."""
+    state = {}
+    for name, value in tensors.items():
+        if name.endswith("_scale_inv") or not name.startswith((PREFIX, "lm_head.")):
+            continue
+        scale = tensors.get(f"{name}_scale_inv")
+        if scale is not None:
+            rows, columns = value.shape
+            grid = scale.float().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            value = value.float() * grid[:rows, :columns]
+        state[name.replace(PREFIX, "model.", 1)] = value.to(dtype)
+    return state
+
+
+def _combine_experts(state: dict[str, Any], experts: int) -> dict[str, Any]:
+    """Replace each layer's per-expert matrices by ``[E, 2I, H]`` and ``[E, H, I]``."""
+    import torch
+
+    mark = ".mlp.experts."
+    roots = {name.split(mark)[0] + mark for name in state if mark in name}
+    combined = {name: value for name, value in state.items() if mark not in name}
+    for root in roots:
+        gate, up, down = (
+            torch.stack([state[f"{root}{e}.{name}_proj.weight"] for e in range(experts)])
+            for name in ("gate", "up", "down")
+        )
+        combined[f"{root}gate_up_proj"] = torch.cat([gate, up], dim=1)
+        combined[f"{root}down_proj"] = down
+    return combined

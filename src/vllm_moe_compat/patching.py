@@ -1,0 +1,268 @@
+"""Two hooks into mlx-lm, and how to take them out again.
+
+``mlx_lm.utils.load_config`` is where a load begins: the plan is made there, and
+whatever is wrong is said there, before a tensor is read. ``Model.sanitize`` of
+every class in the registry is where the tensors pass: the plan is carried out
+there. Neither imports a model to look for it; classes are wrapped when their
+module is imported, or at once if it is there already.
+
+Another library may wrap the same functions, before us or after. What we put in
+is kept in a table, (owner, name) → ``Patch``: taking it out restores the exact
+original where ours is outermost, and makes ours transparent where it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+from vllm_moe_compat import registry
+from vllm_moe_compat.envs import ENABLED
+from vllm_moe_compat.hooks import load_config_hook, sanitize_hook
+from vllm_moe_compat.log import logger
+from vllm_moe_compat.plan import Row
+from vllm_moe_compat.state import HookStatus, RowStatus, Status, versions
+
+LOADER = ("mlx_lm.utils", "load_config")
+
+
+@dataclass(slots=True, eq=False)
+class Patch:
+    """One function replaced by ours.
+
+    Attributes:
+        owner: the class or module that holds it.
+        name: under which name.
+        original: what was there: the function, or for an inherited one None.
+        active: whether ours does anything, or only calls on.
+        wrapper: what we put there.
+    """
+
+    owner: Any
+    name: str
+    original: Any
+    active: bool = True
+    wrapper: Any = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what was there; an inherited method is looked up anew."""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return getattr(super(self.owner, args[0]), self.name)(*args[1:], **kwargs)
+
+    @property
+    def outermost(self) -> bool:
+        """Whether callers meet our wrapper first."""
+        return vars(self.owner).get(self.name) is self.wrapper
+
+    @property
+    def in_place(self) -> bool:
+        """Whether calls reach our wrapper at all."""
+        return _reaches(vars(self.owner).get(self.name), self.wrapper)
+
+
+_LOCK = threading.RLock()
+_PATCHES: dict[tuple[Any, str], Patch] = {}
+_UNPATCHABLE: dict[str, str] = {}
+_HOOKED: set[str] = set()
+_applied = False
+_ever_applied = False
+
+
+def apply() -> None:
+    """Install the hooks; idempotent, and complete or not at all.
+
+    Models that are imported later are wrapped when they are. Does nothing where
+    ``VLLM_MOE_COMPAT=0``.
+    """
+    global _applied, _ever_applied
+    if ENABLED.read() == "0":
+        logger.info("%s=0: nothing is patched", ENABLED.name)
+        return
+    # Outside our lock, since wrapt calls back and has a lock of its own.
+    _watch_imports()
+    with _LOCK:
+        before = {key: patch.active for key, patch in _PATCHES.items()}
+        try:
+            for name in _watched():
+                if (module := sys.modules.get(name)) is not None:
+                    _install_in(module)
+        except BaseException:
+            for key, patch in list(_PATCHES.items()):
+                if not before.get(key, False):
+                    _uninstall(patch)
+            raise
+        _applied = _ever_applied = True
+
+
+def revert() -> None:
+    """Take the hooks out: at once without effect, and gone where nothing is on top."""
+    global _applied
+    with _LOCK:
+        for patch in list(_PATCHES.values()):
+            _uninstall(patch)
+        _UNPATCHABLE.clear()
+        _applied = False
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """Have the hooks installed inside, and as they were before outside."""
+    before = _applied
+    apply()
+    try:
+        yield
+    finally:
+        if before:
+            apply()
+        else:
+            revert()
+
+
+def status() -> Status:
+    """Say what is patched, what is not and why; imports nothing."""
+    with _LOCK:
+        module = sys.modules.get(LOADER[0])
+        loader = _PATCHES.get((module, LOADER[1])) if module is not None else None
+        reason = _UNPATCHABLE.get(LOADER[0], "")
+        hooks = [HookStatus(".".join(LOADER), _state(module is not None, loader, reason), reason)]
+        rows = []
+        for row in registry.TRANSFORMS_BY_MODULE.values():
+            module = sys.modules.get(row.module)
+            model = getattr(module, "Model", None)
+            patch = _PATCHES.get((model, "sanitize")) if model is not None else None
+            reason = _UNPATCHABLE.get(row.module, "")
+            state = _state(module is not None, patch, reason)
+            rows.append(RowStatus(row.module, "Model", state, reason))
+            hooks.append(HookStatus(f"{row.module}.Model.sanitize", state, reason))
+    return Status(tuple(rows), tuple(h for h in hooks if h.state == "active"), versions())
+
+
+def _state(imported: bool, patch: Patch | None, reason: str) -> str:
+    if ENABLED.read() == "0":
+        return "off"
+    if not _applied:
+        return "reverted" if _ever_applied else "dormant"
+    if reason:
+        return "unpatchable"
+    if not imported:
+        return "waiting"
+    return "active" if patch is not None and patch.active and patch.in_place else "displaced"
+
+
+def ensure(row: Row) -> str | None:
+    """See that the row's class is wrapped now; return why it cannot be, or None."""
+    with _LOCK:
+        if (module := sys.modules.get(row.module)) is not None:
+            _install_in(module)
+        return _UNPATCHABLE.get(row.module)
+
+
+def _watched() -> list[str]:
+    return [LOADER[0], *registry.TRANSFORMS_BY_MODULE]
+
+
+def _watch_imports() -> None:
+    import wrapt
+
+    for name in _watched():
+        if name not in _HOOKED:
+            _HOOKED.add(name)
+            wrapt.register_post_import_hook(_on_import, name)
+
+
+def _on_import(module: ModuleType) -> None:
+    with _LOCK:
+        if _applied:
+            _install_in(module)
+
+
+def _install_in(module: ModuleType) -> None:
+    """Wrap what the module holds for us, or note why that is impossible."""
+    name = module.__name__
+    if name == LOADER[0]:
+        owner: Any = module
+        attribute = LOADER[1]
+        hook: Callable[..., Any] = functools.partial(load_config_hook, ensure)
+    else:
+        owner = getattr(module, "Model", None)
+        attribute, hook = "sanitize", sanitize_hook
+        if not isinstance(owner, type):
+            _UNPATCHABLE[name] = "it has no class named Model"
+            return
+    if not callable(getattr(owner, attribute, None)):
+        _UNPATCHABLE[name] = f"it has no {attribute} to wrap"
+        if name == LOADER[0]:
+            logger.warning("%s has no load_config: checkpoints load unchecked", name)
+        return
+    try:
+        _install(owner, attribute, hook)
+    except (AttributeError, TypeError) as error:
+        _UNPATCHABLE[name] = f"its {attribute} cannot be replaced ({error})"
+    else:
+        _UNPATCHABLE.pop(name, None)
+
+
+def _install(owner: Any, name: str, hook: Callable[..., Any]) -> None:
+    patch = _PATCHES.get((owner, name))
+    if patch is not None and patch.in_place:
+        patch.active = True
+        return
+    if patch is not None:
+        patch.active = False
+    fresh = Patch(owner, name, vars(owner).get(name))
+
+    @functools.wraps(getattr(owner, name))
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not fresh.active:
+            return fresh.call(*args, **kwargs)
+        return hook(fresh.owner, fresh.call, *args, **kwargs)
+
+    fresh.wrapper = wrapper
+    setattr(owner, name, wrapper)
+    _PATCHES[owner, name] = fresh
+
+
+def _uninstall(patch: Patch) -> None:
+    patch.active = False
+    if not patch.outermost:
+        return
+    if patch.original is None:
+        delattr(patch.owner, patch.name)
+    else:
+        setattr(patch.owner, patch.name, patch.original)
+    _PATCHES.pop((patch.owner, patch.name), None)
+
+
+def _reaches(function: Any, wanted: Any) -> bool:
+    """Whether ``function`` is ``wanted`` or a wrapper that holds it.
+
+    Wrappers name what they wrap in ``__wrapped__``, in a closure, in a default
+    value, or, when they are partial objects, in ``func``.
+    """
+    pending: list[Any] = [function]
+    seen: set[int] = set()
+    while pending and len(seen) < 100:
+        candidate = pending.pop()
+        if candidate is wanted:
+            return True
+        if id(candidate) in seen or not callable(candidate):
+            continue
+        seen.add(id(candidate))
+        pending.append(getattr(candidate, "__wrapped__", None))
+        pending.append(getattr(candidate, "func", None))
+        if isinstance(candidate, FunctionType):
+            pending.extend(candidate.__defaults__ or ())
+            pending.extend((candidate.__kwdefaults__ or {}).values())
+            for cell in candidate.__closure__ or ():
+                try:
+                    pending.append(cell.cell_contents)
+                except ValueError:
+                    continue
+    return False

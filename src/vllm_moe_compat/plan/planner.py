@@ -1,0 +1,120 @@
+"""From a layout and a registry row to the list of tensors that have to be made.
+
+A ``Build`` names its target with the checkpoint's own prefix and leaves prefixes,
+norm shifts and the splitting of combined bf16 experts to upstream's ``sanitize``;
+so no prefix is ever applied twice, and a tensor that upstream digests has no
+``Build`` at all. The whole checkpoint is checked before a plan is returned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_moe_compat.layout import Layout
+from vllm_moe_compat.plan.check_experts import check_experts
+from vllm_moe_compat.plan.check_fp8 import DEFAULT_BLOCK, check_fp8
+from vllm_moe_compat.plan.findings import refuse
+from vllm_moe_compat.plan.ops import DequantizeBlockFp8, Op, StackExperts
+from vllm_moe_compat.plan.row import Row
+
+_LAYER = re.compile(r"^(.*?layers\.\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One tensor to make.
+
+    Attributes:
+        target: its name.
+        weights: the weights that it is made of, in order.
+        scales: their scales in the same order; none where nothing is quantised.
+        ops: what to do with them.
+    """
+
+    target: str
+    weights: tuple[str, ...]
+    scales: tuple[str, ...]
+    ops: tuple[Op, ...]
+
+    @property
+    def layer(self) -> str:
+        """The layer that the target is in, or the target itself."""
+        match = _LAYER.match(self.target)
+        return match[1] if match else self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that has to happen to a checkpoint's tensors.
+
+    Attributes:
+        module: the mlx-lm module that the plan is for.
+        words: the layout in words.
+        builds: the tensors to make, layer by layer.
+        drops: tensors to take out because nobody reads them.
+        experts: routed experts per layer, where they are stacked; else 0.
+        stacked: how many layers have their experts stacked.
+        dequantized: how many FP8 tensors of the checkpoint are dequantised.
+    """
+
+    module: str
+    words: str
+    builds: tuple[Build, ...] = ()
+    drops: tuple[str, ...] = ()
+    experts: int = 0
+    stacked: int = 0
+    dequantized: int = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether the checkpoint is left exactly as it is."""
+        return not self.builds and not self.drops
+
+
+def make_plan(layout: Layout, row: Row, config: Mapping[str, Any]) -> Plan:
+    """Plan how the module of ``row`` gets its tensors from this checkpoint.
+
+    Raises:
+        LayoutError: the tensors contradict each other or the config.
+        UnsupportedCheckpointError: a form that is not served.
+    """
+    refuse([*check_fp8(layout), *check_experts(layout, row, config)], layout.tensors)
+
+    pairs = dict(layout.fp8.pairs)
+    dequantize = (DequantizeBlockFp8(layout.block or DEFAULT_BLOCK),)
+    builds: list[Build] = []
+    stacked = 0
+    experts = 0
+    for block in layout.experts:
+        if row.moe is None or not block.per_expert:
+            continue
+        stacked += 1
+        root = block.parent.removesuffix(row.moe.source.rpartition(".")[0])
+        for source, target in row.moe.projections:
+            weights = tuple(block.per_expert[source][e] for e in sorted(block.per_expert[source]))
+            experts = len(weights)
+            scales = tuple(pairs.pop(name) for name in weights if name in pairs)
+            builds.append(
+                Build(
+                    f"{root}{row.moe.target}.{target}.weight",
+                    weights,
+                    scales,
+                    (StackExperts(experts), *(dequantize if scales else ())),
+                )
+            )
+    builds.extend(Build(name, (name,), (scale,), dequantize) for name, scale in pairs.items())
+    # Stable: inside a layer the order stays.
+    order = {layer: n for n, layer in enumerate(dict.fromkeys(b.layer for b in builds))}
+    builds.sort(key=lambda build: order[build.layer])
+    return Plan(
+        module=row.module,
+        words=layout.words,
+        builds=tuple(builds),
+        drops=(*layout.fp8.static, *sorted(row.drops.select(layout.ignored))),
+        experts=experts,
+        stacked=stacked,
+        dequantized=len(layout.fp8.pairs),
+    )

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_moe_compat import demo
+
+
+@pytest.fixture(scope="session")
+def demo_path(demo_checkpoint: demo.DemoCheckpoint) -> Path:
+    return demo_checkpoint.path
+
+
+@pytest.fixture(scope="session")
+def schedule_budget(request: pytest.FixtureRequest) -> int:
+    """Random schedules per setting: ``--schedules N`` for a longer run."""
+    return int(request.config.getoption("--schedules"))

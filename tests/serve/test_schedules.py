@@ -1,0 +1,72 @@
+"""Whatever the scheduler does, the tokens are mlx-lm's single-sequence tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import schedules
+from support.engine import Greedy, engine_core, in_process_llm, worker
+
+pytestmark = pytest.mark.serve
+
+# Few blocks starve the scheduler into preemptions; few tokens per step cut
+# prompts into chunks.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "prefix": {"enable_prefix_caching": True},
+    "chunks": {"max_num_batched_tokens": 48, "max_num_seqs": 6},
+    "prefix-chunks": {"enable_prefix_caching": True, "max_num_batched_tokens": 90},
+    "starved": {"num_gpu_blocks_override": 22, "max_model_len": 400},
+    "starved-prefix": {
+        "num_gpu_blocks_override": 34,
+        "max_model_len": 400,
+        "enable_prefix_caching": True,
+    },
+    "async": {"async_scheduling": True},
+    "async-starved-prefix": {
+        "async_scheduling": True,
+        "num_gpu_blocks_override": 34,
+        "max_model_len": 400,
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 128,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def greedy(demo_path: Path) -> Greedy:
+    return Greedy(demo_path)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_are_those_of_a_single_sequence(
+    name: str, demo_path: Path, greedy: Greedy, schedule_budget: int
+) -> None:
+    with in_process_llm(demo_path, **SETTINGS[name]) as llm:
+        block = worker(llm).cache_config.block_size
+        cached = preemptions = 0
+        for seed in range(schedule_budget):
+            # A block holds 80 tokens: only long answers need another one midway.
+            output = 90 if "starved" in name else 24
+            arrivals = schedules.make(seed, block, output=output)
+            played = schedules.play(llm, arrivals)
+            done = played.tokens
+            cached += played.cached
+            preemptions += played.preemptions
+            for arrival in arrivals:
+                if arrival.req_id in done:
+                    want = greedy.tokens(arrival.prompt, arrival.max_tokens)
+                    assert done[arrival.req_id] == want, (
+                        f"{name}: {arrival.req_id} differs\n{schedules.describe(seed, arrivals)}"
+                    )
+            assert len(done) >= len([a for a in arrivals if a.abort_after is None])
+            pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
+            assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            llm.llm_engine.step()
+            runner = worker(llm).runner
+            assert not runner.memory.states.resident - set(runner.batch.requests)
+        # The setting did what it is there for.
+        assert (cached > 0) == ("prefix" in name)
+        assert preemptions > 0 or "starved" not in name

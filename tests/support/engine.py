@@ -1,0 +1,73 @@
+"""vLLM's engine in this process, driven step by step, and mlx-lm as the reference."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def in_process_llm(path: Path, **settings: Any) -> Iterator[Any]:
+    """``vllm.LLM`` with the engine core in this process, shut down at the end."""
+    # Read by vLLM when the engine is made.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 32 << 20,
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "seed": 0,
+    }
+    llm = LLM(str(path), **(defaults | settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+
+
+def engine_core(llm: Any) -> Any:
+    """vLLM's EngineCore of an in-process LLM."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def worker(llm: Any) -> Any:
+    """Our worker of an in-process LLM."""
+    return engine_core(llm).model_executor.driver_worker.worker
+
+
+class Greedy:
+    """mlx-lm's single-sequence greedy continuation, remembered per prompt."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        import vllm_moe_compat
+        from vllm_moe_compat.context import serving_dtype_as
+
+        with vllm_moe_compat.applied(), serving_dtype_as(dtype):
+            self.model, _ = load_model(path)
+        self.model.set_dtype(getattr(mx, dtype))
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def tokens(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The ``count`` tokens after ``prompt``."""
+        import mlx.core as mx
+        from mlx_lm.generate import generate_step
+
+        known = self._known.get(tuple(prompt), [])
+        if len(known) < count:
+            steps = generate_step(mx.array(list(prompt)), self.model, max_tokens=count)
+            known = [int(token) for token, _ in steps]
+            self._known[tuple(prompt)] = known
+        return known[:count]

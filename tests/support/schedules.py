@@ -1,0 +1,118 @@
+"""Random schedules: who arrives when, with which prompt, and who gives up.
+
+A schedule is plain data made from a seed, so that a failure prints what
+happened and the seed brings it back.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from support.engine import engine_core
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request of a schedule."""
+
+    req_id: str
+    step: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    abort_after: int | None  # steps after its arrival
+
+    def __str__(self) -> str:
+        end = f", aborted after {self.abort_after} steps" if self.abort_after is not None else ""
+        return (
+            f"step {self.step:3d}: {self.req_id} with {len(self.prompt)} tokens "
+            f"(first {self.prompt[:4]}), {self.max_tokens} to generate{end}"
+        )
+
+
+def make(
+    seed: int, block: int, requests: int = 10, longest: int = 333, output: int = 24
+) -> list[Arrival]:
+    """Draw a schedule: short and long prompts, shared prefixes that end at block
+    edges (-1, 0, +1), divergent suffixes, verbatim repeats, aborts.
+    """
+    draw = random.Random(seed)
+    documents = [[draw.randrange(5, 500) for _ in range(longest)] for _ in range(3)]
+    arrivals: list[Arrival] = []
+    step = 0
+    for number in range(requests):
+        document = draw.choice(documents)
+        kind = draw.choice(["edge", "edge", "divergent", "repeat", "any", "tiny"])
+        if kind == "edge":
+            at = block * draw.randint(1, max(1, longest // block - 1)) + draw.choice([-1, 0, 1])
+            prompt = document[: min(at, longest)]
+        elif kind == "divergent":
+            cut = draw.randint(1, longest - 40)
+            prompt = document[:cut] + [draw.randrange(5, 500) for _ in range(draw.randint(1, 40))]
+        elif kind == "repeat" and arrivals:
+            prompt = list(draw.choice(arrivals).prompt)
+        elif kind == "tiny":
+            prompt = document[: draw.randint(3, 8)]
+        else:
+            prompt = document[: draw.randint(3, longest)]
+        abort = draw.randint(0, 12) if draw.random() < 0.2 else None
+        arrivals.append(Arrival(f"r{number}", step, tuple(prompt), draw.randint(1, output), abort))
+        step += draw.choice([0, 0, 1, 2, 7])
+    return arrivals
+
+
+def describe(seed: int, arrivals: list[Arrival]) -> str:
+    """A schedule as one reads it in a failure."""
+    return "\n".join([f"schedule {seed}:", *(f"  {arrival}" for arrival in arrivals)])
+
+
+@dataclass
+class Played:
+    """What a schedule led to."""
+
+    tokens: dict[str, list[int]]  # of who finished
+    cached: int = 0  # prompt tokens taken from the prefix cache
+    preemptions: int = 0
+
+
+def play(llm: Any, arrivals: list[Arrival], limit: int = 3000) -> Played:
+    """Drive vLLM's engine through a schedule."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    engine = llm.llm_engine
+    waiting = list(arrivals)
+    aborts = {
+        arrival.req_id: arrival.step + arrival.abort_after
+        for arrival in arrivals
+        if arrival.abort_after is not None
+    }
+    internal: dict[str, str] = {}
+    played = Played({})
+    scheduler = engine_core(llm).scheduler
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        assert step < limit, (
+            f"no end after {limit} steps; unfinished: {set(internal) - set(played.tokens)}"
+        )
+        while waiting and waiting[0].step <= step:
+            arrival = waiting.pop(0)
+            params = SamplingParams(
+                temperature=0, max_tokens=arrival.max_tokens, ignore_eos=True, detokenize=False
+            )
+            prompt = TokensPrompt(prompt_token_ids=list(arrival.prompt))
+            internal[arrival.req_id] = engine.add_request(arrival.req_id, prompt, params)
+        for req_id, when in list(aborts.items()):
+            if when <= step and req_id in internal:
+                engine.abort_request([internal[req_id] or req_id], internal=True)
+                del aborts[req_id]
+        before = {request.request_id for request in scheduler.running}
+        for output in engine.step():
+            if output.finished and output.outputs[0].finish_reason != "abort":
+                played.tokens[output.request_id] = list(output.outputs[0].token_ids)
+                played.cached += output.num_cached_tokens or 0
+        waiting_again = {request.request_id for request in scheduler.waiting}
+        played.preemptions += len(before & waiting_again)
+        step += 1
+    return played

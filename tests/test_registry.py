@@ -1,0 +1,58 @@
+"""The map is complete, explicit and made of what upstream really has."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from mlx_lm.models import qwen3, qwen3_5, qwen3_5_moe
+
+from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE, row_for
+
+ROWS = list(TRANSFORMS_BY_MODULE.values())
+
+
+def test_the_two_modules_are_mapped():
+    assert set(TRANSFORMS_BY_MODULE) == {
+        "mlx_lm.models.qwen3_5",
+        "mlx_lm.models.qwen3_5_moe",
+    }
+    assert TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5"].moe is None
+    assert TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"].moe is not None
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
+def test_a_row_names_a_class_that_can_be_wrapped(row):
+    module = importlib.import_module(row.module)
+    assert callable(module.Model.sanitize)
+    assert row_for(module.Model) is row
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
+def test_a_workaround_says_why_where_and_until_when(row):
+    assert row.workarounds
+    for workaround in row.workarounds:
+        assert all((workaround.id, workaround.why, workaround.remove_when, workaround.form)), (
+            workaround
+        )
+        assert workaround.upstream.startswith(("https://", "mlx_lm/"))
+
+
+def test_a_workaround_is_shared_by_id():
+    by_id: dict[str, object] = {}
+    for row in ROWS:
+        for workaround in row.workarounds:
+            assert by_id.setdefault(workaround.id, workaround) is workaround
+
+
+def test_inner_and_unmapped_models_have_no_row():
+    assert row_for(qwen3_5.TextModel) is None
+    assert row_for(qwen3.Model) is None
+
+
+def test_a_class_with_its_own_sanitize_needs_its_own_row():
+    class Own(qwen3_5_moe.Model):
+        def sanitize(self, weights):
+            return weights
+
+    assert row_for(Own) is None
