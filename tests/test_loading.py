@@ -15,7 +15,6 @@ import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import distance, load, new_model, parameters, read, same_bits
 from vllm_moe_compat.context import last_report, serving_dtype_as
-from vllm_moe_compat.log import logger
 
 LIMIT = 1e-5
 RAGGED = Sizes(hidden=192, intermediate=200)
@@ -35,7 +34,7 @@ BLOCKS = {
 @pytest.fixture(autouse=True)
 def _hooks(monkeypatch):
     # A test that ran before may have lent the logger vLLM's handlers.
-    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
     with vllm_moe_compat.applied():
         yield
 

@@ -22,7 +22,6 @@ from support.loading import load, new_model, parameters, read, same_bits
 from vllm_moe_compat import patching, registry
 from vllm_moe_compat.context import current, last_report
 from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan import Row
 
 STOCK = {
@@ -33,11 +32,12 @@ STOCK = {
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch):
-    # A test that ran before may have lent the logger vLLM's handlers.
-    monkeypatch.setattr(logger, "propagate", True)
+def _clean():
     vllm_moe_compat.revert()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # A test that ran before may have lent the logger vLLM's handlers.
+        patch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
+        yield
     vllm_moe_compat.revert()
     assert stock_is_back()
 
@@ -213,6 +213,18 @@ def test_a_model_without_a_row_that_needs_nothing_is_not_mentioned(tmp_path: Pat
     vllm_moe_compat.apply()
     load(qwen3(tmp_path))
     assert not caplog.records
+
+
+def test_a_model_without_a_row_is_not_ours_to_refuse(tmp_path: Path):
+    vllm_moe_compat.apply()
+    path = qwen3(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"moe_num_experts": [64, 64]}))
+    (path / "model-copy.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+    load(path)
+    (path / "model-copy.safetensors").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="Unable to read"):
+        load(path)
 
 
 def test_one_load_of_model_and_tokenizer_warns_once_and_leaves_no_context(

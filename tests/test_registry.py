@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
+import torch
 from mlx_lm.models import qwen3, qwen3_5, qwen3_5_moe
 
+import vllm_moe_compat
+from support.checkpoints import Checkpoint, Fp8, build
+from support.loading import load
 from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE, row_for
 
 ROWS = list(TRANSFORMS_BY_MODULE.values())
@@ -56,3 +61,36 @@ def test_a_class_with_its_own_sanitize_needs_its_own_row():
             return weights
 
     assert row_for(Own) is None
+
+
+def nested_vision() -> Checkpoint:
+    checkpoint = build("combined")
+    checkpoint.tensors["model.language_model.visual.norm.weight"] = torch.ones(4)
+    return checkpoint
+
+
+NEEDED = {
+    "block-fp8": [lambda: build("combined", Fp8()), lambda: build(fp8=Fp8(), dense=True)],
+    "stack-experts": [lambda: build("per-expert")],
+    "nested-vision": [nested_vision],
+}
+
+
+def test_every_workaround_has_a_checkpoint_that_needs_it():
+    assert set(NEEDED) == {w.id for row in ROWS for w in row.workarounds}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("workaround", "make"), [(name, make) for name, makes in NEEDED.items() for make in makes]
+)
+def test_stock_mlx_lm_still_needs_the_workaround(workaround: str, make, tmp_path: Path):
+    vllm_moe_compat.revert()
+    path = make().write(tmp_path)
+    try:
+        with pytest.raises(ValueError, match="not in model"):
+            load(path)
+    except pytest.fail.Exception:
+        pytest.fail(
+            f"mlx-lm loads this by itself now: look into removing {workaround!r} from registry.py"
+        )

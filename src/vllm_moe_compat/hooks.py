@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_moe_compat import context as loads
 from vllm_moe_compat import registry
+from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.layout import detect, infer_fp8, read_headers
 from vllm_moe_compat.layout.headers import weight_files
 from vllm_moe_compat.log import logger
@@ -57,7 +58,7 @@ def load_config_hook(
     row, module, reason = _find_row(ensure, utils, config)
     if row is None:
         if module and not quiet:
-            _warn(model_dir, config, module, reason)
+            _warn(model_dir, module, reason)
         return config
     load = loads.prepare(model_dir, config, row)
     if not quiet:
@@ -154,9 +155,15 @@ def _find_row(
     return row, row.module, ""
 
 
-def _warn(model_dir: Path, config: dict[str, Any], module: str, reason: str) -> None:
-    """Say that a class is loaded without us though its tensors may need us."""
-    found = loads.at_risk(detect(read_headers(model_dir), config))
+def _warn(model_dir: Path, module: str, reason: str) -> None:
+    """Say that a class is loaded without us though its tensors may need us.
+
+    Nothing is refused here: the model is mlx-lm's to judge, files and config.
+    """
+    try:
+        found = loads.at_risk(detect(read_headers(model_dir), {}))
+    except CheckpointFileError:
+        return
     if found:
         logger.warning(
             "%s: %s cannot be patched, since %s; its %s are left to mlx-lm as they are",

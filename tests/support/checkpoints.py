@@ -151,7 +151,7 @@ def build(
     sizes: Sizes | None = None,
     prefix: str = PREFIX,
     dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
+    seed: int = 1,
 ) -> Checkpoint:
     """Make a checkpoint; ``form`` is ``per-expert`` or ``combined``."""
     sizes = sizes or Sizes()

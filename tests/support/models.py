@@ -11,7 +11,7 @@ from typing import Any
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -27,7 +27,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_experts": 8,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
+            "moe_intermediate_size": 64,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
@@ -36,6 +36,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "Mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    ),
+    # Served by mlx-lm, refused by the embedded backend.
+    "mistral_windowed": (
+        "Mistral",
+        {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
 }
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -64,4 +69,12 @@ def write(path: Path, family: str, tokenizer_from: Path, dtype: str = "bfloat16"
     for file in _TOKENIZER:
         if (tokenizer_from / file).exists():
             shutil.copy(tokenizer_from / file, path / file)
+    return path
+
+
+def write_mlx_4bit(path: Path, source: Path) -> Path:
+    """Convert ``source`` as mlx-community does: stacked experts, 4 bits, group 64."""
+    from mlx_lm.convert import convert
+
+    convert(str(source), str(path), quantize=True, q_bits=4, q_group_size=64)
     return path

@@ -140,8 +140,10 @@ class MlxPlatform(Platform):
         """
         # The scheduler's newer step encoding needs Triton; ours is the V1 one.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        # A fork after MLX has evaluated anything hangs.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        # A fork after MLX has evaluated anything hangs. A process that never
+        # imported it may fork, as vLLM does by default: scripts need no main guard.
+        if "mlx.core" in sys.modules:
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         refusal = _refusal(vllm_config)
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")

@@ -1,0 +1,71 @@
+"""What the embedded backend does not do, it refuses at start-up, by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import models
+from support.engine import in_process_llm
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tensor_parallel_size": 2}, "more than one worker"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+        ({"enable_lora": True}, "LoRA"),
+        ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
+        ({"runner": "pooling"}, "pooling"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_settings(demo_path: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as refusal, in_process_llm(demo_path, **settings):
+        pass
+    assert words in str(refusal.value)
+
+
+def test_a_sliding_window_is_refused_by_its_layer(demo_path: Path, tmp_path: Path) -> None:
+    path = models.write(tmp_path / "windowed", "mistral_windowed", demo_path)
+    with pytest.raises(ValueError, match=r"layer 0 \(mlx_lm\.models\.llama") as refusal, (
+        in_process_llm(path, max_model_len=256)
+    ):
+        pass
+    assert "RotatingKVCache" in str(refusal.value)
+
+
+def test_memory_that_does_not_suffice_is_refused_with_the_numbers(demo_path: Path) -> None:
+    with pytest.raises(ValueError, match="MiB") as refusal, in_process_llm(
+        demo_path, kv_cache_memory_bytes=None, gpu_memory_utilization=1e-4
+    ):
+        pass
+    assert "weights take" in str(refusal.value)
+
+
+def test_a_request_of_another_kind_is_refused(demo_path: Path) -> None:
+    import torch
+
+    with in_process_llm(demo_path, enable_prompt_embeds=True) as llm:
+        with pytest.raises(ValueError, match="takes text or token ids"):
+            llm.generate({"prompt_embeds": torch.zeros(3, 192)}, use_tqdm=False)
+        # And the engine goes on.
+        assert llm.generate("Beautiful", use_tqdm=False)[0].outputs[0].text
+
+
+def test_an_architecture_without_a_stand_in_is_named(demo_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "renamed"
+    shutil.copytree(demo_path, path)
+    config = json.loads((path / "config.json").read_text())
+    config["architectures"] = ["ImaginaryForCausalLM"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="ImaginaryForCausalLM"), in_process_llm(path):
+        pass
