@@ -33,7 +33,11 @@ def adopt_vllm_handlers() -> None:
 
     Does nothing where vLLM has no handlers (``VLLM_CONFIGURE_LOGGING=0``): the
     user's own logging configuration then covers us like any other library.
+    Plugins may be loaded before vLLM has configured its logging, so this imports
+    the module that does.
     """
+    import vllm.logger  # noqa: F401
+
     ours, theirs = logger.logger, logging.getLogger("vllm")
     if not theirs.handlers:
         return

@@ -23,6 +23,8 @@ if mlx_first == "mlx-first":
 llm = LLM(path, max_model_len=512, kv_cache_memory_bytes=32 << 20)
 params = SamplingParams(temperature=0, max_tokens=int(count))
 print("ANSWER" + json.dumps(llm.generate(prompt, params)[0].outputs[0].text))
+# Left to the interpreter's exit, vLLM may end the engine before its clean-up.
+llm.llm_engine.engine_core.shutdown(timeout=20)
 """
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.serve
         ),
         ({"enable_lora": True}, "LoRA"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
-        ({"runner": "pooling"}, "pooling"),
+        ({"runner": "pooling"}, "this runner"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
