@@ -1,8 +1,8 @@
 """The package's logger.
 
 Outside vLLM it is an ordinary library logger. Under vLLM, loggers outside
-``vllm.*`` have no handler and their INFO lines vanish, so the plugin lends this
-logger vLLM's own handlers, once per process. Every line begins with
+``vllm.*`` have no handler and their INFO lines vanish, so the plugin hangs this
+one below vLLM's. Every line begins with
 ``moe_compat:``, since vLLM's format names the file but not the package.
 """
 
@@ -28,22 +28,13 @@ class _Prefixed(_Adapter):
 logger = _Prefixed(logging.getLogger("vllm_moe_compat"), {})
 
 
-def adopt_vllm_handlers() -> None:
-    """Give our logger the handlers and level of vLLM's; idempotent.
+def speak_through_vllm() -> None:
+    """Make vLLM's logger the parent of ours; idempotent.
 
-    Does nothing where vLLM has no handlers (``VLLM_CONFIGURE_LOGGING=0``): the
-    user's own logging configuration then covers us like any other library.
-    Plugins may be loaded before vLLM has configured its logging, so this imports
-    the module that does.
+    Handlers and levels then are vLLM's at any time: it configures its logging
+    after it has loaded its plugins, and again in every process.
     """
-    import vllm.logger  # noqa: F401
-
-    ours, theirs = logger.logger, logging.getLogger("vllm")
-    if not theirs.handlers:
-        return
-    for handler in theirs.handlers:
-        if handler not in ours.handlers:
-            ours.addHandler(handler)
-    if ours.level == logging.NOTSET:
-        ours.setLevel(theirs.level)
-    ours.propagate = False
+    ours = logger.logger
+    ours.parent = logging.getLogger("vllm")
+    # Levels are cached per logger; setting one empties the caches.
+    ours.setLevel(logging.NOTSET)

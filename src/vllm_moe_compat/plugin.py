@@ -18,7 +18,7 @@ import platform as host
 import sys
 
 from vllm_moe_compat import envs
-from vllm_moe_compat.log import adopt_vllm_handlers, logger
+from vllm_moe_compat.log import speak_through_vllm, logger
 
 PLATFORM_CLASS = "vllm_moe_compat.backend.platform.MlxPlatform"
 
@@ -82,7 +82,7 @@ def platform() -> str | None:
     try:
         server, _ = who_serves()
     except ValueError as error:
-        adopt_vllm_handlers()
+        speak_through_vllm()
         logger.error("%s", error)
         raise
     return PLATFORM_CLASS if server == "embedded" else None
@@ -92,7 +92,7 @@ def register() -> None:
     """Entry point ``vllm.general_plugins``: install the hooks; idempotent."""
     if envs.ENABLED.read() == "0" or not mlx_installed():
         return
-    adopt_vllm_handlers()
+    speak_through_vllm()
     _name_our_variables()
 
     from vllm_moe_compat import patching
