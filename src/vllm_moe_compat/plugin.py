@@ -18,7 +18,7 @@ import platform as host
 import sys
 
 from vllm_moe_compat import envs
-from vllm_moe_compat.log import speak_through_vllm, logger
+from vllm_moe_compat.log import logger, speak_through_vllm
 
 PLATFORM_CLASS = "vllm_moe_compat.backend.platform.MlxPlatform"
 

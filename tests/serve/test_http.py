@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from support.engine import Greedy
 from support.server import Server, serve, start, stop
 
@@ -189,9 +190,7 @@ def test_metrics_count_tokens(server: Server) -> None:
 
 
 def test_what_is_not_served_is_refused_by_name(server: Server) -> None:
-    status, error = server.status(
-        "/v1/completions", completion("x", max_tokens=5000)
-    )
+    status, error = server.status("/v1/completions", completion("x", max_tokens=5000))
     assert status == 400
     assert "1024" in json.dumps(error)
     # And the server goes on.

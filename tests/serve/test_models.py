@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support import models
 from support.engine import Greedy, in_process_llm, worker
 from support.schedules import describe, make, play
@@ -55,6 +56,7 @@ def test_bfloat16_experts_on_the_cpu_are_widened(
 ) -> None:
     """MLX's CPU ``gather_mm`` is float32 only: say what happens, and account for it."""
     import mlx.core as mx
+
     from vllm_moe_compat.backend.experts import WidenedSwitchLinear
 
     if mx.default_device().type != mx.DeviceType.cpu:

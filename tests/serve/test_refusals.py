@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support import models
 from support.engine import in_process_llm
 
@@ -29,23 +30,24 @@ pytestmark = pytest.mark.serve
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_settings(demo_path: Path, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError) as refusal, in_process_llm(demo_path, **settings):
+    with pytest.raises(ValueError, match=words), in_process_llm(demo_path, **settings):
         pass
-    assert words in str(refusal.value)
 
 
 def test_a_sliding_window_is_refused_by_its_layer(demo_path: Path, tmp_path: Path) -> None:
     path = models.write(tmp_path / "windowed", "mistral_windowed", demo_path)
-    with pytest.raises(ValueError, match=r"layer 0 \(mlx_lm\.models\.llama") as refusal, (
-        in_process_llm(path, max_model_len=256)
+    with (
+        pytest.raises(ValueError, match=r"layer 0 \(mlx_lm\.models\.llama") as refusal,
+        in_process_llm(path, max_model_len=256),
     ):
         pass
     assert "RotatingKVCache" in str(refusal.value)
 
 
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers(demo_path: Path) -> None:
-    with pytest.raises(ValueError, match="MiB") as refusal, in_process_llm(
-        demo_path, kv_cache_memory_bytes=None, gpu_memory_utilization=1e-4
+    with (
+        pytest.raises(ValueError, match="MiB") as refusal,
+        in_process_llm(demo_path, kv_cache_memory_bytes=None, gpu_memory_utilization=1e-4),
     ):
         pass
     assert "weights take" in str(refusal.value)

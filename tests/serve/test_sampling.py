@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from support import models
 from support.engine import Greedy, in_process_llm
 

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 
-class WidenedSwitchLinear(SwitchLinear):  # type: ignore[misc]
+class WidenedSwitchLinear(SwitchLinear):
     """``SwitchLinear`` whose weight ``[E, O, I]`` is float32 under narrower activations."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:

@@ -119,9 +119,7 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
             f"{_mib(states)}; free memory, raise the utilization, or lower --max-num-seqs or "
             "--max-num-batched-tokens."
         )
-    return Budget(
-        total, served.weight_bytes, activations, states, sequences, page_bytes, reason
-    )
+    return Budget(total, served.weight_bytes, activations, states, sequences, page_bytes, reason)
 
 
 def useful_page_bytes(vllm_config: VllmConfig, layers: list[Layer], sequences: int) -> int:
@@ -135,14 +133,14 @@ def useful_page_bytes(vllm_config: VllmConfig, layers: list[Layer], sequences: i
     linear = len(layers) - len(attention)
     block = vllm_config.cache_config.block_size
     length = vllm_config.model_config.max_model_len
-    page = max(
+    page: int = max(
         2 * block * layer.kv_heads * layer.head_dim * layer.dtype.size for layer in attention
     )
     width = min(len(attention), linear) if linear else len(attention)
     kv_groups = math.ceil(len(attention) / width)
     state_groups = math.ceil(linear / width)
     blocks = sequences * (kv_groups * math.ceil(length / block) + 2 * state_groups) + 1
-    return page * width * blocks
+    return int(page * width * blocks)
 
 
 def _activations(served: ServedModel, tokens: int) -> int:

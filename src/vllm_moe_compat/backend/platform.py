@@ -91,7 +91,7 @@ class MlxPlatform(Platform):
 
     @classmethod
     def manual_seed_all(cls, seed: int) -> None:
-        """vLLM's sampler draws from torch's CPU generator, seeded with torch's own call."""
+        """VLLM's sampler draws from torch's CPU generator, seeded with torch's own call."""
         torch.manual_seed(seed)
 
     @classmethod

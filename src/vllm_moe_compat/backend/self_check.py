@@ -1,4 +1,4 @@
-"""Before the first request: do paged passes give what mlx-lm gives?
+"""A check before the first request: paged passes give what mlx-lm gives.
 
 In: a runner whose pages are allocated. Out: nothing, or a refusal. Two short
 prompts of different length go through a padded prefill and two decode steps,
@@ -48,7 +48,7 @@ def run(runner: ModelRunner) -> None:
 
 
 def _requests(runner: ModelRunner) -> list[Request]:
-    """Two requests, on blocks that nobody owns yet: 1, 2, 3, …"""
+    """Two requests, on blocks that nobody owns yet: from 1 on."""
     requests, block = [], 1
     sizes = runner.memory.block_sizes
     available = runner.memory.distinct_pools[0].num_blocks
@@ -72,7 +72,8 @@ def _compare(runner: ModelRunner, request: Request, paged: mx.array, step: int) 
     tokens = mx.array([request.prompt + request.output])
     own = runner.model(tokens, cache=make_prompt_cache(runner.model))[0, -1]
     difference = paged.astype(mx.float32) - own.astype(mx.float32)
-    error = (mx.linalg.norm(difference) / mx.linalg.norm(own.astype(mx.float32))).item()
+    size = mx.linalg.norm(own.astype(mx.float32))
+    error = float((mx.linalg.norm(difference) / size).item())  # type: ignore[arg-type]
     if not error <= TOLERANCE[own.dtype]:
         raise UnsupportedServingError(
             f"The embedded MLX backend cannot serve {type(runner.model).__module__}: paged logits "

@@ -42,7 +42,7 @@ def _layer_name(index: int) -> str:
     return f"layers.{index}"
 
 
-class MlxWorker(WorkerBase):  # type: ignore[misc]
+class MlxWorker(WorkerBase):
     """The worker class that ``MlxPlatform`` names."""
 
     served: handoff.ServedModel
