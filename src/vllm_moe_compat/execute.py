@@ -81,7 +81,11 @@ def execute(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> N
         plan: made for exactly these tensors.
         weights: the loader's dict; sources go, targets come.
         dtype: ``bfloat16``, ``float16`` or ``float32`` for what is dequantised.
+            ``float32`` also widens what ``sanitize`` computes with.
     """
+    if dtype == "float32":
+        for name in plan.widen:
+            weights[name] = weights[name].astype(mx.float32)
     for name in plan.drops:
         weights.pop(name, None)
     layer = ""

@@ -112,8 +112,9 @@ def _transform(
     else:
         layout = detect(infer_fp8(given), _config_of(model), row.ignored)
         plan, path = make_plan(layout, row, _config_of(model)), None
-    dtype = target_dtype() if plan.dequantized else None
-    execute(plan, weights, dtype or "float32")
+    # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
+    dtype = target_dtype() if plan.dequantized else loads.serving_dtype.get()
+    execute(plan, weights, dtype or "bfloat16")
     return loads.LoadReport(
         path=path,
         module=plan.module,
@@ -121,7 +122,7 @@ def _transform(
         experts=plan.experts,
         layers=plan.stacked,
         dequantized=plan.dequantized,
-        dtype=dtype,
+        dtype=dtype if plan.dequantized else None,
         seconds=time.perf_counter() - start,
     )
 

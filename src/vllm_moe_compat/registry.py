@@ -9,7 +9,7 @@ plus stacking. What upstream gets right by itself has no field here.
 from __future__ import annotations
 
 from vllm_moe_compat.layout import Extras
-from vllm_moe_compat.plan.row import Moe, Row, Workaround
+from vllm_moe_compat.plan.row import Arithmetic, Moe, Row, Workaround
 
 BLOCK_FP8 = Workaround(
     id="block-fp8",
@@ -33,27 +33,48 @@ NESTED_VISION = Workaround(
     form="vision tower nested in the language model",
 )
 
+NORM_SHIFT = Workaround(
+    id="norm-shift",
+    why="mlx-lm adds 1 to norm weights in the checkpoint's dtype, which rounds them to bfloat16 "
+    "even where float32 serves",
+    upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
+    remove_when="the module's own sanitize shifts norms in float32",
+    form="bfloat16 norms, served in float32",
+)
+
 QWEN_MOE = Moe(
     source="mlp.experts",
     target="mlp.switch_mlp",
     projections=tuple((name, name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
 QWEN3_5_EXTRAS = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
+QWEN3_5_NORMS = Arithmetic(
+    suffixes=(
+        ".input_layernorm.weight",
+        ".post_attention_layernorm.weight",
+        "model.norm.weight",
+        ".q_norm.weight",
+        ".k_norm.weight",
+    ),
+    marker="conv1d.weight",
+)
 QWEN3_5_DROPS = Extras(prefixes=("model.language_model.visual.", "language_model.visual."))
 
 _ROWS = (
     Row(
         "mlx_lm.models.qwen3_5",
-        workarounds=(BLOCK_FP8, NESTED_VISION),
+        workarounds=(BLOCK_FP8, NESTED_VISION, NORM_SHIFT),
         extras=QWEN3_5_EXTRAS,
         drops=QWEN3_5_DROPS,
+        arithmetic=QWEN3_5_NORMS,
     ),
     Row(
         "mlx_lm.models.qwen3_5_moe",
-        workarounds=(BLOCK_FP8, STACK_EXPERTS, NESTED_VISION),
+        workarounds=(BLOCK_FP8, STACK_EXPERTS, NESTED_VISION, NORM_SHIFT),
         moe=QWEN_MOE,
         extras=QWEN3_5_EXTRAS,
         drops=QWEN3_5_DROPS,
+        arithmetic=QWEN3_5_NORMS,
     ),
 )
 

@@ -55,6 +55,8 @@ class Plan:
         words: the layout in words.
         builds: the tensors to make, layer by layer.
         drops: tensors to take out because nobody reads them.
+        widen: narrow tensors that ``sanitize`` computes with: float32 serving
+            wants them widened before.
         experts: routed experts per layer, where they are stacked; else 0.
         stacked: how many layers have their experts stacked.
         dequantized: how many FP8 tensors of the checkpoint are dequantised.
@@ -64,6 +66,7 @@ class Plan:
     words: str
     builds: tuple[Build, ...] = ()
     drops: tuple[str, ...] = ()
+    widen: tuple[str, ...] = ()
     experts: int = 0
     stacked: int = 0
     dequantized: int = 0
@@ -114,7 +117,23 @@ def make_plan(layout: Layout, row: Row, config: Mapping[str, Any]) -> Plan:
         words=layout.words,
         builds=tuple(builds),
         drops=(*layout.fp8.static, *sorted(row.drops.select(layout.ignored))),
+        widen=_widen(layout, row),
         experts=experts,
         stacked=stacked,
         dequantized=len(layout.fp8.pairs),
+    )
+
+
+def _widen(layout: Layout, row: Row) -> tuple[str, ...]:
+    """Return the half-precision tensors that this checkpoint's ``sanitize`` will compute with."""
+    rule = row.arithmetic
+    if rule is None or not any(
+        name.endswith(rule.marker) and info.shape[-1:] != (1,)
+        for name, info in layout.tensors.items()
+    ):
+        return ()
+    return tuple(
+        name
+        for name, info in layout.tensors.items()
+        if info.dtype in ("BF16", "F16") and name.endswith(rule.suffixes)
     )

@@ -45,6 +45,20 @@ class Moe:
 
 
 @dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Tensors that a module's ``sanitize`` computes with, in the checkpoint's dtype.
+
+    Attributes:
+        suffixes: how their names end.
+        marker: how the name of a tensor ends whose last axis is not 1 exactly
+            in checkpoints that ``sanitize`` has not seen yet.
+    """
+
+    suffixes: tuple[str, ...]
+    marker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """What is known about one mlx-lm module.
 
@@ -54,6 +68,7 @@ class Row:
         moe: its experts' convention; None for a dense module.
         extras: names that its ``sanitize`` drops.
         drops: extras that it does not drop and the executor must.
+        arithmetic: what it computes with, which float32 serving wants in float32.
     """
 
     module: str
@@ -61,6 +76,7 @@ class Row:
     moe: Moe | None = None
     extras: Extras = field(default_factory=Extras)
     drops: Extras = field(default_factory=Extras)
+    arithmetic: Arithmetic | None = None
 
     @property
     def ignored(self) -> Extras:

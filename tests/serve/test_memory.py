@@ -1,0 +1,92 @@
+"""Memory: what is reported is what is allocated, and nothing stale is ever read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import schedules
+from support.engine import Greedy, engine_core, in_process_llm, worker
+
+pytestmark = pytest.mark.serve
+
+
+def pools(llm: Any) -> list[Any]:
+    return list(worker(llm).runner.memory.distinct_pools)
+
+
+@pytest.mark.parametrize("size", [8 << 20, 50 << 20])
+def test_kv_cache_memory_bytes_are_what_is_allocated(demo_path: Path, size: int) -> None:
+    with in_process_llm(demo_path, kv_cache_memory_bytes=size) as llm:
+        held = sum(pool.nbytes for pool in pools(llm))
+        page = held / pools(llm)[0].num_blocks
+        assert size - page < held <= size
+
+
+def test_all_groups_share_one_buffer(demo_path: Path) -> None:
+    """Three gated-delta groups and a softmax group of one layer each: one pool."""
+    with in_process_llm(demo_path) as llm:
+        config = engine_core(llm).scheduler.kv_cache_config
+        assert len(config.kv_cache_groups) == 4
+        assert len(pools(llm)) == 1
+
+
+def test_utilization_bounds_everything_that_is_held(demo_path: Path) -> None:
+    from vllm_moe_compat.backend.memory import device_memory
+
+    total, _ = device_memory()
+    settings = {"kv_cache_memory_bytes": None, "max_num_seqs": 64, "max_model_len": 4096}
+    with in_process_llm(demo_path, gpu_memory_utilization=0.04, **settings) as llm:
+        budget = worker(llm).budget
+        held = sum(pool.nbytes for pool in pools(llm))
+        assert held <= budget.page_bytes
+        assert held + budget.states + budget.activations + budget.weights <= 0.04 * total
+        assert "gpu-memory-utilization" in str(budget)
+
+
+def test_no_more_is_taken_than_the_sequences_can_use(demo_path: Path) -> None:
+    with in_process_llm(
+        demo_path, kv_cache_memory_bytes=None, max_num_seqs=2, max_model_len=256
+    ) as llm:
+        budget = worker(llm).budget
+        assert "can use" in budget.reason
+        assert sum(pool.nbytes for pool in pools(llm)) < 8 << 20
+        arrivals = schedules.make(1, worker(llm).cache_config.block_size, longest=200)
+        assert schedules.play(llm, arrivals).preemptions == 0
+
+
+def test_sequences_are_lowered_when_their_states_do_not_fit(demo_path: Path) -> None:
+    settings = {"kv_cache_memory_bytes": None, "max_num_batched_tokens": 2000}
+    with in_process_llm(
+        demo_path, gpu_memory_utilization=0.02, max_num_seqs=2000, **settings
+    ) as llm:
+        lowered = worker(llm).budget.sequences
+        assert 1 <= lowered < 2000
+        assert engine_core(llm).vllm_config.scheduler_config.max_num_seqs == lowered
+        assert llm.generate(["Beautiful"] * 40, use_tqdm=False)[39].outputs[0].text
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["plain", "prefix"])
+def test_poisoned_pages_are_never_read(demo_path: Path, prefix: bool) -> None:
+    """NaN in every page that nobody has written: no token may change."""
+    import mlx.core as mx
+
+    greedy = Greedy(demo_path)
+    settings = {"enable_prefix_caching": prefix, "max_num_batched_tokens": 100}
+    with in_process_llm(demo_path, **settings) as llm:
+        for pool in pools(llm):
+            poison = mx.full(pool.pages.shape, 0x7FC00001, dtype=mx.uint32)
+            poison[0] = 0  # vLLM's null block
+            pool.pages = poison
+            mx.eval(pool.pages)
+            assert mx.isnan(pool.pages[1].view(mx.float32)).all().item()
+        for seed in (11, 12):
+            arrivals = schedules.make(seed, worker(llm).cache_config.block_size)
+            played = schedules.play(llm, arrivals)
+            for arrival in arrivals:
+                if arrival.req_id in played.tokens:
+                    want = greedy.tokens(arrival.prompt, arrival.max_tokens)
+                    assert played.tokens[arrival.req_id] == want
+        for pool in pools(llm):
+            assert not pool.pages[0].any().item(), "the null block stays zero"
