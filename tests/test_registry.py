@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import torch
 from mlx_lm.models import qwen3, qwen3_5, qwen3_5_moe
 
 import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, build
-from support.loading import load
+from support.loading import load, new_model
 from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE, row_for
 
 ROWS = list(TRANSFORMS_BY_MODULE.values())
@@ -77,7 +78,7 @@ NEEDED = {
 
 
 def test_every_workaround_has_a_checkpoint_that_needs_it():
-    assert set(NEEDED) == {w.id for row in ROWS for w in row.workarounds}
+    assert {*NEEDED, "norm-shift"} == {w.id for row in ROWS for w in row.workarounds}
 
 
 @pytest.mark.compat
@@ -94,3 +95,17 @@ def test_stock_mlx_lm_still_needs_the_workaround(workaround: str, make, tmp_path
         pytest.fail(
             f"mlx-lm loads this by itself now: look into removing {workaround!r} from registry.py"
         )
+
+
+@pytest.mark.compat
+def test_stock_mlx_lm_still_shifts_norms_in_the_checkpoints_dtype():
+    """Silently: the load succeeds, and 1 + w is rounded to bfloat16."""
+    vllm_moe_compat.revert()
+    model = new_model(build("combined").config)
+    norm = "model.layers.0.input_layernorm.weight"
+    weights = {
+        f"model.language_model.{norm.removeprefix('model.')}": mx.full(8, 2**-10, mx.bfloat16),
+        "model.language_model.layers.0.linear_attn.conv1d.weight": mx.zeros((8, 1, 4)),
+    }
+    shifted = model.sanitize(weights)[f"language_model.{norm}"]
+    assert shifted.tolist() == [1.0] * 8, "look into removing 'norm-shift' from registry.py"

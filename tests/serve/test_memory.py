@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support import schedules
 from support.engine import Greedy, engine_core, in_process_llm, worker
 
