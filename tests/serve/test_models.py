@@ -104,3 +104,20 @@ def test_the_4bit_checkpoint_stays_4bit(checkpoints: Path) -> None:
     with in_process_llm(checkpoints / "qwen3_moe-4bit", max_model_len=256) as llm:
         experts = worker(llm).served.model.model.layers[0].mlp.switch_mlp
         assert experts.up_proj.weight.dtype == mx.uint32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_fp8_config_does_not_confine_the_dtype(demo_path: Path, dtype: str) -> None:
+    """Golden text in every dtype; half precision also halves what a pool element holds."""
+    from vllm import SamplingParams
+
+    golden = json.loads((demo_path / "golden.json").read_text())
+    with in_process_llm(
+        demo_path, dtype=dtype, enable_prefix_caching=True, max_num_batched_tokens=32
+    ) as llm:
+        params = SamplingParams(temperature=0, max_tokens=golden["max_tokens"])
+        prompts = [golden["prompt"], "Namespaces are one", golden["prompt"]]
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert outputs[0].outputs[0].text == golden["text"]
+            assert outputs[2].outputs[0].text == golden["text"]

@@ -10,8 +10,10 @@ mlx-lm's ``SwitchLinear`` gathers each token's experts in one operation:
   once, at load, and the product is rounded back to the activations' dtype. That
   doubles the experts' bytes, which the start-up line accounts for.
 
-A loop over experts with one matrix product each was no alternative on the CPU:
-it moves the same bytes and reads the router's choice back on every layer.
+A loop over experts with one matrix product each is no alternative on the CPU:
+from 1 to 512 tokens and 16 to 64 experts it took 1.02 to 1.5 times as long as
+``gather_mm`` and reads the router's choice back on every layer; 8-bit experts
+took 1.1 to 1.2 times as long.
 """
 
 from __future__ import annotations

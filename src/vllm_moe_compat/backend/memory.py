@@ -104,12 +104,12 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     if explicit:
         page_bytes, reason = int(explicit), "--kv-cache-memory-bytes"
     else:
-        useful = useful_page_bytes(vllm_config, served.layers, sequences)
+        useful = demand(vllm_config, served.layers).bytes_for(sequences)
         page_bytes, reason = left - states, f"limited by {bound}"
         if useful < page_bytes:
             page_bytes = useful
-            reason = f"all that {sequences} sequences of {vllm_config.model_config.max_model_len} "
-            reason += "tokens can use"
+            length = vllm_config.model_config.max_model_len
+            reason = f"all that {sequences} sequences of {length} tokens can use"
     if page_bytes <= 0:
         raise UnsupportedServingError(
             f"No memory is left for the KV cache: of {_mib(total)} ({_mib(free)} free) "
@@ -122,25 +122,43 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     return Budget(total, served.weight_bytes, activations, states, sequences, page_bytes, reason)
 
 
-def useful_page_bytes(vllm_config: VllmConfig, layers: list[Layer], sequences: int) -> int:
-    """Bytes of pages that ``sequences`` of the longest length can fill.
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one sequence of the longest length needs, in vLLM's pages.
 
-    Every sequence needs its KV blocks and, per group of gated-delta layers, up
-    to two state blocks, each a page in as many pools as the smallest kind has
-    layers; one block more is vLLM's null block.
+    KV blocks for every group of softmax layers and up to two state blocks for
+    every group of gated-delta layers; a group has as many layers as the rarer
+    kind, and a block is a page in as many pools (``width``).
     """
+
+    blocks: int
+    page_bytes: int
+    width: int
+    length: int
+
+    def sequences(self, num_blocks: int) -> float:
+        """How many such sequences ``num_blocks`` hold; one block is vLLM's null block."""
+        return (num_blocks - 1) / self.blocks
+
+    def bytes_for(self, sequences: int) -> int:
+        """Bytes of pages for that many of them."""
+        return self.page_bytes * self.width * (sequences * self.blocks + 1)
+
+
+def demand(vllm_config: VllmConfig, layers: list[Layer]) -> Demand:
+    """Work out what a sequence of ``max_model_len`` tokens needs."""
     attention = [layer for layer in layers if isinstance(layer, AttentionLayer)]
     linear = len(layers) - len(attention)
     block = vllm_config.cache_config.block_size
     length = vllm_config.model_config.max_model_len
-    page: int = max(
+    page = max(
         2 * block * layer.kv_heads * layer.head_dim * layer.dtype.size for layer in attention
     )
     width = min(len(attention), linear) if linear else len(attention)
-    kv_groups = math.ceil(len(attention) / width)
-    state_groups = math.ceil(linear / width)
-    blocks = sequences * (kv_groups * math.ceil(length / block) + 2 * state_groups) + 1
-    return int(page * width * blocks)
+    kv_blocks = math.ceil(len(attention) / width) * math.ceil(length / block)
+    states = 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1
+    blocks = kv_blocks + states * math.ceil(linear / width)
+    return Demand(blocks, int(page), width, length)
 
 
 def _activations(served: ServedModel, tokens: int) -> int:

@@ -19,7 +19,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_moe_compat.backend import handoff, self_check, vllm_bridge
 from vllm_moe_compat.backend.layers import AttentionLayer, LinearLayer
-from vllm_moe_compat.backend.memory import Budget, measure
+from vllm_moe_compat.backend.memory import Budget, demand, measure
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.runner import Memory, ModelRunner
 from vllm_moe_compat.backend.sampling import TokenSampler
@@ -164,13 +164,19 @@ class MlxWorker(WorkerBase):
         )
         self.runner = ModelRunner(self.served.model, memory, TokenSampler(self.vllm_config))
         held = sum(pool.nbytes for pool in memory.distinct_pools)
+        need = demand(self.vllm_config, self.served.layers)
+        fit = need.sequences(kv_cache_config.num_blocks)
         logger.info(
-            "%s; %d pages of %d tokens in %d pools (%.1f MiB)",
-            self.budget,
+            "%s tokens fit, in %.1f sequences of %d: %d pages of %d tokens, %.1f MiB held in %d "
+            "pools; %s",
+            f"{int(fit * need.length):,}",
+            fit,
+            need.length,
             kv_cache_config.num_blocks,
             self.cache_config.block_size,
-            len(by_region),
             held / 2**20,
+            len(by_region),
+            self.budget,
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
