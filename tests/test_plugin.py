@@ -246,6 +246,10 @@ import json, logging
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 load_general_plugins()
+# vLLM configures logging after it has loaded its plugins.
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging
+configure_logging(LoggingConfig())
 
 import vllm.envs
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -341,5 +345,17 @@ def test_vllm_swallows_a_bad_setting_so_we_log_it() -> None:
         env={"VLLM_MOE_COMPAT_BACKEND": "nonsense"},
     )
     assert answer(result) != "MlxPlatform"
-    lines = [line for line in result.stdout.splitlines() if "ERROR" in line]
-    assert any("moe_compat: VLLM_MOE_COMPAT_BACKEND='nonsense' means nothing" in x for x in lines)
+    words = "moe_compat: VLLM_MOE_COMPAT_BACKEND='nonsense' means nothing; set it to one of auto"
+    assert words in result.stdout + result.stderr
+
+
+def test_a_bad_setting_ends_the_start_with_its_own_words() -> None:
+    result = fresh(
+        "from vllm.plugins import load_general_plugins; load_general_plugins()",
+        env={"VLLM_MOE_COMPAT_BACKEND": "nonsense"},
+    )
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(
+        "vllm_moe_compat.errors.SettingError: VLLM_MOE_COMPAT_BACKEND='nonsense'"
+    )

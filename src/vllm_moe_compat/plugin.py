@@ -98,10 +98,13 @@ def register() -> None:
     from vllm_moe_compat import patching
 
     patching.apply()
-    if who_serves()[0] == "embedded":
+    server, reason = who_serves()
+    if server == "embedded":
         from vllm_moe_compat.backend import models
 
         models.register()
+    else:
+        logger.info("%s serves, since %s; our load hooks prepare its weights", server, reason)
 
 
 def _name_our_variables() -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from vllm_moe_compat import context
+from vllm_moe_compat import context, plugin
 from vllm_moe_compat.backend import experts
 from vllm_moe_compat.backend.layers import AttentionLayer, Layer, describe
 from vllm_moe_compat.log import logger
@@ -52,8 +52,9 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
     softmax = sum(isinstance(layer, AttentionLayer) for layer in layers)
     logger.info(
-        "handed %s to the embedded MLX platform on %s: %s, %.1f MiB of weights%s, "
-        "%d softmax and %d gated-delta layers",
+        "the embedded MLX platform serves, since %s: handed it %s on %s, %s, %.1f MiB of "
+        "weights%s, %d softmax and %d gated-delta layers",
+        plugin.who_serves()[1],
         type(loaded).__module__,
         mx.default_device(),
         str(dtype).rpartition(".")[2],
