@@ -68,6 +68,9 @@ def test_tokens_are_those_of_a_single_sequence(
             llm.llm_engine.step()
             runner = worker(llm).runner
             assert not runner.memory.states.resident - set(runner.batch.requests)
+            if "prefix" in name and seed == 0:
+                # Refused by vLLM unless every block was given back.
+                assert llm.reset_prefix_cache()
         # The setting did what it is there for.
         assert (cached > 0) == ("prefix" in name)
         assert preemptions > 0 or "starved" not in name

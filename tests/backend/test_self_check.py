@@ -1,0 +1,40 @@
+"""The check before the first request finds pages that lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.engine import in_process_llm, worker
+from vllm_moe_compat import demo
+from vllm_moe_compat.backend import self_check
+from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.state_pool import StatePool
+from vllm_moe_compat.errors import UnsupportedServingError
+
+pytestmark = pytest.mark.serve
+
+
+def test_it_passes_on_what_works_and_refuses_what_does_not(
+    demo_checkpoint: demo.DemoCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: Path = demo_checkpoint.path
+    with in_process_llm(path) as llm:
+        runner = worker(llm).runner
+        self_check.run(runner)
+        assert not runner.memory.states.resident
+        assert not any(pool.pages.any().item() for pool in runner.memory.distinct_pools)
+
+        # Keys and values that never arrive.
+        with monkeypatch.context() as broken:
+            broken.setattr(PagePool, "write_rows", lambda self, rows, values: None)
+            with pytest.raises(UnsupportedServingError, match="paged logits differ"):
+                self_check.run(runner)
+        runner.memory.states.banks.clear()
+
+        # States that start from zero in every step.
+        with monkeypatch.context() as broken:
+            broken.setattr(StatePool, "put_in", lambda self, req_ids, states: None)
+            with pytest.raises(UnsupportedServingError, match="paged logits differ"):
+                self_check.run(runner)
