@@ -71,8 +71,9 @@ def test_the_log_says_what_was_found_and_who_serves(server: Server, smoke_model:
     ours = [line for line in server.log.splitlines() if "moe_compat: " in line]
     assert any(f"moe_compat: {smoke_model} (mlx_lm.models." in line for line in ours), ours
     assert not [line for line in ours if "WARNING" in line or "ERROR" in line]
+    assert any(" serves, since " in line for line in ours), ours
     if who_serves()[0] == "embedded":
-        assert any("to the embedded MLX platform" in line for line in ours), ours
+        assert any("the embedded MLX platform serves" in line for line in ours), ours
         assert any("for pages" in line for line in ours), ours
 
 
