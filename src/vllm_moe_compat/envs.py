@@ -65,7 +65,7 @@ SMOKE_MODEL = Variable(
 SMOKE_GOLDEN = Variable(
     "VLLM_MOE_COMPAT_SMOKE_GOLDEN",
     "",
-    "Tests only: a JSON file {prompt, text} that the smoke tests compare greedy output with.",
+    "Tests only: a JSON file {prompt, text, max_tokens} that the smoke tests expect.",
 )
 
 VARIABLES: tuple[Variable, ...] = (ENABLED, BACKEND, DTYPE, SMOKE_MODEL, SMOKE_GOLDEN)

@@ -21,6 +21,7 @@ from vllm_moe_compat import envs
 from vllm_moe_compat.log import logger, speak_through_vllm
 
 PLATFORM_CLASS = "vllm_moe_compat.backend.platform.MlxPlatform"
+KERNEL_PACKAGES = ("vllm_xpu_kernels", "tpu_inference", "libtpu")
 
 
 def mlx_installed() -> bool:
@@ -29,11 +30,14 @@ def mlx_installed() -> bool:
 
 
 def vllm_has_kernels() -> bool:
-    """Whether the installed vLLM was built with kernels for some device.
+    """Whether the installed vLLM has kernels for some device.
 
-    vLLM marks builds in its version (``+cpu``, ``+empty``) and ships compiled
-    extensions; the ``empty`` build has neither kernels nor a platform.
+    CPU, CUDA and ROCm builds ship compiled extensions; XPU and TPU bring theirs
+    in packages of their own; the ``empty`` build has none of them. Its version
+    says nothing: an installer may have set it.
     """
+    if any(importlib.util.find_spec(name) is not None for name in KERNEL_PACKAGES):
+        return True
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return False
@@ -89,30 +93,40 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: install the hooks; idempotent."""
+    """Entry point ``vllm.general_plugins``: install the hooks; idempotent.
+
+    Raises:
+        SettingError: a ``VLLM_MOE_COMPAT*`` variable has a value that means
+            nothing; no hook is installed then.
+    """
+    _name_our_variables()
+    server, reason = who_serves()
     if envs.ENABLED.read() == "0" or not mlx_installed():
         return
     speak_through_vllm()
-    _name_our_variables()
 
     from vllm_moe_compat import patching
 
     patching.apply()
-    server, reason = who_serves()
     if server == "embedded":
         from vllm_moe_compat.backend import models
 
         models.register()
     else:
-        logger.info("%s serves, since %s; our load hooks prepare its weights", server, reason)
+        logger.info(
+            "%s; our load hooks are installed",
+            f"{server} serves, since {reason}" if server != "nobody" else f"{reason} is set",
+        )
 
 
 def _name_our_variables() -> None:
     """Tell vLLM which ``VLLM_MOE_COMPAT*`` variables are ours.
 
     It warns of unknown ``VLLM_*`` variables, and refuses them in strict mode.
+    Nothing is imported for that: whoever calls a plugin has loaded them.
     """
-    import vllm.envs
-
+    known = sys.modules.get("vllm.envs")
+    if known is None:
+        return
     for variable in envs.VARIABLES:
-        vllm.envs.environment_variables.setdefault(variable.name, variable.read)
+        known.environment_variables.setdefault(variable.name, variable.read)

@@ -25,6 +25,15 @@ def test_kv_cache_memory_bytes_are_what_is_allocated(demo_path: Path, size: int)
         assert size - page < held <= size
 
 
+def test_more_than_the_machine_has_is_refused_with_the_numbers(demo_path: Path) -> None:
+    asked = 1 << 50
+    with (
+        pytest.raises(ValueError, match=r"--kv-cache-memory-bytes asks for 1073741824.0 MiB"),
+        in_process_llm(demo_path, kv_cache_memory_bytes=asked),
+    ):
+        pass
+
+
 def test_all_groups_share_one_buffer(demo_path: Path) -> None:
     """Three gated-delta groups and a softmax group of one layer each: one pool."""
     with in_process_llm(demo_path) as llm:
@@ -37,7 +46,7 @@ def test_utilization_bounds_everything_that_is_held(demo_path: Path) -> None:
     from vllm_moe_compat.backend.memory import device_memory
 
     total, _ = device_memory()
-    settings = {"kv_cache_memory_bytes": None, "max_num_seqs": 64, "max_model_len": 4096}
+    settings = {"kv_cache_memory_bytes": None, "max_num_seqs": 256, "max_model_len": 4096}
     with in_process_llm(demo_path, gpu_memory_utilization=0.04, **settings) as llm:
         budget = worker(llm).budget
         held = sum(pool.nbytes for pool in pools(llm))

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from vllm_moe_compat.backend.handoff import ServedModel
 
-# Tokens of the trial pass that measures activations; the cost grows linearly.
-TRIAL_TOKENS = 64
+# Tokens of the two trial passes between which activations are seen to grow.
+TRIAL_TOKENS = (32, 96)
 # Resident states may take this share of what is left for caches.
 STATE_SHARE = 0.5
 
@@ -83,11 +83,14 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     per_sequence = StatePool.bytes_per_sequence(linear)
     activations = _activations(served, scheduler.max_num_batched_tokens)
     total, free = device_memory()
-    wanted = int(total * cache.gpu_memory_utilization) - served.weight_bytes
-    left = min(wanted, free) - activations
+    explicit = int(cache.kv_cache_memory_bytes or 0)
+    # An explicit size overrides the utilization, as elsewhere in vLLM.
+    wanted = free if explicit else int(total * cache.gpu_memory_utilization) - served.weight_bytes
     bound = "--gpu-memory-utilization" if wanted <= free else "what is free now"
-    explicit = cache.kv_cache_memory_bytes
-    room = max(0, int((left - (explicit or 0)) * (1.0 if explicit else STATE_SHARE)))
+    left = min(wanted, free) - activations - explicit
+    if left <= 0:
+        raise _nothing_left(vllm_config, served, total, free, activations)
+    room = left if explicit else int(left * STATE_SHARE)
     sequences = scheduler.max_num_seqs
     if per_sequence and sequences * per_sequence > room:
         sequences = max(1, room // per_sequence)
@@ -102,7 +105,7 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
         scheduler.max_num_seqs = sequences
     states = sequences * per_sequence
     if explicit:
-        page_bytes, reason = int(explicit), "--kv-cache-memory-bytes"
+        page_bytes, reason = explicit, "--kv-cache-memory-bytes"
     else:
         useful = demand(vllm_config, served.layers).bytes_for(sequences)
         page_bytes, reason = left - states, f"limited by {bound}"
@@ -111,15 +114,24 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
             length = vllm_config.model_config.max_model_len
             reason = f"all that {sequences} sequences of {length} tokens can use"
     if page_bytes <= 0:
-        raise UnsupportedServingError(
-            f"No memory is left for the KV cache: of {_mib(total)} ({_mib(free)} free) "
-            f"--gpu-memory-utilization {cache.gpu_memory_utilization} allows "
-            f"{_mib(int(total * cache.gpu_memory_utilization))}, the weights take "
-            f"{_mib(served.weight_bytes)}, activations {_mib(activations)} and states "
-            f"{_mib(states)}; free memory, raise the utilization, or lower --max-num-seqs or "
-            "--max-num-batched-tokens."
-        )
+        raise _nothing_left(vllm_config, served, total, free, activations + states)
     return Budget(total, served.weight_bytes, activations, states, sequences, page_bytes, reason)
+
+
+def _nothing_left(
+    vllm_config: VllmConfig, served: ServedModel, total: int, free: int, working: int
+) -> UnsupportedServingError:
+    cache = vllm_config.cache_config
+    share = cache.gpu_memory_utilization
+    if cache.kv_cache_memory_bytes:
+        allowed = f"--kv-cache-memory-bytes asks for {_mib(cache.kv_cache_memory_bytes)}"
+    else:
+        allowed = f"--gpu-memory-utilization {share} allows {_mib(int(total * share))}"
+    return UnsupportedServingError(
+        f"No memory is left for the KV cache: of {_mib(total)} ({_mib(free)} free) {allowed}, the "
+        f"weights take {_mib(served.weight_bytes)}, activations and states {_mib(working)}; free "
+        "memory, change that option, or lower --max-num-seqs or --max-num-batched-tokens."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +174,22 @@ def demand(vllm_config: VllmConfig, layers: list[Layer]) -> Demand:
 
 
 def _activations(served: ServedModel, tokens: int) -> int:
-    """Peak bytes of a prefill of ``tokens``, scaled up from a short one.
+    """Peak bytes of a prefill of ``tokens``, on the line through two short ones.
 
     The model's head is left out, as in every prefill.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    caches = make_prompt_cache(served.model)
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    served.model(mx.zeros((1, TRIAL_TOKENS), dtype=mx.int32), cache=caches)
-    mx.eval([cache.state for cache in caches])
-    peak = int(mx.get_peak_memory()) - int(before)
-    return math.ceil(peak * max(1, tokens / TRIAL_TOKENS))
+    peaks = []
+    for count in TRIAL_TOKENS:
+        caches = make_prompt_cache(served.model)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        served.model(mx.zeros((1, count), dtype=mx.int32), cache=caches)
+        mx.eval([cache.state for cache in caches])
+        peaks.append(int(mx.get_peak_memory()) - int(before))
+        del caches
+    (short, long), (low, high) = TRIAL_TOKENS, peaks
+    slope = max(0.0, (high - low) / (long - short))
+    return math.ceil(high + slope * max(0, tokens - long))

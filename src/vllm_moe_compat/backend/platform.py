@@ -59,7 +59,8 @@ class MlxPlatform(Platform):
         """What ``--dtype auto`` may choose; an explicit dtype is not held to it.
 
         On the CPU float32 alone: its ``gather_mm`` (the experts) has no other,
-        and its half-precision products are slower than float32 ones.
+        and half precision gains nothing there (matrix products measured at 1.0
+        to 1.1 times float32's time in bfloat16, 1.3 to 1.5 in float16).
         """
         if mlx_device() == "cpu":
             return [torch.float32]

@@ -168,7 +168,7 @@ class MlxWorker(WorkerBase):
         fit = need.sequences(kv_cache_config.num_blocks)
         logger.info(
             "%s tokens fit, in %.1f sequences of %d: %d pages of %d tokens, %.1f MiB held in %d "
-            "pools; %s",
+            "pool%s; %s",
             f"{int(fit * need.length):,}",
             fit,
             need.length,
@@ -176,6 +176,7 @@ class MlxWorker(WorkerBase):
             self.cache_config.block_size,
             held / 2**20,
             len(by_region),
+            "s" if len(by_region) > 1 else "",
             self.budget,
         )
 

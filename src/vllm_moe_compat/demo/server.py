@@ -95,7 +95,8 @@ def serve_command(model: Path, port: int, options: Sequence[str] = ()) -> list[s
     return [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", HOST, "--port", str(port), "--served-model-name", "demo"),
-        *("--max-model-len", "2048", *options),
+        # Time for the engine's own clean-up when it is told to stop.
+        *("--max-model-len", "2048", "--shutdown-timeout", "10", *options),
     ]
 
 

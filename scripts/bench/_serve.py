@@ -1,0 +1,305 @@
+"""Decode tokens/s of the embedded backend over mlx-lm's BatchGenerator.
+
+Both sides hold the same requests over the same model object in one process and
+take turns: a round is mlx-lm, ours, mlx-lm, each for the same number of steps.
+A case's ratio is the median over rounds of ours to the mean of its two
+neighbours; the control is the median ratio of those two to each other, which
+would be 1 on a quiet machine. Prompts are computed before the clock starts, and
+both sides are warmed up.
+
+``ratio`` is end to end: vLLM's engine step, with its scheduler, our worker,
+vLLM's sampler and its output processing, against ``BatchGenerator.next``.
+``worker_ratio`` counts only what the worker does of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _model import Shape, write
+
+# Contexts of a ragged batch, as shares of the longest.
+RAGGED = (1.0, 0.5, 0.25, 0.0625)
+DEFAULT_CASES = ("1x1024", "4x1024", "4x4096", "4x4096-ragged", "16x1024")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``name`` is BATCHxCONTEXT, with ``-ragged`` for prompts of different lengths."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        sizes, _, kind = name.partition("-")
+        try:
+            batch, length = (int(part) for part in sizes.split("x"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{name!r} is not like 4x1024") from None
+        if kind not in ("", "ragged") or batch < 1 or length < 2:
+            raise argparse.ArgumentTypeError(f"{name!r} is not like 4x1024 or 4x4096-ragged")
+        shares = RAGGED if kind else (1.0,)
+        lengths = tuple(max(2, int(length * shares[i % len(shares)])) for i in range(batch))
+        return cls(name, lengths)
+
+    def prompts(self, vocab: int) -> list[list[int]]:
+        draw = random.Random(self.name)
+        return [[draw.randrange(vocab - 16) for _ in range(n)] for n in self.lengths]
+
+
+class Ours:
+    """The embedded backend under vLLM's engine, in this process."""
+
+    def __init__(self, path: Path, cases: list[Case], extra: int, async_scheduling: bool) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_MOE_COMPAT_BACKEND", "embedded")
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(path),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=max(max(case.lengths) for case in cases) + extra,
+            max_num_seqs=max(len(case.lengths) for case in cases),
+            max_num_batched_tokens=4096,
+            enable_prefix_caching=False,
+            async_scheduling=async_scheduling,
+            seed=0,
+        )
+        self.engine = self.llm.llm_engine
+        core = self.engine.engine_core.engine_core
+        self.worker = core.model_executor.driver_worker.worker
+        self.inside = 0.0
+        for name in ("execute_model", "sample_tokens"):
+            setattr(self.worker, name, self._timed(getattr(self.worker, name)))
+
+    def _timed(self, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside += time.perf_counter() - began
+
+        return timed
+
+    @contextmanager
+    def running(self, prompts: list[list[int]], steps: int) -> Iterator[None]:
+        """With every prompt computed and every request at its second token at least."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        params = SamplingParams(
+            temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False
+        )
+        ids = [
+            self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
+            for i, prompt in enumerate(prompts)
+        ]
+        started: set[str] = set()
+        while len(started) < len(prompts):
+            started |= {output.request_id for output in self.engine.step()}
+        try:
+            yield
+        finally:
+            self.engine.abort_request(ids, internal=True)
+            while self.engine.has_unfinished_requests():
+                self.engine.step()
+            self.engine.step()
+
+    def decode(self, steps: int, batch: int) -> tuple[float, float]:
+        """Seconds for that many steps, and what the worker took of them."""
+        self.inside, done = 0.0, 0
+        began = time.perf_counter()
+        while done < steps * batch:
+            done += len(self.engine.step())
+        return time.perf_counter() - began, self.inside
+
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()
+
+
+class Theirs:
+    """mlx-lm's BatchGenerator over the same model object."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @contextmanager
+    def running(self, prompts: list[list[int]], steps: int) -> Iterator[None]:
+        import mlx.core as mx
+        from mlx_lm.generate import BatchGenerator
+
+        self.generator = BatchGenerator(
+            self.model, max_tokens=steps, completion_batch_size=len(prompts)
+        )
+        self.generator.insert(prompts)
+        while len(self.generator.next()[1]) < len(prompts):
+            pass
+        try:
+            yield
+        finally:
+            self.generator.close()
+            del self.generator
+            mx.clear_cache()
+
+    def decode(self, steps: int, batch: int) -> float:
+        """Seconds for that many steps, begun and ended with nothing under way."""
+        import mlx.core as mx
+
+        mx.synchronize(self.generator.stream)
+        began = time.perf_counter()
+        for _ in range(steps):
+            _, responses = self.generator.next()
+            assert len(responses) == batch, "a request ended early"
+        mx.synchronize(self.generator.stream)
+        return time.perf_counter() - began
+
+
+def measure(case: Case, ours: Ours, theirs: Theirs, args: argparse.Namespace) -> dict[str, Any]:
+    """One case: its rates, its ratios, and the control."""
+    batch, steps = len(case.lengths), args.steps
+    prompts = case.prompts(args.vocab)
+    limit = (2 * args.rounds + 3) * steps + 8
+    rounds: list[tuple[float, float, float, float]] = []
+    say(f"{case.name}: computing prompts")
+    with theirs.running(prompts, limit), ours.running(prompts, limit):
+        theirs.decode(4, batch)
+        ours.decode(4, batch)
+        for number in range(args.rounds):
+            first = theirs.decode(steps, batch)
+            mine, inside = ours.decode(steps, batch)
+            second = theirs.decode(steps, batch)
+            rounds.append((first, mine, inside, second))
+            say(
+                f"{case.name}: round {number + 1}/{args.rounds}: "
+                f"{(first + second) / 2 / mine:.3f} "
+                f"(worker {(first + second) / 2 / inside:.3f}, control {second / first:.3f})"
+            )
+    tokens = batch * steps
+    return {
+        "case": case.name,
+        "ratio": median((a + b) / 2 / mine for a, mine, _, b in rounds),
+        "worker_ratio": median((a + b) / 2 / inside for a, _, inside, b in rounds),
+        "control": median(b / a for a, _, _, b in rounds),
+        "ours_tokens_per_s": median(tokens / mine for _, mine, _, _ in rounds),
+        "worker_tokens_per_s": median(tokens / inside for _, _, inside, _ in rounds),
+        "mlx_lm_tokens_per_s": median(2 * tokens / (a + b) for a, _, _, b in rounds),
+        "ratios": [round((a + b) / 2 / mine, 4) for a, mine, _, b in rounds],
+        "contexts": list(case.lengths),
+        "steps": steps,
+    }
+
+
+def median(values: Any) -> float:
+    return round(statistics.median(values), 4)
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, without naming anybody's machine."""
+    import importlib.metadata
+
+    import mlx.core as mx
+
+    versions = {}
+    for name in ("mlx", "mlx-lm", "vllm", "torch"):
+        versions[name] = importlib.metadata.version(name)
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "mlx_device": str(mx.default_device()),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    head = "| case | ratio | worker only | control | ours, tokens/s | mlx-lm, tokens/s |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for row in result["cases"]:
+        lines.append(
+            f"| {row['case']} | {row['ratio']:.2f} | {row['worker_ratio']:.2f} | "
+            f"{row['control']:.2f} | {row['ours_tokens_per_s']:.1f} | "
+            f"{row['mlx_lm_tokens_per_s']:.1f} |"
+        )
+    for name in ("model", "machine"):
+        lines.append(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in result[name].items()))
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench/serve",
+        description="Decode tokens/s of the embedded backend over mlx-lm's BatchGenerator.",
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--quick", action="store_true", help="3 rounds of 8 steps: a look, not a measurement")
+    add(
+        "--cases",
+        type=lambda text: [Case.parse(name) for name in text.split(",")],
+        default=[Case.parse(name) for name in DEFAULT_CASES],
+        help=f"BATCHxCONTEXT[-ragged], separated by commas (default {','.join(DEFAULT_CASES)})",
+    )
+    add("--rounds", type=int, help="rounds per case: mlx-lm, ours, mlx-lm (default 7)")
+    add("--steps", type=int, help="decode steps per turn (default 16)")
+    add("--async-scheduling", action="store_true", help="vLLM's async scheduling on")
+    for name, value in vars(Shape()).items():
+        add(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (3 if args.quick else 7)
+    args.steps = args.steps or (8 if args.quick else 16)
+    if args.layers % 4 or args.hidden % 128 or args.vocab < 32 or args.head_dim % 8:
+        parser.error("layers go in fours, hidden in 128s, head-dim in 8s; vocab from 32 on")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    shape = Shape(**{name: getattr(args, name) for name in vars(Shape())})
+    extra = (2 * args.rounds + 3) * args.steps + 16
+    longest = max(max(case.lengths) for case in args.cases)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        model = write(path, shape, longest + extra)
+        ours = Ours(path, args.cases, extra, args.async_scheduling)
+        theirs = Theirs(ours.worker.get_model())
+        try:
+            cases = [measure(case, ours, theirs, args) for case in args.cases]
+        finally:
+            ours.close()
+    return {"cases": cases, "model": model, "machine": machine()}
+
+
+def main() -> int:
+    args = parse()
+    # Whatever the libraries print, stdout holds the result alone.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with redirect_stdout(sys.stderr):
+        result = run(args)
+    out.write((json.dumps(result) if args.json else table(result)) + "\n")
+    out.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
