@@ -4,8 +4,8 @@ Both sides hold the same requests over the same model object in one process and
 take turns: a round is mlx-lm, ours, mlx-lm, each for the same number of steps.
 A case's ratio is the median over rounds of ours to the mean of its two
 neighbours; the control is the median ratio of those two to each other, which
-would be 1 on a quiet machine. Prompts are computed before the clock starts, and
-both sides are warmed up.
+would be 1 on a quiet machine. Prompts are there before the clock starts (see
+``_contexts``), both sides are warmed up, and both must generate the same tokens.
 
 ``ratio`` is end to end: vLLM's engine step, with its scheduler, our worker,
 vLLM's sampler and its output processing, against ``BatchGenerator.next``.
@@ -27,12 +27,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _model import Shape, write
 
+if TYPE_CHECKING:
+    from _contexts import Context
+
 # Contexts of a ragged batch, as shares of the longest.
 RAGGED = (1.0, 0.5, 0.25, 0.0625)
+WARM_UP, MOST_STEPS = 4, 32
 DEFAULT_CASES = ("1x1024", "4x1024", "4x4096", "4x4096-ragged", "16x1024")
 
 
@@ -57,8 +61,12 @@ class Case:
         return cls(name, lengths)
 
     def prompts(self, vocab: int) -> list[list[int]]:
+        """Token ids; each prompt begins with its number."""
         draw = random.Random(self.name)
-        return [[draw.randrange(vocab - 16) for _ in range(n)] for n in self.lengths]
+        return [
+            [i, *(draw.randrange(vocab - 16) for _ in range(n - 1))]
+            for i, n in enumerate(self.lengths)
+        ]
 
 
 class Ours:
@@ -83,6 +91,12 @@ class Ours:
         self.engine = self.llm.llm_engine
         core = self.engine.engine_core.engine_core
         self.worker = core.model_executor.driver_worker.worker
+        self.contexts: dict[int, Context] = {}
+        from _contexts import instead_of_prefills
+
+        runner = self.worker.runner
+        runner.forward = instead_of_prefills(runner, self.contexts)
+        self.layers = runner.memory.layers
         self.inside = 0.0
         for name in ("execute_model", "sample_tokens"):
             setattr(self.worker, name, self._timed(getattr(self.worker, name)))
@@ -98,21 +112,22 @@ class Ours:
         return timed
 
     @contextmanager
-    def running(self, prompts: list[list[int]], steps: int) -> Iterator[None]:
-        """With every prompt computed and every request at its second token at least."""
+    def running(
+        self, prompts: list[list[int]], contexts: list[Context], steps: int
+    ) -> Iterator[None]:
+        """With all requests generating."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        params = SamplingParams(
-            temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False
-        )
+        params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+        self.contexts.update(enumerate(contexts))
+        self.tokens: dict[str, list[int]] = {}
         ids = [
             self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
             for i, prompt in enumerate(prompts)
         ]
-        started: set[str] = set()
-        while len(started) < len(prompts):
-            started |= {output.request_id for output in self.engine.step()}
+        while len(self.tokens) < len(prompts):
+            self._step()
         try:
             yield
         finally:
@@ -121,12 +136,18 @@ class Ours:
                 self.engine.step()
             self.engine.step()
 
+    def _step(self) -> int:
+        outputs = self.engine.step()
+        for output in outputs:
+            self.tokens[output.request_id] = output.outputs[0].token_ids
+        return len(outputs)
+
     def decode(self, steps: int, batch: int) -> tuple[float, float]:
         """Seconds for that many steps, and what the worker took of them."""
         self.inside, done = 0.0, 0
         began = time.perf_counter()
         while done < steps * batch:
-            done += len(self.engine.step())
+            done += self._step()
         return time.perf_counter() - began, self.inside
 
     def close(self) -> None:
@@ -140,15 +161,26 @@ class Theirs:
         self.model = model
 
     @contextmanager
-    def running(self, prompts: list[list[int]], steps: int) -> Iterator[None]:
+    def running(
+        self, prompts: list[list[int]], contexts: list[Context], steps: int
+    ) -> Iterator[None]:
+        """With all requests generating."""
         import mlx.core as mx
+        from _contexts import as_prompt_cache
         from mlx_lm.generate import BatchGenerator
 
         self.generator = BatchGenerator(
-            self.model, max_tokens=steps, completion_batch_size=len(prompts)
+            self.model,
+            max_tokens=steps,
+            completion_batch_size=len(prompts),
+            prefill_batch_size=len(prompts),
         )
-        self.generator.insert(prompts)
-        while len(self.generator.next()[1]) < len(prompts):
+        self.tokens: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        self.generator.insert(
+            [prompt[-1:] for prompt in prompts],
+            caches=[as_prompt_cache(self.model, context) for context in contexts],
+        )
+        while not self._step():
             pass
         try:
             yield
@@ -157,6 +189,12 @@ class Theirs:
             del self.generator
             mx.clear_cache()
 
+    def _step(self) -> int:
+        _, responses = self.generator.next()
+        for response in responses:
+            self.tokens[response.uid].append(response.token)
+        return len(responses)
+
     def decode(self, steps: int, batch: int) -> float:
         """Seconds for that many steps, begun and ended with nothing under way."""
         import mlx.core as mx
@@ -164,32 +202,42 @@ class Theirs:
         mx.synchronize(self.generator.stream)
         began = time.perf_counter()
         for _ in range(steps):
-            _, responses = self.generator.next()
-            assert len(responses) == batch, "a request ended early"
+            assert self._step() == batch, "a request ended early"
         mx.synchronize(self.generator.stream)
         return time.perf_counter() - began
 
 
 def measure(case: Case, ours: Ours, theirs: Theirs, args: argparse.Namespace) -> dict[str, Any]:
     """One case: its rates, its ratios, and the control."""
-    batch, steps = len(case.lengths), args.steps
+    from _contexts import draw
+
+    batch = len(case.lengths)
     prompts = case.prompts(args.vocab)
-    limit = (2 * args.rounds + 3) * steps + 8
+    limit = most_tokens(args)
     rounds: list[tuple[float, float, float, float]] = []
-    say(f"{case.name}: computing prompts")
-    with theirs.running(prompts, limit), ours.running(prompts, limit):
-        theirs.decode(4, batch)
-        ours.decode(4, batch)
+    # A prompt's last token is computed by both sides.
+    contexts = [draw(ours.layers, n - 1, seed) for seed, n in enumerate(case.lengths)]
+    with (
+        theirs.running(prompts, contexts, limit),
+        ours.running(prompts, contexts, limit),
+    ):
+        del contexts
+        theirs.decode(WARM_UP, batch)
+        ours.decode(WARM_UP, batch)
+        pace = theirs.decode(WARM_UP, batch) / WARM_UP
+        steps = max(WARM_UP, min(MOST_STEPS, round(args.seconds / pace)))
         for number in range(args.rounds):
             first = theirs.decode(steps, batch)
             mine, inside = ours.decode(steps, batch)
             second = theirs.decode(steps, batch)
             rounds.append((first, mine, inside, second))
             say(
-                f"{case.name}: round {number + 1}/{args.rounds}: "
+                f"{case.name}: round {number + 1}/{args.rounds} of {steps} steps: "
                 f"{(first + second) / 2 / mine:.3f} "
                 f"(worker {(first + second) / 2 / inside:.3f}, control {second / first:.3f})"
             )
+        same = agreement(ours.tokens, theirs.tokens)
+        say(f"{case.name}: {same:.0%} of the tokens are the same on both sides")
     tokens = batch * steps
     return {
         "case": case.name,
@@ -202,7 +250,19 @@ def measure(case: Case, ours: Ours, theirs: Theirs, args: argparse.Namespace) ->
         "ratios": [round((a + b) / 2 / mine, 4) for a, mine, _, b in rounds],
         "contexts": list(case.lengths),
         "steps": steps,
+        "same_tokens": round(same, 4),
     }
+
+
+def agreement(ours: dict[str, list[int]], theirs: dict[int, list[int]]) -> float:
+    """Share of tokens that are the same, up to where the shorter side has got."""
+    pairs = [pair for i in theirs for pair in zip(ours[str(i)], theirs[i], strict=False)]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def most_tokens(args: argparse.Namespace) -> int:
+    """More than either side can generate in a case."""
+    return int(2 * args.rounds * MOST_STEPS + 4 * WARM_UP + 8)
 
 
 def median(values: Any) -> float:
@@ -253,7 +313,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    add("--quick", action="store_true", help="3 rounds of 8 steps: a look, not a measurement")
+    add("--quick", action="store_true", help="3 short rounds: a look, not a measurement")
     add(
         "--cases",
         type=lambda text: [Case.parse(name) for name in text.split(",")],
@@ -261,13 +321,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"BATCHxCONTEXT[-ragged], separated by commas (default {','.join(DEFAULT_CASES)})",
     )
     add("--rounds", type=int, help="rounds per case: mlx-lm, ours, mlx-lm (default 7)")
-    add("--steps", type=int, help="decode steps per turn (default 16)")
+    add(
+        "--seconds",
+        type=float,
+        help=f"length of a turn (default 1); it has {WARM_UP} to {MOST_STEPS} decode steps",
+    )
     add("--async-scheduling", action="store_true", help="vLLM's async scheduling on")
     for name, value in vars(Shape()).items():
         add(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (3 if args.quick else 7)
-    args.steps = args.steps or (8 if args.quick else 16)
+    args.seconds = args.seconds or (0.3 if args.quick else 1.0)
     if args.layers % 4 or args.hidden % 128 or args.vocab < 32 or args.head_dim % 8:
         parser.error("layers go in fours, hidden in 128s, head-dim in 8s; vocab from 32 on")
     return args
@@ -275,7 +339,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     shape = Shape(**{name: getattr(args, name) for name in vars(Shape())})
-    extra = (2 * args.rounds + 3) * args.steps + 16
+    extra = most_tokens(args) + 1
     longest = max(max(case.lengths) for case in args.cases)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)

@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix": {"enable_prefix_caching": True},
     "chunks": {"max_num_batched_tokens": 48, "max_num_seqs": 6},
     "prefix-chunks": {"enable_prefix_caching": True, "max_num_batched_tokens": 90},
-    "starved": {"num_gpu_blocks_override": 22, "max_model_len": 432},
+    "starved": {"num_gpu_blocks_override": 20, "max_model_len": 432, "max_num_seqs": 3},
     "starved-prefix": {
         "num_gpu_blocks_override": 34,
         "max_model_len": 432,

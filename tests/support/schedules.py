@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from support.engine import engine_core
+from support.engine import engine_core, worker
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,9 @@ def play(llm: Any, arrivals: list[Arrival], limit: int = 3000) -> Played:
             if output.finished and output.outputs[0].finish_reason != "abort":
                 played.tokens[output.request_id] = list(output.outputs[0].token_ids)
                 played.cached += output.num_cached_tokens or 0
+        # Preempted requests give their states back like their pages.
+        states = worker(llm).runner.memory.states
+        assert len(states.resident) <= scheduler.max_num_running_reqs
         waiting_again = {request.request_id for request in scheduler.waiting}
         played.preemptions += len(before & waiting_again)
         step += 1

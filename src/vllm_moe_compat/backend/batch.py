@@ -36,6 +36,7 @@ class Request:
     blocks: list[list[int]]  # per KV group
     computed: int
     output: list[int] = field(default_factory=list)
+    done: int = 0  # tokens computed when the last step ended
 
     @property
     def num_tokens(self) -> int:

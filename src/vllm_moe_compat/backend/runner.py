@@ -23,7 +23,7 @@ from vllm_moe_compat.backend.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.sampling import TokenSampler
-from vllm_moe_compat.backend.scheduler_output import decode
+from vllm_moe_compat.backend.scheduler_output import Step, decode
 from vllm_moe_compat.backend.state_pool import StatePool
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class ModelRunner:
         lost = self.batch.update(step)
         self.sampler.forget(set(step.finished))
         self.memory.states.drop(lost)
+        self._drop_preempted(step)
         for pool in self.memory.distinct_pools:
             pool.copy(step.page_copies)
         scheduled = step.scheduled
@@ -138,6 +139,29 @@ class ModelRunner:
         self._save_states(requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
+
+    def _drop_preempted(self, step: Step) -> None:
+        """Let go of states whose requests lost their pages without a word.
+
+        vLLM does not name preempted requests, and one that is merely not
+        scheduled must keep its state. But the block of a state that is still in
+        use is never given away; at a block boundary it may be shared, and then
+        the page holds the state too.
+        """
+        states = self.memory.states
+        paused = states.resident - step.scheduled.keys()
+        if not paused:
+            return
+        given = step.given_blocks()
+        requests = [self.batch.requests[req_id] for req_id in paused]
+        blocks = self.memory.state_blocks(requests, [request.done for request in requests])
+        states.drop(
+            {
+                request.req_id
+                for i, request in enumerate(requests)
+                if any(held[i] in given for held in blocks.values())
+            }
+        )
 
     def _prefill(self, work: Pass) -> None:
         scored = [
@@ -200,7 +224,7 @@ class ModelRunner:
         block = memory.block_sizes[memory.states.groups[0]]
         keep, counts, unfinished = [], [], set()
         for request in requests:
-            end = request.computed + scheduled[request.req_id]
+            end = request.done = request.computed + scheduled[request.req_id]
             partial = end < request.num_tokens
             if partial:
                 unfinished.add(request.req_id)

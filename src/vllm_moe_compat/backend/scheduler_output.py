@@ -49,6 +49,12 @@ class Step:
     scheduled: dict[str, int]  # request id → number of tokens in this step
     page_copies: tuple[tuple[int, int], ...]  # (source block, destination block)
 
+    def given_blocks(self) -> set[int]:
+        """Every block that this step gives to some request."""
+        tables = [request.blocks for request in self.new]
+        tables += [request.blocks for request in self.running if request.blocks is not None]
+        return {block for table in tables for group in table for block in group}
+
 
 def decode(output: SchedulerOutput) -> Step:
     """Translate one scheduler output.

@@ -1,0 +1,113 @@
+"""Gated-delta states: rows that move, pages that last, and whose they are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from vllm_moe_compat.backend.batch import Request
+from vllm_moe_compat.backend.layers import LinearLayer
+from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.runner import Memory, ModelRunner
+from vllm_moe_compat.backend.scheduler_output import NewRequest, Step
+
+BLOCK = 4
+PARAMS = SimpleNamespace(prompt_logprobs=None)
+
+
+def memory(dtype: mx.Dtype = mx.float32, layers: int = 2) -> Memory:
+    """``layers`` gated-delta layers in one KV group, with ten pages each."""
+    described = [LinearLayer(i, (3, 6), dtype, (2, 4, 5), mx.float32) for i in range(layers)]
+    page = 3 * 6 * dtype.size + 2 * 4 * 5 * 4 + 64
+    pools = {i: PagePool(10, page, dtype) for i in range(layers)}
+    return Memory(described, pools, dict.fromkeys(range(layers), 0), [BLOCK], keep_boundaries=True)
+
+
+def states(rows: int, start: float, dtype: mx.Dtype = mx.float32, layers: int = 2) -> list[Any]:
+    made = []
+    for layer in range(layers):
+        conv = mx.arange(rows * 18).reshape(rows, 3, 6) / 8 + start + layer
+        made.append((conv.astype(dtype), mx.arange(rows * 40).reshape(rows, 2, 4, 5) - start))
+    return [(conv, state.astype(mx.float32)) for conv, state in made]
+
+
+def row(all_states: list[Any], index: int) -> list[list[Any]]:
+    return [[part[index].tolist() for part in state] for state in all_states]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_a_saved_state_comes_back_bit_for_bit(dtype: mx.Dtype) -> None:
+    pool = memory(dtype).states
+    given = states(2, 3.0, dtype)
+    pool.put_in(["a", "b"], given)
+    pool.save(["b", "a"], {0: [7, 2]})
+    pool.drop({"a", "b"})
+    back = pool.take_out(["a", "b"], [5, 5], {0: [2, 7]})
+    assert row(back, 0) == row(given, 0)
+    assert row(back, 1) == row(given, 1)
+    assert back[0][0].dtype == dtype
+
+
+def test_who_has_computed_nothing_starts_from_zero_whatever_its_page_holds() -> None:
+    pool = memory().states
+    pool.put_in(["a"], states(1, 3.0))
+    pool.save(["a"], {0: [4]})
+    pool.drop({"a"})
+    fresh = pool.take_out(["successor"], [0], {0: [4]})
+    assert not any(part.any().item() for state in fresh for part in state)
+
+
+def test_the_same_batch_gets_its_own_arrays_back() -> None:
+    pool = memory().states
+    given = states(2, 1.0)
+    pool.put_in(["a", "b"], given)
+    back = pool.take_out(["a", "b"], [1, 1], {0: [1, 2]})
+    assert all(mine is yours for mine, yours in zip(given, back, strict=True))
+
+
+def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_asked() -> None:
+    pool = memory().states
+    first, second, paged = states(2, 1.0), states(1, 50.0), states(1, 90.0)
+    pool.put_in(["p"], paged)
+    pool.save(["p"], {0: [3]})
+    pool.drop({"p"})
+    pool.put_in(["a", "b"], first)
+    pool.put_in(["c"], second)
+    back = pool.take_out(["new", "c", "p", "a"], [0, 9, 6, 9], {0: [5, 6, 3, 7]})
+    assert not any(part[0].any().item() for state in back for part in state)
+    assert row(back, 1) == row(second, 0)
+    assert row(back, 2) == row(paged, 0)
+    assert row(back, 3) == row(first, 0)
+    assert pool.resident == {"b"}
+    assert row(pool.take_out(["b"], [9], {0: [1]}), 0) == row(first, 1)
+
+
+def runner_with(*requests: Request) -> ModelRunner:
+    runner = ModelRunner(None, memory(), None)  # type: ignore[arg-type]
+    for request in requests:
+        runner.batch.requests[request.req_id] = request
+    runner.memory.states.put_in([r.req_id for r in requests], states(len(requests), 2.0))
+    return runner
+
+
+def request(req_id: str, blocks: list[int], done: int) -> Request:
+    made = Request(req_id, [1] * done, PARAMS, [blocks], done)
+    made.done = done
+    return made
+
+
+def test_a_state_whose_page_was_given_away_is_dropped() -> None:
+    runner = runner_with(request("running", [1, 2], 6), request("preempted", [3, 4], 6))
+    newcomer = NewRequest("new", [1, 2], PARAMS, ([4],), 0)
+    runner._drop_preempted(Step(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
+    assert runner.memory.states.resident == {"running"}
+
+
+def test_a_request_that_is_only_not_scheduled_keeps_its_state() -> None:
+    runner = runner_with(request("running", [1, 2], 6), request("paused", [3, 4], 6))
+    newcomer = NewRequest("new", [1, 2], PARAMS, ([5],), 0)
+    runner._drop_preempted(Step(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
+    assert runner.memory.states.resident == {"running", "paused"}
