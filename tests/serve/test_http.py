@@ -24,7 +24,9 @@ pytestmark = pytest.mark.serve
 @pytest.fixture(scope="module")
 def server(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "server.log"
-    arguments = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    # Few tokens per step: longer prompts are computed in chunks beside decodes.
+    chunks = ("--max-num-batched-tokens", "48", "--max-num-seqs", "12")
+    arguments = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *chunks)
     with serve(demo_path, log, *arguments) as server:
         yield server
     assert "worker shut down" in server.log, "the worker's clean-up must run"

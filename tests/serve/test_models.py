@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def test_prefix_caching_without_states(checkpoints: Path) -> None:
         check(llm, Greedy(checkpoints / "qwen3"))
 
 
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    import mlx.core as mx
+
+    before = mx.default_device()
+    mx.set_default_device(mx.Device(mx.cpu))
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_bfloat16_experts_on_the_cpu_are_widened(
     checkpoints: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -59,8 +71,6 @@ def test_bfloat16_experts_on_the_cpu_are_widened(
 
     from vllm_moe_compat.backend.experts import WidenedSwitchLinear
 
-    if mx.default_device().type != mx.DeviceType.cpu:
-        pytest.skip("gather_mm takes bfloat16 here")
     path = checkpoints / "qwen3_moe"
     logging.getLogger("vllm_moe_compat").propagate = True
     with (

@@ -25,12 +25,25 @@ pytestmark = pytest.mark.serve
         ),
         ({"enable_lora": True}, "LoRA"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
+        ({"kv_cache_dtype": "bfloat16"}, "the cache has the model's dtype"),
         ({"runner": "pooling"}, "this runner"),
+        ({"load_format": "dummy"}, "--load-format dummy"),
+        ({"hf_overrides": {"rope_theta": 5.0}}, "--hf-overrides"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_settings(demo_path: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words), in_process_llm(demo_path, **settings):
+        pass
+
+
+def test_quantisation_that_nobody_would_do_is_refused(demo_path: Path, tmp_path: Path) -> None:
+    path = models.write(tmp_path / "plain", "qwen3", demo_path)
+    with (
+        pytest.raises(ValueError, match="--quantization fp8: the checkpoint is not quantised"),
+        in_process_llm(path, quantization="fp8", dtype="bfloat16", max_model_len=256),
+    ):
         pass
 
 

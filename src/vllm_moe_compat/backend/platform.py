@@ -17,6 +17,7 @@ import psutil
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
+from vllm_moe_compat.backend import refusals
 from vllm_moe_compat.errors import UnsupportedServingError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class MlxPlatform(Platform):
         # imported it may fork, as vLLM does by default: scripts need no main guard.
         if "mlx.core" in sys.modules:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        refusal = _refusal(vllm_config)
+        refusal = refusals.first(vllm_config)
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")
         cls.apply_config_platform_defaults(vllm_config)
@@ -176,35 +177,3 @@ class MlxPlatform(Platform):
             raise UnsupportedServingError(
                 f"The embedded MLX backend takes text or token ids; {kind!r} input is not served."
             )
-
-
-def _refusal(vllm_config: VllmConfig) -> str | None:
-    """Name the first setting that the backend cannot honour, with its remedy."""
-    parallel = vllm_config.parallel_config
-    model = vllm_config.model_config
-    cache = vllm_config.cache_config
-    checks: list[tuple[Any, str]] = [
-        (
-            parallel.world_size > 1 or parallel.data_parallel_size > 1,
-            "more than one worker: it has one device; leave the parallel sizes at 1.",
-        ),
-        (
-            vllm_config.speculative_config,
-            "speculative decoding; leave --speculative-config out.",
-        ),
-        (vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."),
-        (vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."),
-        (
-            model is not None and model.runner_type != "generate",
-            "this runner: it generates text only; use --runner generate.",
-        ),
-        (
-            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-            f"--kv-cache-dtype {cache.cache_dtype}; the cache has the model's dtype: use auto.",
-        ),
-        (
-            cache.mamba_cache_mode == "all",
-            "--mamba-cache-mode all; use align, which --enable-prefix-caching selects.",
-        ),
-    ]
-    return next((words for bad, words in checks if bad), None)

@@ -23,6 +23,7 @@ from vllm_moe_compat.backend.memory import Budget, demand, measure
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.runner import Memory, ModelRunner
 from vllm_moe_compat.backend.sampling import TokenSampler
+from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class MlxWorker(WorkerBase):
                 index = int(name.rpartition(".")[2])
                 groups[index] = number
                 page_bytes[index] = group.kv_cache_spec.page_size_bytes
+        self._check_pages(sizes, groups, page_bytes)
         dtype = MLX_DTYPES[self.model_config.dtype]
         by_region: dict[int, PagePool] = {}
         pools: dict[int, PagePool] = {}
@@ -179,6 +181,25 @@ class MlxWorker(WorkerBase):
             "s" if len(by_region) > 1 else "",
             self.budget,
         )
+
+    def _check_pages(
+        self, sizes: list[int], groups: dict[int, int], page_bytes: dict[int, int]
+    ) -> None:
+        """See that pages are exactly ``[2, H, block, D]``, which addressing takes for granted.
+
+        Raises:
+            UnsupportedServingError: layers of different shapes, so that vLLM padded pages.
+        """
+        for layer in self.served.layers:
+            if isinstance(layer, AttentionLayer):
+                block = sizes[groups[layer.index]]
+                exact = 2 * layer.kv_heads * block * layer.head_dim * layer.dtype.size
+                if exact != page_bytes[layer.index]:
+                    raise UnsupportedServingError(
+                        f"The embedded MLX backend cannot page layer {layer.index}: {block} tokens "
+                        f"of it take {exact} bytes and a page has {page_bytes[layer.index]}, since "
+                        "the model's layers differ in shape; use mlx-lm's own server for it."
+                    )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Run every kind of pass once and compare with mlx-lm's own caches.

@@ -1,0 +1,73 @@
+"""Settings of vLLM that the embedded backend cannot honour, by name.
+
+In: vLLM's configuration. Out: the first such setting with its remedy, or None.
+A setting that was ignored would give an answer that nobody asked for, so what is
+not listed here either works or has no meaning beside an engine of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+LOAD_FORMATS = ("auto", "hf", "safetensors")
+
+
+def first(vllm_config: VllmConfig) -> str | None:
+    """Name the first setting that the backend cannot honour, with its remedy."""
+    return next((words for bad, words in _settings(vllm_config) if bad), None)
+
+
+def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    yield (
+        parallel.world_size > 1 or parallel.data_parallel_size > 1,
+        "more than one worker: it has one device; leave the parallel sizes at 1.",
+    )
+    yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
+    yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
+    yield vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."
+    offload = getattr(getattr(vllm_config, "offload_config", None), "uva", None)
+    yield getattr(offload, "cpu_offload_gb", 0), "weights offloaded; leave --cpu-offload-gb at 0."
+    load_format = str(vllm_config.load_config.load_format)
+    yield (
+        load_format not in LOAD_FORMATS,
+        f"--load-format {load_format}: mlx-lm reads safetensors files; use auto.",
+    )
+    if model is None:  # Some of vLLM's own tools make configurations without one.
+        return
+    cache = vllm_config.cache_config
+    yield (
+        model.runner_type != "generate",
+        "this runner: it generates text only; use --runner generate.",
+    )
+    yield (
+        cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+        f"--kv-cache-dtype {cache.cache_dtype}; the cache has the model's dtype: use auto.",
+    )
+    yield (
+        cache.mamba_cache_mode == "all",
+        "--mamba-cache-mode all; use align, which --enable-prefix-caching selects.",
+    )
+    yield (
+        model.hf_overrides,
+        "--hf-overrides, which mlx-lm would not see; change the checkpoint's config.json.",
+    )
+    yield (
+        model.quantization and not _quantized(model.hf_config),
+        f"--quantization {model.quantization}: the checkpoint is not quantised, and weights are "
+        "not quantised while loading; leave it out, or convert the checkpoint with mlx_lm.convert.",
+    )
+    yield (
+        getattr(model, "enable_return_routed_experts", False),
+        "routed experts in the answers; leave --enable-return-routed-experts out.",
+    )
+
+
+def _quantized(config: Any) -> bool:
+    sections = (config, getattr(config, "text_config", None))
+    names = ("quantization_config", "quantization", "compression_config")
+    return any(getattr(section, name, None) for section in sections for name in names)
