@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
 from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
 from vllm_moe_compat.backend.layers import AttentionLayer, Layer
 
@@ -51,20 +52,15 @@ def as_prompt_cache(model: Any, context: Context) -> list[Any]:
 
 
 def instead_of_prefills(runner: Any, contexts: dict[int, Context]) -> Any:
-    """A ``forward`` for ``runner`` that takes prompts from ``contexts``.
+    """Computes no prompt of ``runner`` but takes what it leaves from ``contexts``.
 
-    By their first token: the token ids of the benchmark's prompts begin with
-    the number of the request. Passes that compute logits go to the model.
+    By its first token: prompts of the benchmark begin with their number.
     """
-    forward, memory = runner.forward, runner.memory
 
-    def fill(work: Any, rows: Any) -> mx.array:
-        if rows:
-            logits: mx.array = forward(work, rows)
-            return logits
+    def fill(work: Any) -> None:
         for request, start, count in zip(work.requests, work.offsets, work.lengths, strict=True):
-            _fill_one(memory, request, int(start), int(count), contexts[request.prompt[0]])
-        return mx.zeros((0,))
+            context = contexts[request.prompt[0]]
+            _fill_one(runner.memory, request, int(start), int(count), context)
 
     return fill
 

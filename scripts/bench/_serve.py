@@ -75,6 +75,7 @@ class Ours:
     def __init__(self, path: Path, cases: list[Case], extra: int, async_scheduling: bool) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_MOE_COMPAT_BACKEND", "embedded")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
         self.llm = LLM(
@@ -95,7 +96,7 @@ class Ours:
         from _contexts import instead_of_prefills
 
         runner = self.worker.runner
-        runner.forward = instead_of_prefills(runner, self.contexts)
+        runner._prefill = instead_of_prefills(runner, self.contexts)
         self.layers = runner.memory.layers
         self.inside = 0.0
         for name in ("execute_model", "sample_tokens"):

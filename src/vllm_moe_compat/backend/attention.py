@@ -5,6 +5,8 @@ who they belong to. They are written to the pages of their requests; out come
 all keys and values that each row may see, ``[B, H, L, D]``, and the mask. The
 cache object below has the three things that mlx-lm's models ask a cache for
 (``offset``, ``make_mask``, ``update_and_fetch``), so the models stay untouched.
+Where a model's attention asks its cache (``attention_hook``), a pass of one token
+per row is attended to by ``paged_attention`` instead, which chooses how to read.
 
 A page holds ``[2, H, block, D]``: keys, then values, head-major. One row of D
 elements is the unit of writing; a whole run of ``block`` rows, one head's, is
@@ -24,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_compat.backend import paged_attention
 from vllm_moe_compat.backend.layers import AttentionLayer
 from vllm_moe_compat.backend.page_pool import RAW_DTYPES, PagePool
 from vllm_moe_compat.errors import UnsupportedServingError
@@ -46,6 +49,8 @@ class AttentionStep:
     block: int
     _rows: dict[int, mx.array] = field(default_factory=dict)
     _runs: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
+    _tiles: dict[int, paged_attention.Tiles] = field(default_factory=dict)
+    _row_tables: list[mx.array] = field(default_factory=list)
     _tokens: mx.array | None = None
     _mask: Any = "unset"
 
@@ -90,6 +95,34 @@ class AttentionStep:
             self._runs[heads] = (mx.array(keys), mx.array(keys + np.uint32(heads)))
         return self._runs[heads]
 
+    def tiles(self, heads: int) -> paged_attention.Tiles:
+        """The pages of all rows as one list; for passes of one token per row."""
+        if heads not in self._tiles:
+            self._tiles[heads] = paged_attention.Tiles.build(
+                self.offsets, self.tables, self.block, heads
+            )
+        return self._tiles[heads]
+
+    def row_tables(self) -> list[mx.array]:
+        """The blocks of each row, without padding."""
+        if not self._row_tables:
+            need = -(-(self.offsets + self.lengths) // self.block)
+            self._row_tables = [
+                mx.array(table[:count].astype(np.uint32))
+                for table, count in zip(self.tables, need, strict=True)
+            ]
+        return self._row_tables
+
+    def read(self, pool: PagePool, layer: AttentionLayer) -> tuple[mx.array, mx.array]:
+        """Copies of all keys and all values that the rows may see, ``[B, H, L, D]`` each."""
+        found = []
+        for runs in self.runs(layer.kv_heads):
+            seen = pool.read_runs(runs, self.block, layer.head_dim).view(layer.dtype)
+            seen = seen.reshape(len(self.lengths), layer.kv_heads, -1, layer.head_dim)
+            # One row needs no mask if it sees exactly its own tokens.
+            found.append(seen[:, :, : self.total] if self.single else seen)
+        return found[0], found[1]
+
     def mask(self) -> mx.array | str | None:
         """``[B, 1, T, L]`` of bool, or mlx's name for it where one says the same."""
         if isinstance(self._mask, str) and self._mask == "unset":
@@ -108,9 +141,13 @@ class AttentionStep:
 class PagedKV:
     """One softmax layer's cache during one forward pass."""
 
-    def __init__(self, layer: AttentionLayer, pool: PagePool, step: AttentionStep) -> None:
+    def __init__(
+        self, layer: AttentionLayer, pool: PagePool, step: AttentionStep, *, asked: bool = False
+    ) -> None:
+        """``asked``: the layer's attention calls ``attend``."""
         self.layer, self.pool, self.step = layer, pool, step
         self.offset = step.offset
+        self.on_pages = asked and step.width == 1
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -125,7 +162,7 @@ class PagedKV:
                 f"The embedded MLX backend has no sliding-window attention (window {window_size}, "
                 f"layer {self.layer.index}); use mlx-lm's own server for this model."
             )
-        return self.step.mask()
+        return None if self.on_pages else self.step.mask()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write ``[B, H, T, D]`` to the pages; return all that the rows may see.
@@ -133,20 +170,26 @@ class PagedKV:
         Returns keys and values ``[B, H, L, D]`` in the order of the positions.
         """
         step, heads, dim = self.step, self.layer.kv_heads, self.layer.head_dim
-        raw = RAW_DTYPES[self.layer.dtype.size]
-        both = mx.stack([keys, values], axis=1).astype(self.layer.dtype)  # [B, 2, H, T, D]
+        dtype = self.layer.dtype
+        # [B, 2, H, T, D]: rows of D, in the order of ``rows``, once T is next to B.
+        both = mx.stack([keys, values], axis=1).astype(dtype)
         flat = both.transpose(0, 3, 1, 2, 4).reshape(-1, 2, heads, dim)
         if step.tokens is not None:
             flat = flat[step.tokens]
-        self.pool.write_rows(step.rows(heads), flat.view(raw))
-        if step.fresh:
+        self.pool.write_rows(step.rows(heads), flat.view(RAW_DTYPES[dtype.size]))
+        if step.fresh or self.on_pages:
             return keys, values
-        return self._read(step.runs(heads)[0]), self._read(step.runs(heads)[1])
+        return step.read(self.pool, self.layer)
 
-    def _read(self, runs: mx.array) -> mx.array:
-        batch, heads, _ = runs.shape
-        dim = self.layer.head_dim
-        seen = self.pool.read_runs(runs, self.step.block, dim).view(self.layer.dtype)
-        seen = seen.reshape(batch, heads, -1, dim)
-        # One row needs no mask if it sees exactly its own tokens.
-        return seen[:, :, : self.step.total] if self.step.single else seen
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+    ) -> mx.array:
+        """Attention of ``queries [B, Hq, T, D]`` over what ``update_and_fetch`` returned."""
+        if self.on_pages:
+            return paged_attention.decode(queries, self.pool, self.step, self.layer, scale)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)

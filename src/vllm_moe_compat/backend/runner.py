@@ -2,24 +2,20 @@
 
 In: a scheduler output and a loaded model. Out: vLLM's ``ModelRunnerOutput``.
 Prefill passes run first, then one pass of one token for every request that
-samples. Each pass is evaluated before the next is built: MLX writes into a pool
-in place only while nothing else holds it, so overlapping two passes would copy
-whole pools.
+samples. ``forward`` runs a pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from vllm_moe_compat.backend import linear_attention
-from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
 from vllm_moe_compat.backend.batch import Batch, Pass, Request
+from vllm_moe_compat.backend.forward import Forward
 from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.sampling import TokenSampler
@@ -105,6 +101,7 @@ class ModelRunner:
     def __init__(self, model: nn.Module, memory: Memory, sampler: TokenSampler) -> None:
         self.model, self.memory, self.sampler = model, memory, sampler
         self.batch = Batch()
+        self.forward = Forward(model, memory)
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
@@ -120,10 +117,13 @@ class ModelRunner:
         self.sampler.forget(set(step.finished))
         self.memory.states.drop(lost)
         self._drop_preempted(step)
+        if step.page_copies:
+            self.forward.forget()
         for pool in self.memory.distinct_pools:
             pool.copy(step.page_copies)
         scheduled = step.scheduled
         if not scheduled:
+            self.forward.forget()
             return EMPTY_MODEL_RUNNER_OUTPUT
         requests = [self.batch.requests[req_id] for req_id in scheduled]
         self.memory.clear_partial_blocks(requests, scheduled)
@@ -135,7 +135,9 @@ class ModelRunner:
         self._logits = None
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
-            self._logits = self.forward(work, range(len(self._order)))[:, -1]
+            greedy = not self._unsampled and all(r.params.temperature == 0 for r in sampling)
+            logits = self.forward(work, range(len(self._order)), greedy=greedy)
+            self._logits = logits[:, -1]
         self._save_states(requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
@@ -174,48 +176,6 @@ class ModelRunner:
             start, count = int(work.offsets[row]), int(work.lengths[row])
             self.sampler.score_prompt(work.requests[row], start, logits[i, :count])
 
-    def forward(self, work: Pass, rows: Sequence[int]) -> mx.array:
-        """Run one pass and evaluate it: pages, states, and the logits of ``rows``.
-
-        Returns logits ``[len(rows), T, V]``; with no rows, the model's head is
-        never computed.
-        """
-        memory = self.memory
-        caches: list[Any] = [None] * len(memory.layers)
-        steps: dict[int, AttentionStep] = {}
-        for layer in memory.layers:
-            if isinstance(layer, AttentionLayer):
-                group = memory.groups[layer.index]
-                if group not in steps:
-                    block = memory.block_sizes[group]
-                    table = work.tables(group, block)
-                    steps[group] = AttentionStep(work.offsets, work.lengths, table, block)
-                caches[layer.index] = PagedKV(layer, memory.pools[layer.index], steps[group])
-        held = self._linear_caches(work)
-        for layer, cache in zip(memory.states.layers, held, strict=True):
-            caches[layer.index] = cache
-        logits: mx.array = self.model(mx.array(work.tokens), cache=caches)
-        outputs = [pool.pages for pool in memory.distinct_pools]
-        if held:
-            states = linear_attention.new_states(held)
-            memory.states.put_in(work.req_ids, states)
-            outputs += [part for state in states for part in state]
-        if len(rows) < len(work.requests):
-            logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
-        if rows:
-            outputs.append(logits)
-        mx.eval(outputs)
-        return logits
-
-    def _linear_caches(self, work: Pass) -> list[Any]:
-        states = self.memory.states
-        if not states.layers:
-            return []
-        behind = [int(offset) for offset in work.offsets]
-        blocks = self.memory.state_blocks(work.requests, behind)
-        taken = states.take_out(work.req_ids, behind, blocks)
-        return linear_attention.make_caches(taken, work.lengths)
-
     def _save_states(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
         """Write to pages the states that a later step may have to read from there."""
         memory = self.memory
@@ -231,6 +191,8 @@ class ModelRunner:
             if partial or (memory.keep_boundaries and end % block == 0):
                 keep.append(request)
                 counts.append(end)
+        if keep:
+            self.forward.forget()
         memory.states.save([r.req_id for r in keep], memory.state_blocks(keep, counts))
         memory.states.drop(unfinished)
 

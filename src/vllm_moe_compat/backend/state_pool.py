@@ -66,6 +66,11 @@ class StatePool:
         """Requests that have a row."""
         return {req_id for bank in self.banks for req_id in bank.req_ids}
 
+    def resident_states(self, req_ids: Sequence[str]) -> list[State]:
+        """The states of a batch that has them in just this order, else none."""
+        wanted = list(req_ids)
+        return next((bank.states for bank in self.banks if bank.req_ids == wanted), [])
+
     def drop(self, req_ids: set[str]) -> None:
         """Forget the rows of requests that ended or lost their pages."""
         banks = []

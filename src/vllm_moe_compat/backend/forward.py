@@ -1,0 +1,183 @@
+"""A forward pass: built as MLX's graph, started, and waited for.
+
+In: a ``Pass``. Out: logits; pages and states are what they are after it. Each
+pass is evaluated before the next one is scheduled: MLX writes into a pool in
+place only while nothing else holds it, so overlapping two passes would copy
+whole pools.
+
+Building a graph is another matter than scheduling it. While a decode pass runs,
+the host would only wait, and building the next one takes it a millisecond or
+two. So when everyone in the batch samples greedily, the pass that will most
+likely come next (the same requests, one token on) is built then, on a token
+that MLX takes from these logits, and kept aside; pools and states look as if it
+had not been. If the next pass is that one, token for token and page for page,
+it is evaluated as it is; otherwise it is dropped before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from vllm_moe_compat.backend import attention_hook, linear_attention
+from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
+from vllm_moe_compat.backend.batch import Pass
+from vllm_moe_compat.backend.layers import AttentionLayer
+from vllm_moe_compat.backend.state_pool import State
+
+if TYPE_CHECKING:
+    from vllm_moe_compat.backend.runner import Memory
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A pass that is built and not evaluated.
+
+    ``pages`` and ``states`` are what pools and resident states become by it;
+    ``steps`` what its softmax layers share, by KV group.
+    """
+
+    logits: mx.array
+    pages: list[mx.array]
+    states: list[State]
+    steps: dict[int, AttentionStep]
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """The pass that was built for later, and what it was built on."""
+
+    graph: _Graph
+    work: Pass
+    tokens: mx.array  # [B, 1]
+    pages: list[mx.array]
+    states: list[State]
+
+
+class Forward:
+    """Runs passes of one model."""
+
+    def __init__(self, model: nn.Module, memory: Memory) -> None:
+        self.model, self.memory = model, memory
+        softmax = [x.index for x in memory.layers if isinstance(x, AttentionLayer)]
+        self._asked = attention_hook.install(model, softmax)
+        self._pools = memory.distinct_pools
+        self._ahead: _Ahead | None = None
+        self.hits = 0  # passes that had been built ahead
+
+    def forget(self) -> None:
+        """Drop what was built ahead; before anyone writes to pools outside a pass."""
+        self._ahead = None
+
+    def __call__(self, work: Pass, rows: Sequence[int], *, greedy: bool = False) -> mx.array:
+        """Run one pass and evaluate it: pages, states, and the logits of ``rows``.
+
+        ``greedy``: everyone in it takes the most likely token next. Returns
+        logits ``[len(rows), T, V]``; with no rows, the model's head is never
+        computed.
+        """
+        graph = self._built_ahead(work)
+        if graph is None:
+            graph = self._build(work, mx.array(work.tokens))
+        logits = graph.logits
+        outputs = graph.pages + [part for state in graph.states for part in state]
+        self._adopt(work, graph)
+        del graph
+        if len(rows) < len(work.requests):
+            logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
+        if rows:
+            outputs.append(logits)
+        if greedy and not self._crosses(work):
+            tokens = mx.argmax(logits[:, -1:], axis=-1).astype(mx.int32)
+            mx.async_eval(outputs, tokens)  # type: ignore[no-untyped-call]
+            self._build_ahead(work, tokens)
+        mx.eval(outputs)
+        return logits
+
+    def _build(self, work: Pass, tokens: mx.array) -> _Graph:
+        """Build a pass; pools and states take up what it makes of them."""
+        memory = self.memory
+        caches: list[Any] = [None] * len(memory.layers)
+        steps: dict[int, AttentionStep] = {}
+        for layer in memory.layers:
+            if isinstance(layer, AttentionLayer):
+                group = memory.groups[layer.index]
+                if group not in steps:
+                    block = memory.block_sizes[group]
+                    table = work.tables(group, block)
+                    steps[group] = AttentionStep(work.offsets, work.lengths, table, block)
+                asked = layer.index in self._asked
+                pool = memory.pools[layer.index]
+                caches[layer.index] = PagedKV(layer, pool, steps[group], asked=asked)
+        held = self._linear_caches(work)
+        for linear, cache in zip(memory.states.layers, held, strict=True):
+            caches[linear.index] = cache
+        logits: mx.array = self.model(tokens, cache=caches)
+        pages = [pool.pages for pool in self._pools]
+        return _Graph(logits, pages, linear_attention.new_states(held), steps)
+
+    def _linear_caches(self, work: Pass) -> list[Any]:
+        states = self.memory.states
+        if not states.layers:
+            return []
+        behind = [int(offset) for offset in work.offsets]
+        blocks = self.memory.state_blocks(work.requests, behind)
+        taken = states.take_out(work.req_ids, behind, blocks)
+        return linear_attention.make_caches(taken, work.lengths)
+
+    def _adopt(self, work: Pass, graph: _Graph) -> None:
+        """Make pools and states what ``graph`` makes of them."""
+        for pool, pages in zip(self._pools, graph.pages, strict=True):
+            pool.pages = pages
+        if graph.states:
+            self.memory.states.put_in(work.req_ids, graph.states)
+
+    def _crosses(self, work: Pass) -> bool:
+        """Whether someone's next token begins a block, which is not known yet."""
+        ends = work.offsets + work.lengths
+        return any(bool((ends % size == 0).any()) for size in self.memory.block_sizes)
+
+    def _build_ahead(self, work: Pass, tokens: mx.array) -> None:
+        """Build the pass after ``work``, and leave pools and states as they are."""
+        states = self.memory.states
+        pages = [pool.pages for pool in self._pools]
+        next_work = replace(work, offsets=work.offsets + 1)
+        before = states.resident_states(work.req_ids)
+        graph = self._build(next_work, tokens)
+        for pool, old in zip(self._pools, pages, strict=True):
+            pool.pages = old
+        if before:
+            states.put_in(work.req_ids, before)
+        self._ahead = _Ahead(graph, next_work, tokens, pages, before)
+
+    def _built_ahead(self, work: Pass) -> _Graph | None:
+        """The graph of ``work`` if it was built ahead; it is let go of in any case."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not self._is(ahead, work):
+            return None
+        if ahead.states:
+            self.memory.states.take_out(work.req_ids, [1] * len(work.requests), {})
+        self.hits += 1
+        return ahead.graph
+
+    def _is(self, ahead: _Ahead, work: Pass) -> bool:
+        """Whether ``work``, on the pools and states of now, is what was built."""
+        states = self.memory.states.resident_states(work.req_ids)
+        return (
+            len(work.requests) == len(ahead.work.requests)
+            and all(a is b for a, b in zip(work.requests, ahead.work.requests, strict=True))
+            and work.tokens.shape[1] == 1
+            and np.array_equal(work.offsets, ahead.work.offsets)
+            and np.array_equal(work.tokens, np.array(ahead.tokens))
+            and all(a.pages is b for a, b in zip(self._pools, ahead.pages, strict=True))
+            and (states is ahead.states or not (states or ahead.states))
+            and all(
+                np.array_equal(work.tables(group, step.block), step.tables)
+                for group, step in ahead.graph.steps.items()
+            )
+        )

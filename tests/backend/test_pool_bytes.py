@@ -1,0 +1,94 @@
+"""No step copies a pool: counted in bytes, since a copy changes no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from support import hybrid
+from vllm_moe_compat.backend.forward import Forward
+from vllm_moe_compat.backend.runner import Memory
+
+POOL_BYTES = 64 << 20
+# What a step may take: activations of this small model, no part of a pool.
+ALLOWED = POOL_BYTES // 16
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return hybrid.model()
+
+
+@pytest.fixture
+def memory(model: Any) -> Memory:
+    return hybrid.memory(model, POOL_BYTES)
+
+
+def growth(step: Callable[[], Any]) -> int:
+    """Bytes by which the peak exceeds what is held before ``step``."""
+    mx.clear_cache()
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    step()
+    return int(mx.get_peak_memory()) - int(before)
+
+
+@pytest.mark.parametrize("greedy", [True, False], ids=["ahead", "one by one"])
+def test_decode_steps_grow_by_far_less_than_a_pool(
+    model: Any, memory: Memory, greedy: bool
+) -> None:
+    forward = Forward(model, memory)
+    rows = hybrid.requests([40, 17, 33, 5])
+    hybrid.prefill(forward, rows)
+    hybrid.decode(forward, rows, greedy=greedy)
+
+    def steps() -> None:
+        for _ in range(20):
+            hybrid.decode(forward, rows, greedy=greedy)
+
+    assert growth(steps) < ALLOWED
+    assert (forward.hits > 0) == greedy
+
+
+def test_a_prompt_grows_by_far_less_than_a_pool(model: Any, memory: Memory) -> None:
+    forward = Forward(model, memory)
+    rows = hybrid.requests([40, 17, 33, 5])
+    assert growth(lambda: hybrid.prefill(forward, rows)) < ALLOWED
+
+
+@pytest.mark.parametrize("path", ["on_pool", "per_request", "gather"])
+def test_no_read_path_copies_a_pool(
+    model: Any, memory: Memory, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_moe_compat.backend import paged_attention
+
+    monkeypatch.setattr(paged_attention, "path", lambda step, dtype: path)
+    forward = Forward(model, memory)
+    rows = hybrid.requests([40, 17, 33, 5])
+    hybrid.prefill(forward, rows)
+    hybrid.decode(forward, rows)
+    assert growth(lambda: hybrid.decode(forward, rows)) < ALLOWED
+
+
+def test_what_was_built_ahead_is_gone_before_a_page_is_written(model: Any, memory: Memory) -> None:
+    forward = Forward(model, memory)
+    rows = hybrid.requests([40, 17, 33, 5])
+    hybrid.prefill(forward, rows)
+    hybrid.decode(forward, rows, greedy=True)
+    # Another batch than the one that was built for: the prepared pass is stale.
+    for pool in memory.distinct_pools:
+        pool.zero([1])
+    assert growth(lambda: hybrid.decode(forward, rows[:2], greedy=True)) < ALLOWED
+
+
+def test_the_count_sees_a_copy(model: Any, memory: Memory) -> None:
+    forward = Forward(model, memory)
+    rows = hybrid.requests([40, 17])
+    hybrid.prefill(forward, rows)
+    views = [pool.pages for pool in memory.distinct_pools]
+    assert growth(lambda: hybrid.decode(forward, rows)) >= POOL_BYTES
+    assert views[0] is not memory.distinct_pools[0].pages
