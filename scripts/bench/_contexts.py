@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
 from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
 from vllm_moe_compat.backend.layers import AttentionLayer, Layer
 

@@ -169,7 +169,7 @@ def execute(
             current = build
             result |= _make(job, build, ex.take(build, sources), names, formats)
             mx.clear_cache()
-            done(len(build.weights))
+            done(len(build.weights) + len(build.scales))
         for name in list(sanitized):
             array = sanitized.pop(name)
             packing = choices.formats.get(_module(name))
