@@ -12,13 +12,17 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_compat.layout import Layout, TensorInfo, check_index, detect, read_headers
+from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
+from vllm_moe_compat.layout import Layout, TensorInfo, check_index, detect, fold, read_headers
+from vllm_moe_compat.layout.config import quantization_configs
 from vllm_moe_compat.layout.headers import INDEX, weight_files
-from vllm_moe_compat.plan import Plan, Row, make_plan
+from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Requantize, Row, make_plan
+from vllm_moe_compat.report import LoadReport
 
 DEQUANTIZED = "dequantized"
 """The ``quant_method`` that our configs name: no branch of mlx-lm answers to it."""
@@ -35,6 +39,8 @@ class LoadContext:
         tensors: every tensor of the shards, the ignored ones too.
         original_config: the config as it was read.
         config: the dict that mlx-lm goes on with, normalised.
+        sizes: the shards' sizes in bytes, when the plan was made.
+        setting: to what weights are quantised; ``none`` or a key of ``QUANTIZE_SETTINGS``.
     """
 
     model_dir: Path
@@ -43,6 +49,23 @@ class LoadContext:
     tensors: Mapping[str, TensorInfo]
     original_config: Mapping[str, Any]
     config: dict[str, Any]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    setting: str = "none"
+
+    def check_files(self) -> None:
+        """See that the shards are as they were when their headers were read.
+
+        Raises:
+            CheckpointFileError: one was cut, replaced or removed since.
+        """
+        for path in weight_files(self.model_dir):
+            size, was = path.stat().st_size, self.sizes.get(path.name)
+            if was != size:
+                raise CheckpointFileError(
+                    f"{path.name}: has {size:,} bytes, where {was or 0:,} were expected since its "
+                    "header was read; something is writing to the checkpoint, so load it again "
+                    "when that has ended."
+                )
 
     def matches(self, given: Mapping[str, TensorInfo]) -> bool:
         """Whether ``given``, described by MLX, are this checkpoint's tensors.
@@ -57,40 +80,6 @@ class LoadContext:
             and (given[name].dtype == "U8") == (self.tensors[name].dtype in ("U8", "F8_E4M3"))
             for name in sources
         )
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What was done to one checkpoint.
-
-    Attributes:
-        path: its folder, or None when ``sanitize`` was called with a bare dict.
-        module: the mlx-lm module that was loaded.
-        words: the layout that was found.
-        experts: routed experts per layer, where they were stacked; else 0.
-        layers: layers whose experts were stacked.
-        dequantized: FP8 tensors that were dequantised.
-        dtype: what they became; None if there were none.
-        seconds: how long it took.
-    """
-
-    path: str | None
-    module: str
-    words: str
-    experts: int
-    layers: int
-    dequantized: int
-    dtype: str | None
-    seconds: float
-
-    def __str__(self) -> str:
-        done = []
-        if self.layers:
-            done.append(f"stacked {self.experts} experts x {self.layers} layers")
-        if self.dequantized:
-            done.append(f"dequantised {self.dequantized:,} tensors to {self.dtype}")
-        what = ", ".join(done) + f" in {self.seconds:.1f} s" if done else "left as it is"
-        return f"{self.path or 'weights without a path'} ({self.module}): {self.words}; {what}"
 
 
 current: ContextVar[LoadContext | None] = ContextVar("vllm_moe_compat_load", default=None)
@@ -123,7 +112,9 @@ def remember(report: LoadReport) -> None:
     _last = report
 
 
-def prepare(model_dir: Path, config: dict[str, Any], row: Row) -> LoadContext:
+def prepare(
+    model_dir: Path, config: dict[str, Any], row: Row, setting: str = "none"
+) -> LoadContext:
     """Plan the load of a checkpoint and normalise its config in place.
 
     mlx-lm reads the config of one load twice, so the last plan is kept, by the
@@ -135,20 +126,76 @@ def prepare(model_dir: Path, config: dict[str, Any], row: Row) -> LoadContext:
         UnsupportedCheckpointError: a form that is not served.
     """
     global _cached
-    key = (_fingerprint(model_dir), row, repr(config))
+    key = (_fingerprint(model_dir), row, setting, repr(config))
     if _cached is not None and _cached[0] == key:
         context = replace(_cached[1], config=config)
     else:
         tensors = read_headers(model_dir)
         layout = detect(tensors, config, row.ignored)
         check_index(model_dir, tensors, row.ignored)
-        plan = make_plan(layout, row, config)
+        if setting != "none":
+            refuse_quantized(model_dir, config, layout)
+        plan = make_plan(layout, row, config, split=setting != "none")
         original = copy.deepcopy(config)
-        context = LoadContext(model_dir, row, plan, tensors, original, config)
+        sizes = {path.name: path.stat().st_size for path in weight_files(model_dir)}
+        context = LoadContext(model_dir, row, plan, tensors, original, config, sizes, setting)
         _cached = (key, replace(context, config={}))
-    if context.plan.dequantized:
+    if setting != "none":
+        announce(config, QUANTIZE_SETTINGS[setting])
+    elif context.plan.dequantized:
         normalize(config)
     return context
+
+
+def refuse_quantized(model_dir: Path, config: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse to quantise what is quantised already in a form that is not dequantised here.
+
+    Raises:
+        UnsupportedCheckpointError: by the config, or by the tensors.
+    """
+    method = next((c.get("quant_method", "unnamed") for c in quantization_configs(config)), None)
+    what = ""
+    if config.get("quantization") is not None:
+        what = "config.json has `quantization`"
+    elif method not in (None, "fp8", DEQUANTIZED):
+        what = f"config.json says quant_method {method!r}"
+    elif not layout.fp8.pairs and (model_dir / "hf_quant_config.json").exists():
+        what = "it has an hf_quant_config.json"
+    elif found := [n for n in layout.tensors if n.endswith((".scales", ".weight_packed"))]:
+        what = f"it holds {fold(found)}"
+    if what:
+        raise UnsupportedCheckpointError(
+            f"{model_dir}: the checkpoint is quantised already ({what}), where bf16 or block-FP8 "
+            f"weights were expected; unset {QUANTIZE.name} to load it as it is."
+        )
+
+
+def announce(config: dict[str, Any], packing: Requantize) -> None:
+    """Have ``load_model`` quantise its modules, and return a config that says so."""
+    config["quantization"] = dict(packing.config)
+    # The same dict twice, as mlx-lm itself has it: modules in a format of their own
+    # are added when the model is there.
+    config["quantization_config"] = config["quantization"]
+    if isinstance(text := config.get("text_config"), dict):
+        text.pop("quantization_config", None)
+        text.pop("quantization", None)
+
+
+def spared(config: Mapping[str, Any], setting: str) -> tuple[str, ...]:
+    """Return the ``modules_to_not_convert`` that this setting leaves as they are.
+
+    Eight bits cost what the checkpoint's own FP8 costs or less; fewer bits cost more
+    than whoever listed the modules had in mind.
+    """
+    if setting not in ("6bit", "4bit"):
+        return ()
+    return tuple(
+        entry
+        for found in quantization_configs(config)
+        if isinstance(entries := found.get("modules_to_not_convert"), list)
+        for entry in entries
+        if isinstance(entry, str)
+    )
 
 
 def normalize(config: dict[str, Any]) -> None:

@@ -57,6 +57,14 @@ DTYPE = Variable(
     "or float32 on MLX's CPU device, whose gather_mm knows no other), bfloat16, float16, float32.",
     ("auto", "bfloat16", "float16", "float32"),
 )
+QUANTIZE = Variable(
+    "VLLM_MOE_COMPAT_QUANTIZE",
+    "none",
+    "What weights are quantised to while they are loaded: none, 8bit (affine, group 64), mxfp8, "
+    "6bit, 4bit. Each tensor goes straight to its packed form; there is no float copy of the "
+    "model.",
+    ("none", "8bit", "mxfp8", "6bit", "4bit"),
+)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
@@ -68,4 +76,4 @@ SMOKE_GOLDEN = Variable(
     "Tests only: a JSON file {prompt, text, max_tokens} that the smoke tests expect.",
 )
 
-VARIABLES: tuple[Variable, ...] = (ENABLED, BACKEND, DTYPE, SMOKE_MODEL, SMOKE_GOLDEN)
+VARIABLES: tuple[Variable, ...] = (ENABLED, BACKEND, DTYPE, QUANTIZE, SMOKE_MODEL, SMOKE_GOLDEN)

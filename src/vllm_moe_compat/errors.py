@@ -29,5 +29,9 @@ class UnsupportedCheckpointError(CompatError):
     """The checkpoint is sound, but no right result can be had for it here."""
 
 
+class InsufficientMemoryError(CompatError):
+    """The machine does not have the memory that the weights would take."""
+
+
 class UnsupportedServingError(CompatError):
     """The embedded backend cannot serve this model or setting."""

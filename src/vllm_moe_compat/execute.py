@@ -11,22 +11,28 @@ the result is bit for bit that of dequantising every expert first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from vllm_moe_compat.context import serving_dtype
-from vllm_moe_compat.envs import DTYPE
+from vllm_moe_compat.envs import DTYPE, QUANTIZE
+from vllm_moe_compat.errors import CheckpointFileError, CompatError, InsufficientMemoryError
 from vllm_moe_compat.layout import TensorInfo
 from vllm_moe_compat.plan import (
     Build,
     DequantizeBlockFp8,
+    JoinGateUp,
     Op,
     Plan,
     QuantizeBlockFp8,
+    Requantize,
+    SplitGateUp,
     StackExperts,
+    Unpack,
     UnstackExperts,
 )
 
@@ -74,7 +80,23 @@ def target_dtype() -> str:
     return "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
 
 
-def execute(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> None:
+def packed_dtype() -> str:
+    """Return the dtype of values that are packed at once, and of their scales.
+
+    The setting, else what serves, else bfloat16: packed experts are multiplied in
+    any dtype on every device.
+    """
+    chosen = DTYPE.read()
+    return chosen if chosen != "auto" else serving_dtype.get() or "bfloat16"
+
+
+def execute(
+    plan: Plan,
+    weights: MutableMapping[str, mx.array],
+    dtype: str,
+    files: Mapping[str, str] | None = None,
+    done: Callable[[int], object] = lambda count: None,
+) -> None:
     """Carry out the plan on ``weights``, in place.
 
     Args:
@@ -82,33 +104,73 @@ def execute(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> N
         weights: the loader's dict; sources go, targets come.
         dtype: ``bfloat16``, ``float16`` or ``float32`` for what is dequantised.
             ``float32`` also widens what ``sanitize`` computes with.
+        files: where the sources come from, for messages.
+        done: told after each build how many sources it took.
+
+    Raises:
+        CheckpointFileError: a build failed; nothing is left in ``weights`` then.
+        InsufficientMemoryError: likewise, for want of memory.
     """
+    prepare(plan, weights, dtype)
+    layer = ""
+    try:
+        for build in plan.builds:
+            if build.layer != layer:
+                mx.clear_cache()
+                layer = build.layer
+            targets = _make(build, weights, dtype)
+            mx.eval(targets)
+            weights.update(zip(build.targets, targets, strict=True))
+            done(len(build.weights))
+    except (RuntimeError, ValueError, MemoryError) as error:
+        weights.clear()
+        raise failure(build, error.with_traceback(None), files or {}) from error
+    finally:
+        if plan.builds:
+            mx.clear_cache()
+
+
+def prepare(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> None:
+    """Widen and drop what the plan says; reads nothing."""
     if dtype == "float32":
         for name in plan.widen:
             weights[name] = weights[name].astype(mx.float32)
     for name in plan.drops:
         weights.pop(name, None)
-    layer = ""
-    for build in plan.builds:
-        if build.layer != layer:
-            mx.clear_cache()
-            layer = build.layer
-        target = _make(build, weights, dtype)
-        mx.eval(target)
-        weights[build.target] = target
-    if plan.builds:
-        mx.clear_cache()
 
 
-def _make(build: Build, weights: MutableMapping[str, mx.array], dtype: str) -> mx.array:
-    operand = Arrays(
+def failure(build: Build, error: BaseException, files: Mapping[str, str]) -> CompatError:
+    """Return what to raise for a build that failed with ``error``.
+
+    The error's traceback is dropped by the caller: its frames hold tensors.
+    """
+    known = sorted({files[n] for n in (*build.weights, *build.scales) if files.get(n)})
+    where = known[0] + (f" and {len(known) - 1} more" if len(known) > 1 else "") if known else ""
+    what = f"{where + ': ' if where else ''}{' and '.join(build.targets)} could not be built"
+    if isinstance(error, MemoryError) or "alloc" in str(error):
+        return InsufficientMemoryError(
+            f"{what} ({error}), where memory for it was expected; free some, or set "
+            f"{QUANTIZE.name} to a smaller format."
+        )
+    return CheckpointFileError(
+        f"{what} ({error}), expected its {len(build.weights):,} sources to be readable; see "
+        "whether the file is complete, and download it again if not."
+    )
+
+
+def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:
+    """Take the build's sources out of ``weights``."""
+    return Arrays(
         [weights.pop(name) for name in build.weights],
         [weights.pop(name) for name in build.scales],
     )
+
+
+def _make(build: Build, weights: MutableMapping[str, mx.array], dtype: str) -> list[mx.array]:
+    operand = take(build, weights)
     for op in build.ops:
         operand = run(op, operand, dtype)
-    (target,) = operand.weights
-    return target.take(0, target.shape[0]) if isinstance(target, Stack) else target
+    return [t.take(0, t.shape[0]) if isinstance(t, Stack) else t for t in operand.weights]
 
 
 class Stack:
@@ -131,6 +193,7 @@ class Arrays:
 
     weights: list[Any]
     scales: list[Any] = field(default_factory=list)
+    biases: list[Any] = field(default_factory=list)
 
 
 def run(op: Op, given: Arrays, dtype: str) -> Arrays:
@@ -146,6 +209,25 @@ def run(op: Op, given: Arrays, dtype: str) -> Arrays:
         case QuantizeBlockFp8(block):
             weight, scale = quantize(given.weights[0], block)
             return Arrays([weight], [scale])
+        case SplitGateUp():
+            (fused,) = given.weights
+            half = fused.shape[-2] // 2
+            # Copies: a slice would keep the fused tensor alive.
+            return Arrays(
+                [mx.contiguous(fused[..., :half, :]), mx.contiguous(fused[..., half:, :])]
+            )
+        case JoinGateUp():
+            return Arrays([mx.concatenate(given.weights, axis=-2)])
+        case Requantize(bits, group, mode):
+            packed = [mx.quantize(w, group, bits, mode=mode) for w in given.weights]
+            return Arrays(*([p[i] for p in packed if len(p) > i] for i in range(3)))
+        case Unpack(bits, group, mode):
+            biases = given.biases or [None] * len(given.weights)
+            parts = zip(given.weights, given.scales, biases, strict=True)
+            kind = _DTYPES[dtype]
+            return Arrays(
+                [mx.dequantize(w, s, b, group, bits, mode=mode, dtype=kind) for w, s, b in parts]
+            )
 
 
 def _both(given: Arrays) -> tuple[list[Any], list[Any]]:
@@ -167,36 +249,61 @@ def dequantize(
         ``[…, O, I]``, evaluated where it took more than one step.
     """
     *lead, rows, columns = weight.shape
-    count = 1
-    for axis in lead:
-        count *= axis
+    out = None
+    for experts, band, part in floats(weight, scale, block, dtype):
+        if part.shape == (math.prod(lead), rows, columns):
+            return part.reshape(*lead, rows, columns)
+        if out is None:
+            # Writing into one buffer, each step evaluated, keeps one copy: MLX
+            # updates a buffer in place while nothing else refers to it.
+            out = mx.zeros((math.prod(lead), rows, columns), dtype=part.dtype)
+            mx.eval(out)
+        out[experts, band] = part
+        del part
+        mx.eval(out)
+    if out is None:
+        return mx.zeros(weight.shape, dtype=_DTYPES[dtype])
+    return out.reshape(*lead, rows, columns)
+
+
+def floats(
+    weight: mx.array | Stack, scale: mx.array | None, block: tuple[int, int], dtype: str
+) -> Iterator[tuple[slice, slice, mx.array]]:
+    """Yield the tensor a few experts, or a band of rows, at a time.
+
+    Args:
+        weight: ``[…, O, I]``, uint8 with a scale, any float without.
+        scale: ``[…, ceil(O/b0), ceil(I/b1)]``, or None where nothing is to be done.
+        block: ``(b0, b1)``.
+        dtype: what products become; a weight without scale keeps its own.
+
+    Yields:
+        Which of the leading axes (flattened), which rows, and ``[n, o, I]``, not
+        yet evaluated. Sources that are spent are let go of.
+    """
+    *lead, rows, columns = weight.shape
+    count = math.prod(lead)
     if not isinstance(weight, Stack):
         weight = weight.reshape(count, rows, columns)
-    scale = scale.reshape(count, *scale.shape[-2:])
+    if scale is not None:
+        scale = scale.reshape(count, *scale.shape[-2:])
 
     row_bytes = 4 * max(columns, 1)
     at_once = max(1, TEMPORARY_BYTES // max(rows * row_bytes, 1))
     band = rows
     if rows * row_bytes > TEMPORARY_BYTES:
         band = max(1, TEMPORARY_BYTES // row_bytes // block[0]) * block[0]
-    if count <= at_once and band >= rows:
-        whole = weight.take(0, count) if isinstance(weight, Stack) else weight
-        return _product(whole, scale, block, dtype).reshape(*lead, rows, columns)
-
-    # Writing into one buffer, each step evaluated, keeps one copy: MLX updates
-    # a buffer in place while nothing else refers to it.
-    out = mx.zeros((count, rows, columns), dtype=_DTYPES[dtype])
-    mx.eval(out)
     for start in range(0, count, at_once):
         stop = min(start + at_once, count)
         chunk = weight.take(start, stop) if isinstance(weight, Stack) else weight[start:stop]
-        for top in range(0, rows, band):
-            grid = scale[start:stop, top // block[0] : -(-(top + band) // block[0])]
-            part = _product(chunk[:, top : top + band], grid, block, dtype)
-            out[start:stop, top : top + band] = part
+        for top in range(0, rows, max(band, 1)):
+            bottom = min(top + band, rows)
+            part = chunk[:, top:bottom]
+            if scale is not None:
+                grid = scale[start:stop, top // block[0] : -(-bottom // block[0])]
+                part = _product(part, grid, block, dtype)
+            yield slice(start, stop), slice(top, bottom), part
             del part
-            mx.eval(out)
-    return out.reshape(*lead, rows, columns)
 
 
 def _product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:

@@ -13,15 +13,19 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm_moe_compat import context as loads
 from vllm_moe_compat import registry
-from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.layout import detect, infer_fp8, read_headers
+from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
+from vllm_moe_compat.layout import TensorInfo, detect, infer_fp8, read_headers
 from vllm_moe_compat.layout.headers import weight_files
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.plan import Row, make_plan
+from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Row, make_plan
+from vllm_moe_compat.plan.estimate import estimate, nbytes
+from vllm_moe_compat.progress import bar
+from vllm_moe_compat.report import LoadReport
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -56,14 +60,49 @@ def load_config_hook(
 
     quiet = _asked_for_tokenizer(utils)
     row, module, reason = _find_row(ensure, utils, config)
+    setting = "none" if quiet else QUANTIZE.read()
     if row is None:
+        if module and setting != "none":
+            raise UnsupportedCheckpointError(
+                f"{model_dir}: {module} cannot be quantised while loading, since {reason}; unset "
+                f"{QUANTIZE.name}, or quantise the checkpoint with `mlx_lm.convert -q`."
+            )
         if module and not quiet:
             _warn(model_dir, module, reason)
         return config
-    load = loads.prepare(model_dir, config, row)
+    if quiet and QUANTIZE.read() != "none":
+        return config
+    load = loads.prepare(model_dir, config, row, setting)
     if not quiet:
+        _check_memory(load)
         loads.current.set(load)
     return config
+
+
+def _check_memory(load: loads.LoadContext) -> None:
+    """Refuse or warn of a load that the machine has no memory for; reads nothing."""
+    if not load.plan.builds and load.setting == "none":
+        return  # mlx-lm reads it as it likes, lazily if asked.
+    from vllm_moe_compat.execute import packed_dtype, target_dtype
+    from vllm_moe_compat.memory import check
+    from vllm_moe_compat.requantize import is_listed
+
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    ignored = load.row.ignored.select(load.tensors)
+    tensors = {name: info for name, info in load.tensors.items() if name not in ignored}
+    # A module that has no row of its own in the list is spared with its parent.
+    spare: dict[str, set[str]] = {}
+    for setting in QUANTIZE_SETTINGS:
+        entries = loads.spared(load.original_config, setting)
+        spare[setting] = {
+            name
+            for name, info in tensors.items()
+            if entries
+            and info.dtype != "F8_E4M3"
+            and is_listed(name.removesuffix(".weight"), entries)
+        }
+    needs = estimate(load.plan, tensors, names[target_dtype()], names[packed_dtype()], spare)
+    check(load.model_dir, needs, load.setting)
 
 
 def sanitize_hook(
@@ -90,8 +129,12 @@ def sanitize_hook(
     token = _inside.set(True)
     try:
         load = loads.current.get()
-        report = _transform(row, load, model, weights)
-        sanitized = original(model, weights, *args, **kwargs)
+        if load is not None and load.row != row:
+            load = None
+        carry_out = _transform if load is None or load.setting == "none" else _requantize
+        sanitized, report = carry_out(
+            row, load, model, weights, lambda given: original(model, given, *args, **kwargs)
+        )
     finally:
         _inside.reset(token)
         loads.current.set(None)
@@ -100,22 +143,52 @@ def sanitize_hook(
     return sanitized
 
 
-def _transform(
+Sanitize: TypeAlias = Callable[[dict[str, Any]], Any]
+
+
+def _plan(
     row: Row, load: loads.LoadContext | None, model: Any, weights: dict[str, Any]
-) -> loads.LoadReport:
-    from vllm_moe_compat.execute import describe, execute, target_dtype
+) -> tuple[Plan, dict[str, TensorInfo], str | None]:
+    """Return the plan for these tensors, their descriptions, and where they come from."""
+    from vllm_moe_compat.execute import describe
+
+    given = describe(weights)
+    if load is not None and load.matches(given):
+        load.check_files()
+        return load.plan, dict(load.tensors), str(load.model_dir)
+    tensors = infer_fp8(given)
+    layout = detect(tensors, _config_of(model), row.ignored)
+    split = load is not None and load.setting != "none"
+    return make_plan(layout, row, _config_of(model), split=split), tensors, None
+
+
+def _transform(
+    row: Row,
+    load: loads.LoadContext | None,
+    model: Any,
+    weights: dict[str, Any],
+    sanitize: Sanitize,
+) -> tuple[Any, LoadReport]:
+    """Carry out the plan, then sanitize."""
+    import mlx.core as mx
+
+    from vllm_moe_compat.execute import execute, target_dtype
+    from vllm_moe_compat.requantize import Choices, held
 
     start = time.perf_counter()
-    given = describe(weights)
-    if load is not None and load.row == row and load.matches(given):
-        plan, path = load.plan, str(load.model_dir)
-    else:
-        layout = detect(infer_fp8(given), _config_of(model), row.ignored)
-        plan, path = make_plan(layout, row, _config_of(model)), None
+    plan, tensors, path = _plan(row, load, model, weights)
     # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
     dtype = target_dtype() if plan.dequantized else loads.serving_dtype.get()
-    execute(plan, weights, dtype or "bfloat16")
-    return loads.LoadReport(
+    before = mx.get_active_memory()
+    if plan.builds:
+        mx.reset_peak_memory()
+    read = sum(map(nbytes, (tensors[n] for n in weights if n in tensors)))
+    files = {name: info.file for name, info in tensors.items()}
+    with bar(sum(len(build.weights) for build in plan.builds)) as done:
+        execute(plan, weights, dtype or "bfloat16", files, done)
+    seconds = time.perf_counter() - start
+    sanitized = sanitize(weights)
+    return sanitized, LoadReport(
         path=path,
         module=plan.module,
         words=plan.words,
@@ -123,7 +196,56 @@ def _transform(
         layers=plan.stacked,
         dequantized=plan.dequantized,
         dtype=dtype if plan.dequantized else None,
+        seconds=seconds,
+        read=read,
+        held=held(sanitized, Choices()),
+        peak=mx.get_peak_memory() - before if plan.builds else 0,
+    )
+
+
+def _requantize(
+    row: Row,
+    load: loads.LoadContext | None,
+    model: Any,
+    weights: dict[str, Any],
+    sanitize: Sanitize,
+) -> tuple[Any, LoadReport]:
+    """Sanitize and carry out the plan together, packing every tensor as it is made."""
+    import mlx.core as mx
+
+    from vllm_moe_compat import requantize
+    from vllm_moe_compat.execute import packed_dtype, target_dtype
+
+    assert load is not None
+    start = time.perf_counter()
+    plan, tensors, path = _plan(row, load, model, weights)
+    packing = QUANTIZE_SETTINGS[load.setting]
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    read = sum(map(nbytes, (tensors[n] for n in weights)))
+    spare = loads.spared(load.original_config, load.setting)
+    job = requantize.Job(plan, tensors, packing, spare, target_dtype(), packed_dtype())
+    with bar(len(weights)) as done:
+        sanitized, choices = requantize.execute(job, weights, sanitize, model, done)
+    # ``load_model`` goes on with this very dict, and packs its modules by it.
+    load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
+    return sanitized, LoadReport(
+        path=path,
+        module=plan.module,
+        words=plan.words,
+        experts=plan.experts,
+        layers=plan.stacked,
+        dequantized=plan.dequantized,
+        dtype=packed_dtype(),
         seconds=time.perf_counter() - start,
+        setting=load.setting,
+        quantized=len(choices.formats),
+        odd=len(choices.odd),
+        spared=len(choices.spared),
+        read=read,
+        held=requantize.held(sanitized, choices),
+        saved=requantize.saved(sanitized, choices),
+        peak=mx.get_peak_memory() - before,
     )
 
 

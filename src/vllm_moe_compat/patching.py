@@ -23,6 +23,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from vllm_moe_compat import registry
+from vllm_moe_compat.context import last_report
 from vllm_moe_compat.envs import ENABLED
 from vllm_moe_compat.hooks import load_config_hook, sanitize_hook
 from vllm_moe_compat.log import logger
@@ -141,7 +142,8 @@ def status() -> Status:
             state = _state(module is not None, patch, reason)
             rows.append(RowStatus(row.module, "Model", state, reason))
             hooks.append(HookStatus(f"{row.module}.Model.sanitize", state, reason))
-    return Status(tuple(rows), tuple(h for h in hooks if h.state == "active"), versions())
+    active = tuple(hook for hook in hooks if hook.state == "active")
+    return Status(tuple(rows), active, versions(), last_report())
 
 
 def _state(imported: bool, patch: Patch | None, reason: str) -> str:

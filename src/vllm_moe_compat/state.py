@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from vllm_moe_compat.report import LoadReport
+
 _PACKAGES = ("mlx", "mlx-lm", "vllm", "vllm-metal")
 
 
@@ -45,11 +47,13 @@ class Status:
         rows: every mapped module.
         hooks: the functions that are wrapped now.
         versions: installed distributions → version.
+        load: what the last load did, or None before the first.
     """
 
     rows: tuple[RowStatus, ...]
     hooks: tuple[HookStatus, ...]
     versions: Mapping[str, str]
+    load: LoadReport | None = None
 
     def __str__(self) -> str:
         installed = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -58,6 +62,8 @@ class Status:
         for row in self.rows:
             reason = f": {row.reason}" if row.reason else ""
             lines.append(f"  {row.module}: {row.state}{reason}")
+        if self.load is not None:
+            lines.append(f"  last load: {self.load}")
         return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def test_all_groups_share_one_buffer(demo_path: Path) -> None:
 
 
 def test_utilization_bounds_everything_that_is_held(demo_path: Path) -> None:
-    from vllm_moe_compat.backend.memory import device_memory
+    from vllm_moe_compat.memory import device_memory
 
     total, _ = device_memory()
     settings = {"kv_cache_memory_bytes": None, "max_num_seqs": 256, "max_model_len": 4096}

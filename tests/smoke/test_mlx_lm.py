@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import vllm_moe_compat
-from vllm_moe_compat.context import LoadReport, last_report
+from vllm_moe_compat.context import last_report
 from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.report import LoadReport
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]
 

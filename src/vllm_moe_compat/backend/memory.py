@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import psutil
 
 from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
 from vllm_moe_compat.backend.state_pool import StatePool
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.memory import device_memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,19 +57,6 @@ class Budget:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
-
-
-def device_memory() -> tuple[int, int]:
-    """Total and free bytes where MLX allocates."""
-    host = psutil.virtual_memory()
-    info: dict[str, Any] = mx.device_info()
-    if mx.default_device().type == mx.DeviceType.gpu:
-        total = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
-        if total:
-            # Metal's memory is the host's; a CUDA device's is its own.
-            free = info.get("free_memory")
-            return total, int(free) if free is not None else min(total, int(host.available))
-    return int(host.total), int(host.available)
 
 
 def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:

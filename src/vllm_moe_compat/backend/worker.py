@@ -17,6 +17,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
+from vllm_moe_compat import progress
 from vllm_moe_compat.backend import handoff, self_check, vllm_bridge
 from vllm_moe_compat.backend.layers import AttentionLayer, LinearLayer
 from vllm_moe_compat.backend.memory import Budget, demand, measure
@@ -65,7 +66,8 @@ class MlxWorker(WorkerBase):
             CompatError: the checkpoint or the model cannot be served.
         """
         dtype = MLX_DTYPES[self.model_config.dtype]
-        self.served = handoff.load(self.model_config.model, self.model_config.revision, dtype)
+        with progress.wanted_as(self.load_config.use_tqdm_on_load):
+            self.served = handoff.load(self.model_config.model, self.model_config.revision, dtype)
         self._align_pages()
 
     def _align_pages(self) -> None:

@@ -9,16 +9,23 @@ so no prefix is ever applied twice, and a tensor that upstream digests has no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_compat.layout import Layout
+from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_fp8 import DEFAULT_BLOCK, check_fp8
 from vllm_moe_compat.plan.findings import refuse
-from vllm_moe_compat.plan.ops import DequantizeBlockFp8, Op, StackExperts
-from vllm_moe_compat.plan.row import Row
+from vllm_moe_compat.plan.ops import (
+    DequantizeBlockFp8,
+    Op,
+    Operand,
+    Spec,
+    SplitGateUp,
+    StackExperts,
+)
+from vllm_moe_compat.plan.row import Moe, Row
 
 _LAYER = re.compile(r"^(.*?layers\.\d+)\.")
 
@@ -32,18 +39,41 @@ class Build:
         weights: the weights that it is made of, in order.
         scales: their scales in the same order; none where nothing is quantised.
         ops: what to do with them.
+        others: further targets, where the operations give more than one weight.
     """
 
     target: str
     weights: tuple[str, ...]
     scales: tuple[str, ...]
     ops: tuple[Op, ...]
+    others: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All the tensors that come out, in the operations' order."""
+        return (self.target, *self.others)
 
     @property
     def layer(self) -> str:
         """The layer that the target is in, or the target itself."""
         match = _LAYER.match(self.target)
         return match[1] if match else self.target
+
+    def results(self, tensors: Mapping[str, TensorInfo], dtype: str) -> tuple[Spec, ...]:
+        """Return what the targets will be, by the operations' own algebra.
+
+        Args:
+            tensors: the sources' descriptions.
+            dtype: safetensors' name of what dequantising gives.
+        """
+        weights, scales = (
+            tuple(Spec(tensors[name].dtype, tensors[name].shape) for name in names)
+            for names in (self.weights, self.scales)
+        )
+        operand = Operand(weights, scales)
+        for op in self.ops:
+            operand = op.result(operand, dtype)
+        return operand.weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +107,15 @@ class Plan:
         return not self.builds and not self.drops
 
 
-def make_plan(layout: Layout, row: Row, config: Mapping[str, Any]) -> Plan:
+def make_plan(layout: Layout, row: Row, config: Mapping[str, Any], *, split: bool = False) -> Plan:
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
+
+    Args:
+        layout: what the checkpoint holds.
+        row: what is known about the module.
+        config: the checkpoint's.
+        split: whether combined FP8 experts are split here and not by upstream,
+            which knows nothing of the scales that requantised ones have.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
@@ -92,6 +129,8 @@ def make_plan(layout: Layout, row: Row, config: Mapping[str, Any]) -> Plan:
     stacked = 0
     experts = 0
     for block in layout.experts:
+        if split and row.moe is not None and block.combined:
+            builds.extend(_split_combined(row.moe, block, pairs, dequantize))
         if row.moe is None or not block.per_expert:
             continue
         stacked += 1
@@ -122,6 +161,21 @@ def make_plan(layout: Layout, row: Row, config: Mapping[str, Any]) -> Plan:
         stacked=stacked,
         dequantized=len(layout.fp8.pairs),
     )
+
+
+def _split_combined(
+    moe: Moe, block: ExpertBlock, pairs: dict[str, str], dequantize: tuple[Op, ...]
+) -> Iterator[Build]:
+    """Build gate, up and down from combined FP8 experts; takes them out of ``pairs``."""
+    root = block.parent.removesuffix(moe.source.rpartition(".")[0]) + moe.target
+    gate, up, down = (f"{root}.{target}.weight" for _, target in moe.projections)
+    fused, single = block.combined.get("gate_up_proj", ""), block.combined.get("down_proj", "")
+    if fused in pairs:
+        ops = (*dequantize, SplitGateUp())
+        yield Build(gate, (fused,), (pairs.pop(fused),), ops, (up,))
+        # Upstream renames the other half only together with the one that is gone.
+        scales = (pairs.pop(single),) if single in pairs else ()
+        yield Build(down, (single,), scales, dequantize if scales else ())
 
 
 def _widen(layout: Layout, row: Row) -> tuple[str, ...]:

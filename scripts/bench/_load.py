@@ -1,0 +1,361 @@
+"""Loading FP8 experts: this package, the straightforward way, and the bytes alone.
+
+The checkpoint has the experts of a Qwen3.5 MoE (hidden 2048, intermediate 512, 256
+experts, one tensor each, 128x128 scales) and as little else as the class allows. A
+round loads it once in each way, each in a process of its own; the order is reversed
+every other round. Files are in the page cache.
+
+``straightforward``: dequantise every tensor as a whole in float32, round, stack,
+concatenate gate and up, and let mlx-lm slice them again. ``raw``: read the files and
+write as many bytes as the bf16 weights have. Peaks are resident memory over what the
+process held after its imports; ``checksum`` says that both made the same parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HIDDEN, INTERMEDIATE, EXPERTS, BLOCK = 2048, 512, 256, 128
+PREFIX = "model.language_model."
+SHAPES = {
+    "gate_proj": (INTERMEDIATE, HIDDEN),
+    "up_proj": (INTERMEDIATE, HIDDEN),
+    "down_proj": (HIDDEN, INTERMEDIATE),
+}
+SETTINGS = ("8bit", "mxfp8", "6bit", "4bit")
+
+
+def config(layers: int) -> dict[str, Any]:
+    """A config with one gated-delta layer per MoE layer, and a tiny vocabulary."""
+    text = {
+        "model_type": "qwen3_5_moe_text",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": INTERMEDIATE,
+        "shared_expert_intermediate_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 1000,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 128,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    }
+    return {
+        "model_type": "qwen3_5_moe",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+    }
+
+
+def write(path: Path, layers: int) -> int:
+    """Write the checkpoint, a shard per layer; return its bytes."""
+    import mlx.core as mx
+    import mlx_lm.utils
+    import torch
+    from mlx.utils import tree_flatten
+    from safetensors.torch import save_file
+
+    settings = config(layers)
+    (path / "config.json").write_text(json.dumps(settings))
+    model_class, args_class = mlx_lm.utils._get_classes(settings)
+    model = model_class(args_class.from_dict(settings))
+    rest = {
+        PREFIX + name.removeprefix("language_model.model.")
+        if "lm_head" not in name
+        else "lm_head.weight": array.astype(mx.bfloat16)
+        for name, array in tree_flatten(model.parameters())
+        if "switch_mlp" not in name
+    }
+    mx.save_safetensors(str(path / "model-rest.safetensors"), rest)
+    draw = np.random.default_rng(0)
+    for layer in range(layers):
+        tensors = {}
+        for expert in range(EXPERTS):
+            for name, (rows, columns) in SHAPES.items():
+                key = f"{PREFIX}layers.{layer}.mlp.experts.{expert}.{name}.weight"
+                # A normal weight in blocks scaled to E4M3's range is mostly this.
+                values = draw.standard_normal((64, columns), dtype=np.float32) * 100
+                values = np.tile(values.clip(-448, 448), (rows // 64, 1))
+                tensors[key] = torch.from_numpy(values).to(torch.float8_e4m3fn)
+                grid = (rows // BLOCK, columns // BLOCK)
+                scale = torch.from_numpy(draw.uniform(1e-4, 1e-3, grid))
+                tensors[f"{key}_scale_inv"] = scale.to(torch.bfloat16)
+        save_file(tensors, path / f"model-{layer:05}.safetensors")
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def straightforward(model: Any, original: Any, weights: dict[str, Any]) -> Any:
+    """What a shim without a plan does in ``sanitize``."""
+    import mlx.core as mx
+
+    plain = {}
+    for name, weight in weights.items():
+        scale = weights.get(f"{name}_scale_inv")
+        if name.endswith("_scale_inv"):
+            continue
+        if scale is None:
+            plain[name] = weight
+            continue
+        rows, columns = weight.shape
+        tiles = mx.from_fp8(weight, dtype=mx.float32)
+        tiles = tiles.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+        product = tiles * scale.astype(mx.float32)[:, None, :, None]
+        plain[name] = product.reshape(rows, columns).astype(mx.bfloat16)
+    for layer in range(model.language_model.args.num_hidden_layers):
+        base = f"{PREFIX}layers.{layer}.mlp.experts"
+        stacks = {
+            name: mx.stack([plain.pop(f"{base}.{e}.{name}.weight") for e in range(EXPERTS)])
+            for name in SHAPES
+        }
+        fused = mx.concatenate([stacks["gate_proj"], stacks["up_proj"]], axis=1)
+        plain[f"{base}.gate_up_proj"] = fused
+        plain[f"{base}.down_proj"] = stacks["down_proj"]
+    return original(model, plain)
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmRSS in /proc/self/status")
+
+
+def peak() -> int:
+    """The most bytes that were resident since ``clear_peak``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def clear_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def raw(path: Path) -> int:
+    """Read every byte and write two for each."""
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    final = np.empty(2 * size, dtype=np.uint8)
+    buffer = np.empty(2**24, dtype=np.uint8)
+    at = 0
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as source:
+            while count := source.readinto(memoryview(buffer)):
+                final[at : at + count] = buffer[:count]
+                final[at + count : at + 2 * count] = buffer[:count]
+                at += 2 * count
+    return final.nbytes
+
+
+def child(mode: str, path: Path) -> dict[str, Any]:
+    """Load once; this is the process that is measured."""
+    os.environ["VLLM_MOE_COMPAT_DTYPE"] = "bfloat16"
+    os.environ["VLLM_MOE_COMPAT_QUANTIZE"] = mode if mode in SETTINGS else "none"
+    import mlx.core as mx
+    import mlx_lm.utils
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import qwen3_5_moe
+
+    import vllm_moe_compat
+
+    if mode == "straightforward":
+        original = qwen3_5_moe.Model.sanitize
+        qwen3_5_moe.Model.sanitize = lambda model, weights: straightforward(
+            model, original, weights
+        )
+    else:
+        vllm_moe_compat.apply()
+    mx.eval(mx.ones(1))
+    clear_peak()
+    base, began, cpu = resident(), time.perf_counter(), time.process_time()
+    if mode == "raw":
+        final, checksum = raw(path), 0
+    else:
+        model, _ = mlx_lm.utils.load_model(path)
+        final = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    result = {
+        "cpu_s": time.process_time() - cpu,
+        "wall_s": time.perf_counter() - began,
+        "peak": peak() - base,
+        "after": resident() - base,
+        "final": final,
+    }
+    if mode != "raw":
+        checksum = 0
+        for name, array in sorted(tree_flatten(model.parameters())):
+            if "switch_mlp" in name:
+                for part in array:
+                    checksum = zlib.crc32(memoryview(mx.contiguous(part).view(mx.uint8)), checksum)
+    return result | {"checksum": checksum}
+
+
+def measure(path: Path, modes: list[str], rounds: int) -> dict[str, Any]:
+    """Rounds of one load in each way, and their medians."""
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    for number in range(rounds):
+        for mode in modes if number % 2 == 0 else modes[::-1]:
+            command = [sys.executable, __file__, "--child", mode, str(path)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            runs[mode].append(json.loads(done.stdout))
+            last = runs[mode][-1]
+            say(
+                f"round {number + 1}/{rounds} {mode}: {last['cpu_s']:.2f} CPU s, peak "
+                f"{last['peak'] / last['final']:.3f} of {last['final'] / 2**20:,.0f} MiB"
+            )
+    theirs = statistics.median(run["cpu_s"] for run in runs["straightforward"])
+    rows = {}
+    for mode, found in runs.items():
+        final = found[0]["final"]
+        cpu = statistics.median(run["cpu_s"] for run in found)
+        rows[mode] = {
+            "cpu_s": round(cpu, 3),
+            "wall_s": round(statistics.median(run["wall_s"] for run in found), 3),
+            "cpu_ratio": round(cpu / theirs, 3),
+            "final_bytes": final,
+            "peak_ratio": round(max(run["peak"] for run in found) / final, 4),
+            "after_ratio": round(max(run["after"] for run in found) / final, 4),
+        }
+    same = {run["checksum"] for mode in ("ours", "straightforward") for run in runs[mode]}
+    return {"rows": rows, "same_parameters": len(same) == 1}
+
+
+def keys(layers: int) -> dict[str, Any]:
+    """Time per key of everything that is done to names alone."""
+    from vllm_moe_compat.layout import TensorInfo, detect
+    from vllm_moe_compat.plan import make_plan
+    from vllm_moe_compat.plan.estimate import estimate
+    from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+
+    tensors = {}
+    for layer in range(layers):
+        for expert in range(EXPERTS):
+            for name, shape in SHAPES.items():
+                key = f"{PREFIX}layers.{layer}.mlp.experts.{expert}.{name}.weight"
+                grid = (shape[0] // BLOCK, shape[1] // BLOCK)
+                tensors[key] = TensorInfo("F8_E4M3", shape)
+                tensors[f"{key}_scale_inv"] = TensorInfo("BF16", grid)
+    row = TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"]
+    settings = config(layers)
+    times = []
+    for _ in range(5):
+        began = time.process_time()
+        plan = make_plan(detect(tensors, settings, row.ignored), row, settings)
+        planned = time.process_time() - began
+        estimate(plan, tensors, "BF16")
+        times.append((planned, time.process_time() - began))
+    planned, both = (min(column) for column in zip(*times, strict=True))
+    count = len(tensors)
+    return {
+        "keys": count,
+        "plan_us_per_key": round(planned / count * 1e6, 2),
+        "with_estimate_us_per_key": round(both / count * 1e6, 2),
+    }
+
+
+def machine() -> dict[str, Any]:
+    from _serve import machine as described
+
+    return described()
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| layers | | CPU s | ÷ straightforward | final MiB | peak ÷ final | after ÷ final |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        for mode, row in case["rows"].items():
+            lines.append(
+                f"| {case['layers']} | {mode} | {row['cpu_s']:.2f} | {row['cpu_ratio']:.2f} | "
+                f"{row['final_bytes'] / 2**20:,.0f} | {row['peak_ratio']:.3f} | "
+                f"{row['after_ratio']:.3f} |"
+            )
+    lines.append(f"\nsame parameters: {all(c['same_parameters'] for c in result['cases'])}")
+    lines += [f"{k['keys']:,} keys: {k['plan_us_per_key']} µs per key" for k in result["keys"]]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench/load",
+        description="CPU time and peak memory of loading FP8 experts (Linux only).",
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--full", action="store_true", help="8 layers too (30 GB of disk and memory traffic)")
+    add("--layers", help="numbers of layers, separated by commas (default 1,2)")
+    add("--rounds", type=int, default=3, help="rounds per case (default 3)")
+    add(
+        "--quantize",
+        default="",
+        help=f"settings to measure too, separated by commas, of {','.join(SETTINGS)}",
+    )
+    add("--child", nargs=2, metavar=("MODE", "PATH"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.quantize = [name for name in args.quantize.split(",") if name]
+    if args.full and not args.quantize:
+        args.quantize = list(SETTINGS)
+    if unknown := set(args.quantize) - set(SETTINGS):
+        parser.error(f"--quantize knows {', '.join(SETTINGS)}, not {', '.join(sorted(unknown))}")
+    chosen = args.layers or ("1,2,8" if args.full else "1,2")
+    args.layers = [int(part) for part in chosen.split(",")]
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    modes = ["ours", "straightforward", "raw", *args.quantize]
+    cases = []
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)
+            size = write(path, layers)
+            say(f"{layers} layers: {size / 2**20:,.0f} MiB written")
+            cases.append({"layers": layers, "disk_bytes": size} | measure(path, modes, args.rounds))
+    return {"cases": cases, "keys": [keys(20), keys(40)], "machine": machine()}
+
+
+def main() -> int:
+    args = parse()
+    # Whatever the libraries print, stdout holds the result alone.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if args.child:
+        out.write(json.dumps(child(args.child[0], Path(args.child[1]))) + "\n")
+        return 0
+    result = run(args)
+    out.write((json.dumps(result) if args.json else table(result)) + "\n")
+    out.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""How much memory there is where MLX allocates, and whether a load fits in it.
+
+A load whose weights exceed the whole machine is refused, since nothing that is
+closed would make room for them; one that only exceeds what is free now is warned
+of, since what is free is a guess: other programs come and go, and caches shrink.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.errors import InsufficientMemoryError
+from vllm_moe_compat.log import logger
+from vllm_moe_compat.plan.estimate import Estimate
+from vllm_moe_compat.report import size
+
+
+def device_memory() -> tuple[int, int]:
+    """Return total and free bytes where MLX allocates."""
+    import mlx.core as mx
+
+    total, free = host_memory()
+    info: dict[str, Any] = mx.device_info()
+    if mx.default_device().type == mx.DeviceType.gpu:
+        own = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+        if own:
+            # Metal's memory is the host's; a CUDA device's is its own.
+            left = info.get("free_memory")
+            return own, int(left) if left is not None else min(own, free)
+    return total, free
+
+
+def host_memory() -> tuple[int, int]:
+    """Return total and free bytes of the host, a container's limit counted."""
+    try:
+        import psutil
+
+        host = psutil.virtual_memory()
+        total, free = int(host.total), int(host.available)
+    except ImportError:
+        # vLLM brings psutil, mlx-lm does not.
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        allowed = int(limit.read_text())
+        used = int(limit.with_name("memory.current").read_text())
+    except (OSError, ValueError):
+        return total, free
+    return min(total, allowed), min(free, max(0, allowed - used))
+
+
+def check(path: object, needs: Estimate, setting: str) -> None:
+    """Refuse, or warn of, a load that the machine has no memory for.
+
+    Args:
+        path: the checkpoint, for the message.
+        needs: what loading it takes.
+        setting: the one in force.
+
+    Raises:
+        InsufficientMemoryError: the weights alone are larger than the memory.
+    """
+    total, free = device_memory()
+    final, peak = needs.final[setting], needs.peak[setting]
+    if peak <= free:
+        return
+    if final > total:
+        raise InsufficientMemoryError(
+            f"{path}: the weights take {size(final)} ({size(peak)} while loading) with "
+            f"{QUANTIZE.name}={setting}, more than the {size(total)} that this machine has; "
+            f"{_advice(needs, total, setting)}."
+        )
+    logger.warning(
+        "%s: loading takes %s with %s=%s, and %s of %s are free: expect swapping or the end of "
+        "this process; close other programs, or %s",
+        path,
+        size(peak),
+        QUANTIZE.name,
+        setting,
+        size(free),
+        size(total),
+        _advice(needs, free, setting),
+    )
+
+
+def _advice(needs: Estimate, limit: int, setting: str) -> str:
+    smaller = [s for s in needs.fitting(limit) if needs.peak[s] < needs.peak[setting]]
+    if smaller:
+        return f"set {QUANTIZE.name}={smaller[0]}, which takes {size(needs.peak[smaller[0]])}"
+    least = min(needs.peak, key=needs.peak.__getitem__)
+    return f"use a smaller model, since even {least} takes {size(needs.peak[least])}"
