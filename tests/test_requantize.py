@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vllm_moe_compat
+from support import shim
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import load, parameters, same_bits
 from vllm_moe_compat import execute as ex
@@ -237,6 +238,29 @@ def test_a_sanitize_that_computes_with_the_tensors_is_refused(tmp_path: Path, mo
     monkeypatch.setenv(QUANTIZE, "8bit")
     with pytest.raises(UnsupportedCheckpointError, match=r"q_proj.weight cannot be quantised"):
         load(build(fp8=Fp8(), sizes=SIZES).write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("form", "ours"),
+    # The shim itself does not know combined FP8 experts.
+    [("per-expert-fp8", "outside"), ("per-expert-fp8", "inside"), ("combined-fp8", "outside")],
+)
+def test_another_librarys_shim_for_the_class_changes_no_bit(
+    form: str, ours: str, tmp_path: Path, monkeypatch
+):
+    layout, fp8 = FORMS[form]
+    path = unlisted(build(layout, fp8, sizes=SIZES)).write(tmp_path)
+    wanted, _ = by_mlx_lm(path, "8bit")
+    monkeypatch.setenv(QUANTIZE, "8bit")
+    if ours == "outside":
+        vllm_moe_compat.revert()
+    remove = shim.install()
+    try:
+        vllm_moe_compat.apply()
+        assert same_bits(parameters(load(path)), wanted)
+    finally:
+        vllm_moe_compat.revert()
+        remove()
 
 
 def test_the_serving_dtype_is_that_of_the_scales(tmp_path: Path, monkeypatch):

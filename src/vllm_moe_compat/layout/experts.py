@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 SCALE_SUFFIX = "_scale_inv"
 STATIC_SCALES = ("activation_scale", "input_scale")
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
+_SCALES = (SCALE_SUFFIX, *STATIC_SCALES)
 _COMBINED = ("gate_up_proj", "down_proj")
-_STACKED = (".switch_mlp.", ".experts.switch_glu.")
 
 
 @dataclass(slots=True)
@@ -80,10 +80,10 @@ def find_experts(names: Iterable[str]) -> list[ExpertBlock]:
 
 
 def _sort_in(block: ExpertBlock, name: str, rest: str) -> None:
-    if any(part in name for part in _STACKED):
+    if ".switch_mlp." in name or ".experts.switch_glu." in name:
         block.stacked.append(name)
         return
-    if rest.endswith((SCALE_SUFFIX, *STATIC_SCALES)):
+    if rest.endswith(_SCALES):
         return
     if rest in _COMBINED:
         block.combined[rest] = name

@@ -66,14 +66,15 @@ class Build:
             tensors: the sources' descriptions.
             dtype: safetensors' name of what dequantising gives.
         """
-        weights, scales = (
-            tuple(Spec(tensors[name].dtype, tensors[name].shape) for name in names)
-            for names in (self.weights, self.scales)
-        )
-        operand = Operand(weights, scales)
+        operand = Operand(_specs(self.weights, tensors), _specs(self.scales, tensors))
         for op in self.ops:
             operand = op.result(operand, dtype)
         return operand.weights
+
+
+def _specs(names: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> tuple[Spec, ...]:
+    """Describe the sources of one build; several are alike, or there were no plan."""
+    return tuple(Spec(tensors[n].dtype, tensors[n].shape) for n in names[:1]) * len(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +182,13 @@ def _split_combined(
 def _widen(layout: Layout, row: Row) -> tuple[str, ...]:
     """Return the half-precision tensors that this checkpoint's ``sanitize`` will compute with."""
     rule = row.arithmetic
-    if rule is None or not any(
-        name.endswith(rule.marker) and info.shape[-1:] != (1,)
-        for name, info in layout.tensors.items()
-    ):
+    if rule is None:
+        return ()
+    marked = [info for name, info in layout.tensors.items() if name.endswith(rule.marker)]
+    if all(info.shape[-1:] == (1,) for info in marked):
         return ()
     return tuple(
         name
         for name, info in layout.tensors.items()
-        if info.dtype in ("BF16", "F16") and name.endswith(rule.suffixes)
+        if name.endswith(rule.suffixes) and info.dtype in ("BF16", "F16")
     )
