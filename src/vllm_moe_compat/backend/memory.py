@@ -38,7 +38,6 @@ STATE_SHARE = 0.5
 class Budget:
     """Bytes by purpose; ``page_bytes`` is what vLLM is told."""
 
-    limit: int
     weights: int
     activations: int
     states: int
@@ -102,7 +101,7 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
             reason = f"all that {sequences} sequences of {length} tokens can use"
     if page_bytes <= 0:
         raise _nothing_left(vllm_config, served, total, free, activations + states)
-    return Budget(total, served.weight_bytes, activations, states, sequences, page_bytes, reason)
+    return Budget(served.weight_bytes, activations, states, sequences, page_bytes, reason)
 
 
 def _nothing_left(
