@@ -28,8 +28,8 @@ def fp8(*names: str) -> dict[str, TensorInfo]:
 def test_per_expert_indices_are_taken_as_they_are():
     names = [f"{L}.experts.{e}.up_proj.weight" for e in (0, 1, 7)]
     (block,) = detect(bf16(*names), {}).experts
-    assert block.parent == L
-    assert list(block.per_expert["up_proj"]) == [0, 1, 7]
+    assert block.path == f"{L}.experts"
+    assert list(block.per_expert["up"]) == [0, 1, 7]
     assert block.forms == ("per-expert",)
 
 
@@ -99,8 +99,8 @@ def test_each_familys_key_counts(key: str):
 
 def test_a_block_comes_from_either_section():
     quantization = {"quantization_config": {"weight_block_size": [64, 32]}}
-    assert detect(fp8("a.weight"), quantization).block == (64, 32)
-    assert detect(fp8("a.weight"), {"text_config": quantization}).block == (64, 32)
+    assert detect(fp8("a.weight"), quantization).blocks == ((64, 32),)
+    assert detect(fp8("a.weight"), {"text_config": quantization}).blocks == ((64, 32),)
 
 
 @pytest.mark.parametrize("value", [-1, "8", 2.0, True, [8]])
@@ -168,3 +168,13 @@ def test_any_names_and_config_give_a_plan_or_a_named_refusal(tensors: Any, confi
             sources = [n for b in plan.builds for n in (*b.weights, *b.scales)]
             assert len(sources) == len(set(sources))
             assert set(sources) <= tensors.keys()
+
+
+def test_a_norm_among_the_experts_is_no_expert():
+    tensors = {
+        "model.layers.0.mlp.experts.down_proj": TensorInfo("BF16", (2, 4, 8)),
+        "model.layers.0.mlp.experts.post_expert_norm.weight": TensorInfo("BF16", (4,)),
+    }
+    (block,) = detect(tensors, {}).experts
+    assert not block.other
+    assert block.names() == ["model.layers.0.mlp.experts.down_proj"]

@@ -8,7 +8,7 @@ checkpoint of hundreds of gigabytes in about a second.
 from __future__ import annotations
 
 from vllm_moe_compat.layout.detect import Layout, detect
-from vllm_moe_compat.layout.experts import ExpertBlock
+from vllm_moe_compat.layout.experts import ExpertBlock, is_transposed
 from vllm_moe_compat.layout.extras import DEFAULT_EXTRAS, Extras
 from vllm_moe_compat.layout.headers import TensorInfo, check_index, read_headers
 from vllm_moe_compat.layout.names import fold
@@ -25,5 +25,6 @@ __all__ = [
     "detect",
     "fold",
     "infer_fp8",
+    "is_transposed",
     "read_headers",
 ]

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_compat.layout.config import block_size, expert_count
+from vllm_moe_compat.layout.config import block_sizes, expert_count
 from vllm_moe_compat.layout.experts import ExpertBlock, find_experts
 from vllm_moe_compat.layout.extras import DEFAULT_EXTRAS, Extras
 from vllm_moe_compat.layout.headers import TensorInfo
-from vllm_moe_compat.layout.quantization import Fp8Tensors, find_fp8
+from vllm_moe_compat.layout.quantization import Fp8Tensors, block_of, find_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Layout:
         ignored: names that upstream drops (prediction heads, vision towers).
         experts: one entry per MoE layer.
         fp8: the FP8 weights and their scales.
-        block: ``weight_block_size`` of the config, or None.
+        blocks: rows and columns under one FP8 scale, by the config.
         num_experts: what the config says, or None.
     """
 
@@ -35,7 +35,7 @@ class Layout:
     ignored: frozenset[str]
     experts: tuple[ExpertBlock, ...]
     fp8: Fp8Tensors
-    block: tuple[int, int] | None
+    blocks: tuple[tuple[int, int], ...]
     num_experts: int | None
 
     @property
@@ -43,15 +43,38 @@ class Layout:
         """The layout in a few words, for logs: ``per-expert, block FP8``."""
         forms = Counter(form for block in self.experts for form in block.forms)
         parts = [" and ".join(forms) + " experts" if forms else "dense"]
-        if self.fp8.pairs:
-            parts.append("block FP8")
-        elif self.fp8:
-            parts.append("FP8")
+        if self.fp8:
+            parts.append(self.fp8_words)
         else:
             names = [n for b in self.experts for n in b.names()] or list(self.tensors)
             dtypes = Counter(self.tensors[name].dtype for name in names)
             parts.append(dtypes.most_common(1)[0][0] if dtypes else "empty")
         return ", ".join(parts)
+
+    @property
+    def fp8_scales(self) -> frozenset[str]:
+        """The names of all scales of FP8 weights, of activations and caches too."""
+        return frozenset((*self.fp8.pairs.values(), *self.fp8.static))
+
+    @property
+    def fp8_words(self) -> str:
+        """The FP8 form in words: ``block FP8``, ``per-tensor FP8``, or both."""
+        found: set[str] = set()
+        for shapes in {
+            (self.tensors[w].shape, self.tensors[s].shape) for w, s in self.fp8.pairs.items()
+        }:
+            block = self.block_of(*shapes)
+            if block == shapes[0][-2:] and self.blocks == ():
+                found.add("per-tensor")
+            elif block is not None and 1 in block:
+                found.add("per-channel")
+            elif block is not None:
+                found.add("block")
+        return f"{' and '.join(sorted(found))} FP8".strip()
+
+    def block_of(self, weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:
+        """Return what one factor of a scale covers; None where the shapes do not fit."""
+        return block_of(weight, scale, self.blocks)
 
     @property
     def per_expert(self) -> list[str]:
@@ -74,7 +97,7 @@ def detect(
     Raises:
         LayoutError: a number in the config that is needed means nothing.
     """
-    ignored = extras.select(tensors)
+    ignored = extras.of(config).select(tensors)
     loaded = {name: info for name, info in tensors.items() if name not in ignored}
     experts = tuple(find_experts(loaded))
     fp8 = find_fp8(loaded)
@@ -83,6 +106,6 @@ def detect(
         ignored=ignored,
         experts=experts,
         fp8=fp8,
-        block=block_size(config) if fp8.pairs else None,
+        blocks=block_sizes(config) if fp8.pairs else (),
         num_experts=expert_count(config) if experts else None,
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.layout.extras import DEFAULT_EXTRAS, Extras
+from vllm_moe_compat.layout.extras import EVERY_SPELLING, Ignored
 from vllm_moe_compat.layout.names import fold
 
 INDEX = "model.safetensors.index.json"
@@ -80,7 +80,7 @@ def read_headers(model_dir: Path) -> dict[str, TensorInfo]:
 def check_index(
     model_dir: Path,
     tensors: Mapping[str, TensorInfo],
-    extras: Extras = DEFAULT_EXTRAS,
+    extras: Ignored = EVERY_SPELLING,
 ) -> None:
     """Compare the index, where there is one, with what the shards hold.
 

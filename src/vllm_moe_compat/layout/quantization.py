@@ -1,24 +1,42 @@
-"""Which tensors are FP8, and where their scales are.
+"""Which tensors are FP8, where their scales are, and what part a scale covers.
 
-Block FP8 as DeepSeek and Qwen publish it: an E4M3 weight and, under the same
-name with ``_scale_inv`` appended, a grid of factors to *multiply* by, one per
-block of ``weight_block_size`` rows and columns. The rule is the same for 2-D
-weights, 3-D combined experts and stacked ones; only the last two axes count.
+Every published form is one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by
+factors, each of which covers a block of rows and columns. The forms differ in the
+block (128x128, a whole row, the whole tensor), in the scale's name and in whether
+it is stored as a float or as an E8M0 exponent. Only the last two axes count, so
+the rule is the same for 3-D combined and for stacked experts.
+
+Names: ``weight_scale_inv`` is DeepSeek's and Qwen's, ``weight_scale`` that of
+compressed-tensors and ModelOpt, ``.scale`` DeepSeek's newest.
 
 Nothing is refused here: what does not fit is listed, and the planner says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from vllm_moe_compat.layout.experts import SCALE_SUFFIX, STATIC_SCALES
+from vllm_moe_compat.layout.experts import STATIC_SCALES
 from vllm_moe_compat.layout.headers import TensorInfo
 
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-_NOT_WEIGHTS = ("_scale", "_scale_inv", "_scale_2", "_global_scale", ".scales")
-_OTHER_SCALES = ("_scale", "_scale_2", "_global_scale")
+FLOATS = ("BF16", "F16", "F32")
+E8M0 = ("F8_E8M0", "U8")
+DEFAULT_BLOCK = (128, 128)
+_NOT_WEIGHTS = ("_scale", "_scale_inv", "_scale_2", "_global_scale", ".scales", ".scale", "_scales")
+_INVERSE = "_scale_inv"
+
+
+def _scale_names(weight: str) -> Iterator[str]:
+    """Yield what the scale of a weight may be called, the commonest first."""
+    yield f"{weight}_scale_inv"
+    yield f"{weight}_scale"
+    if weight.endswith(".weight"):
+        yield f"{weight.removesuffix('weight')}scale"
+    else:
+        yield f"{weight}_weight_scale"
+        yield f"{weight}_weight_scale_inv"
 
 
 @dataclass(slots=True)
@@ -26,64 +44,101 @@ class Fp8Tensors:
     """The FP8 tensors of a checkpoint, by how they can be read.
 
     Attributes:
-        pairs: weight → its ``_scale_inv``.
+        pairs: weight → its scale.
         bare: FP8 weights with no scale of any kind.
-        orphans: ``_scale_inv`` tensors whose weight is missing.
-        plain: ``_scale_inv`` tensors whose weight is not FP8.
-        other: FP8 weights with a scale of another convention → that scale.
-        static: scales of activations, which MLX has no use for.
+        orphans: scales whose weight is missing.
+        plain: scale → its weight, where that is not FP8.
+        static: scales of activations and of KV caches, which MLX has no use for.
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
     bare: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
-    plain: list[str] = field(default_factory=list)
-    other: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
     static: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.pairs or self.bare or self.orphans or self.plain or self.other)
+        return bool(self.pairs or self.bare or self.orphans or self.plain)
 
 
 def find_fp8(tensors: Mapping[str, TensorInfo]) -> Fp8Tensors:
     """Pair every FP8 weight with its scale."""
     found = Fp8Tensors()
+    static: list[str] = []
     for name, info in tensors.items():
-        if name.endswith(SCALE_SUFFIX):
-            weight = tensors.get(name.removesuffix(SCALE_SUFFIX))
-            if weight is None:
-                found.orphans.append(name)
-            elif weight.dtype not in FP8_DTYPES:
-                found.plain.append(name)
-        elif info.dtype in FP8_DTYPES and not name.endswith(_NOT_WEIGHTS):
-            if name + SCALE_SUFFIX in tensors:
-                found.pairs[name] = name + SCALE_SUFFIX
-            elif scale := next((name + s for s in _OTHER_SCALES if name + s in tensors), None):
-                found.other[name] = scale
+        if info.dtype in FP8_DTYPES and not name.endswith(_NOT_WEIGHTS):
+            scale = f"{name}_scale_inv"
+            if scale not in tensors:
+                scale = next((s for s in _scale_names(name) if s in tensors), "")
+            if scale:
+                found.pairs[name] = scale
             else:
                 found.bare.append(name)
+        elif name.endswith((_INVERSE, "weight_scale")):
+            # Nearly all scales have their weight beside them: that is seen at once.
+            weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
+            if weight is None or weight.dtype not in FP8_DTYPES:
+                _look_for_weight(name, tensors, found)
         elif name.endswith(STATIC_SCALES):
-            weight = tensors.get(_scaled_weight(name))
-            if weight is not None and weight.dtype in FP8_DTYPES:
-                found.static.append(name)
+            static.append(name)
+    if found.pairs:
+        found.static = static
     return found
 
 
-def _scaled_weight(name: str) -> str:
-    """Return the weight whose input ``q_proj.activation_scale`` describes.
+def _look_for_weight(scale: str, tensors: Mapping[str, TensorInfo], found: Fp8Tensors) -> None:
+    """List a scale whose weight is missing or not FP8; 4-bit formats are not ours."""
+    inverse = scale.endswith(_INVERSE)
+    weight = scale.removesuffix(_INVERSE if inverse else "_scale")
+    weight = weight if weight in tensors or inverse else weight.removesuffix("_weight")
+    info = tensors.get(weight)
+    if info is None:
+        if inverse or f"{weight}_packed" not in tensors:
+            found.orphans.append(scale)
+    elif info.dtype in FLOATS or (inverse and info.dtype not in FP8_DTYPES):
+        found.plain[scale] = weight
 
-    For a combined tensor the name is ``gate_up_proj_activation_scale``.
+
+def block_of(
+    weight: tuple[int, ...], scale: tuple[int, ...], blocks: tuple[tuple[int, int], ...]
+) -> tuple[int, int] | None:
+    """Return the rows and columns that one factor of a scale covers.
+
+    Args:
+        weight: shape ``[…, O, I]``.
+        scale: shape of its scale: nothing, ``[O, 1]``, ``[O]``, a grid; per expert or not.
+        blocks: what the config names; without any, the usual 128x128 is tried.
+
+    Returns:
+        None where the shapes do not fit each other.
     """
-    suffix = next(s for s in STATIC_SCALES if name.endswith(s))
-    module = name.removesuffix(suffix)
-    return f"{module}weight" if module.endswith(".") else module.removesuffix("_")
+    if len(weight) < 2:
+        return None
+    *lead, rows, columns = weight
+    for block in blocks or (DEFAULT_BLOCK,):
+        if scale == (*lead, -(-rows // block[0]), -(-columns // block[1])):
+            return block
+    count = 1
+    for size in scale:
+        count *= size
+    if count == 1 or (lead and scale[: len(lead)] == tuple(lead) and _ones(scale[len(lead) :])):
+        return rows, columns
+    if scale in ((*lead, rows, 1), (*lead, rows)):
+        return 1, columns
+    if scale == (*lead, 1, columns):
+        return rows, 1
+    return None
+
+
+def _ones(shape: tuple[int, ...]) -> bool:
+    return all(size == 1 for size in shape)
 
 
 def infer_fp8(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Name as E4M3 what must be: MLX's loader calls FP8 bytes ``uint8`` (``U8``).
 
-    A ``uint8`` weight is FP8 when its ``_scale_inv`` is there, and also when no
-    scale of any kind is: packed 4-bit formats always have one.
+    A ``uint8`` weight is FP8 when its scale is ``_scale_inv`` or a float, and also
+    when it has none of any kind: packed 4-bit formats always have one.
     """
     return {
         name: replace(info, dtype="F8_E4M3")
@@ -94,12 +149,13 @@ def infer_fp8(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _is_fp8_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    if name + SCALE_SUFFIX in tensors:
-        return True
-    if name.endswith(".weight"):
-        packed = (name + "_scale", name.removesuffix("weight") + "scales")
-    elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-        packed = (name + "_scale", name + "_scales")
-    else:
+    if name.endswith(_NOT_WEIGHTS):
         return False
-    return not any(scale in tensors for scale in packed)
+    for scale in _scale_names(name):
+        if scale in tensors:
+            return scale.endswith(_INVERSE) or tensors[scale].dtype in FLOATS
+    if name.endswith(".weight"):
+        return name.removesuffix("weight") + "scales" not in tensors
+    if name.endswith((".gate_up_proj", ".down_proj", ".up_proj")):
+        return name + "_scales" not in tensors
+    return False
