@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_compat.plan import DequantizeBlockFp8, StackExperts
+from vllm_moe_compat.plan import DequantizeFp8, StackExperts
 from vllm_moe_compat.plan.ops import Operand, Spec, scale_grid
 
 SIZE = st.integers(1, 300)
@@ -30,7 +30,7 @@ def test_edge_blocks_count_whole(shape, block, grid):
 def test_every_operation_and_its_inverse_cancel(experts, rows, columns, block):
     grid = scale_grid((rows, columns), block)
     given_ = Operand((Spec("F8_E4M3", (rows, columns)),) * experts, (Spec("F32", grid),) * experts)
-    stack, dequantize = StackExperts(experts), DequantizeBlockFp8(block)
+    stack, dequantize = StackExperts(experts), DequantizeFp8(block)
     stacked = stack.result(given_, "BF16")
     assert stacked.weights == (Spec("F8_E4M3", (experts, rows, columns)),)
     assert stack.inverse().result(stacked, "BF16") == given_
@@ -54,4 +54,4 @@ def test_unequal_tensors_do_not_stack():
 def test_a_grid_of_another_block_does_not_scale():
     operand = Operand((Spec("F8_E4M3", (192, 192)),), (Spec("F32", (2, 2)),))
     with pytest.raises(ValueError, match="does not scale"):
-        DequantizeBlockFp8((64, 64)).result(operand, "BF16")
+        DequantizeFp8((64, 64)).result(operand, "BF16")

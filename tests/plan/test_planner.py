@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vllm_moe_compat.layout import TensorInfo, detect
-from vllm_moe_compat.plan import DequantizeBlockFp8, Plan, StackExperts, make_plan
+from vllm_moe_compat.plan import DequantizeFp8, Plan, StackExperts, make_plan
+from vllm_moe_compat.plan.ops import SplitGateUp
 from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
 
 MOE = TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"]
@@ -40,7 +41,7 @@ def test_per_expert_bf16_is_only_stacked():
 def test_per_expert_fp8_is_stacked_and_then_dequantised():
     found = plan(per_expert("F8_E4M3"))
     (build, *_) = found.builds
-    assert build.ops == (StackExperts(3), DequantizeBlockFp8((128, 128)))
+    assert build.ops == (StackExperts(3), DequantizeFp8((128, 128)))
     assert build.scales == tuple(f"{name}_scale_inv" for name in build.weights)
     assert found.dequantized == 18
 
@@ -84,7 +85,7 @@ def test_what_upstream_digests_has_no_build(tensors: dict[str, TensorInfo]):
     assert plan(tensors).empty
 
 
-def test_combined_fp8_is_dequantised_in_place():
+def test_combined_fp8_is_split_as_it_is_dequantised():
     name = f"{P.format(0)}experts.gate_up_proj"
     down = f"{P.format(0)}experts.down_proj"
     found = plan(
@@ -94,9 +95,13 @@ def test_combined_fp8_is_dequantised_in_place():
             down: TensorInfo("BF16", (3, 4, 8)),
         }
     )
-    (build,) = found.builds
-    assert (build.target, build.weights) == (name, (name,))
-    assert build.ops == (DequantizeBlockFp8((128, 128)),)
+    build, other = found.builds
+    stacked = P.format(0) + "switch_mlp"
+    assert build.targets == (f"{stacked}.gate_proj.weight", f"{stacked}.up_proj.weight")
+    assert build.weights == (name,)
+    assert build.ops == (DequantizeFp8((128, 128)), SplitGateUp())
+    # Upstream would rename the other half only together with the one that is gone.
+    assert (other.target, other.weights, other.ops) == (f"{stacked}.down_proj.weight", (down,), ())
 
 
 def test_stacked_fp8_is_dequantised_in_place():

@@ -6,36 +6,29 @@ It is complete before a byte is read: whatever cannot be right is refused here.
 
 from __future__ import annotations
 
-from vllm_moe_compat.plan.ops import (
-    QUANTIZE_SETTINGS,
-    DequantizeBlockFp8,
-    JoinGateUp,
-    Op,
-    QuantizeBlockFp8,
-    Requantize,
-    SplitGateUp,
-    StackExperts,
-    Unpack,
-    UnstackExperts,
-)
+from vllm_moe_compat.plan.forms import Form
+from vllm_moe_compat.plan.inverse import Rewriting, plan_rewriting
+from vllm_moe_compat.plan.ops import DequantizeFp8, Op, QuantizeFp8, StackExperts, UnstackExperts
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Requantize
 from vllm_moe_compat.plan.planner import Build, Plan, make_plan
-from vllm_moe_compat.plan.row import Moe, Row, Workaround
+from vllm_moe_compat.plan.row import ConfigFix, Moe, Row, Workaround
 
 __all__ = [
     "QUANTIZE_SETTINGS",
     "Build",
-    "DequantizeBlockFp8",
-    "JoinGateUp",
+    "ConfigFix",
+    "DequantizeFp8",
+    "Form",
     "Moe",
     "Op",
     "Plan",
-    "QuantizeBlockFp8",
+    "QuantizeFp8",
     "Requantize",
+    "Rewriting",
     "Row",
-    "SplitGateUp",
     "StackExperts",
-    "Unpack",
     "UnstackExperts",
     "Workaround",
     "make_plan",
+    "plan_rewriting",
 ]

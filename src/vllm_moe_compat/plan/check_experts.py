@@ -6,87 +6,122 @@ the layer, the expert and the projection are named, before anything is read.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo
-from vllm_moe_compat.layout.config import whole_number
+from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo, is_transposed
+from vllm_moe_compat.layout.config import expert_width
+from vllm_moe_compat.layout.experts import PROJECTIONS
 from vllm_moe_compat.layout.names import fold_numbers
+from vllm_moe_compat.layout.quantization import FLOATS
 from vllm_moe_compat.plan.findings import CONVERT, Finding
 from vllm_moe_compat.plan.row import Moe, Row
 
-_STACKABLE = ("F8_E4M3", "BF16", "F16", "F32")
+_LAYER = re.compile(r"(?:layers|h)\.\d+\.")
+_STACKABLE = ("F8_E4M3", *FLOATS)
 
 
 def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield what is wrong with the checkpoint's routed experts."""
-    hidden = whole_number(config, "hidden_size") if layout.experts else None
+    hidden = expert_width(config) if layout.experts else None
     places: dict[str, str] = {}
     for block in layout.experts:
         if row.moe is None:
             for name in block.names():
                 yield _unsupported(name, "is an expert's", f"the dense layers of {row.module}")
             continue
-        place = block.parent[block.parent.find("layers.") :]
-        if places.setdefault(place, block.parent) != block.parent:
-            yield Finding(block.parent, f"repeats {places[place]}", "one set of experts", rank=0)
+        layer = _LAYER.search(block.path)
+        place = layer[0] if layer else block.path
+        if places.setdefault(place, block.path) != block.path:
+            yield Finding(block.path, f"repeats {places[place]}", "one set of experts", rank=0)
+        if block.packed:
+            yield from _packed(layout, block)
+            continue
         if len(block.forms) > 1:
             forms = ", ".join(block.forms)
-            yield Finding(block.parent, f"has its experts twice ({forms})", "one layout", rank=0)
-        elif (block.per_expert or block.combined) and not _at_home(row.moe, block):
-            place = f"{block.parent}.experts"
-            yield _unsupported(place, "holds experts", f"them under {row.moe.source}")
+            yield Finding(block.path, f"has its experts twice ({forms})", "one layout", rank=0)
+        elif (block.per_expert or block.combined) and row.moe.source_of(block.path) is None:
+            homes = " or ".join(row.moe.sources)
+            yield _unsupported(block.path, "holds experts", f"them under {homes}")
         elif block.per_expert:
             yield from _per_expert(layout, row.moe, block, hidden)
         elif block.combined:
-            yield from _combined(layout, block, hidden)
+            yield from _combined(layout, row.moe, block, config)
         for name in block.other:
             yield _unsupported(name, "is in none of the known forms of experts", "an expert weight")
 
 
-def _at_home(moe: Moe, block: ExpertBlock) -> bool:
-    return f".{block.parent}.experts".endswith(f".{moe.source}")
+def _packed(layout: Layout, block: ExpertBlock) -> Iterator[Finding]:
+    """Packed experts are mlx-lm's to load, but not beside experts that are not."""
+    weights = [
+        *(n for p, ns in block.per_expert.items() if not p.endswith(".bias") for n in ns.values()),
+        *(name for part, name in block.combined.items() if not part.endswith(".bias")),
+    ]
+    if any(layout.tensors[name].dtype in FLOATS for name in weights):
+        for name in block.packed:
+            yield _unsupported(name, "is packed", "floats like the layer's other experts")
+
+
+def _wanted(moe: Moe, found: Collection[str]) -> list[str]:
+    """Return the parts that there must be, gate and up together or apart as they are."""
+    apart = any(part in found for part in ("gate", "up"))
+    fused = moe.gated and ("gate_up" in found or not apart)
+    wanted = ["gate_up", "down"] if fused else [part for part, _ in moe.into]
+    biases = {part.removesuffix(".bias") for part in found if part.endswith(".bias")}
+    return wanted + [f"{part}.bias" for part in wanted if biases]
 
 
 def _per_expert(
     layout: Layout, moe: Moe, block: ExpertBlock, hidden: int | None
 ) -> Iterator[Finding]:
-    known = [source for source, _ in moe.projections]
-    for projection in block.per_expert.keys() - set(known):
-        for name in block.per_expert[projection].values():
+    wanted = _wanted(moe, block.per_expert)
+    words = {PROJECTIONS[s]: s for s in sorted(block.spelling) if s in PROJECTIONS}
+    known = [words.get(part, part) for part in wanted if not part.endswith(".bias")]
+    for part in block.per_expert.keys() - set(wanted):
+        for name in block.per_expert[part].values():
             yield _unsupported(name, "is an unknown projection", f"one of {', '.join(known)}")
 
     present = {e for projection in block.per_expert.values() for e in projection}
     count = layout.num_experts or max(present) + 1
     says = " by the config" if layout.num_experts else ""
     experts = f"experts 0…{count - 1}{says}"
-    place = f"{block.parent}.experts"
     complete = False
     if len(present) != max(present) + 1:
         found = f"has non-contiguous indices {fold_numbers(present)}"
-        yield Finding(place, found, experts, rank=1)
+        yield Finding(block.path, found, experts, rank=1)
     elif len(present) != count:
-        yield Finding(place, f"has the experts {fold_numbers(present)}", experts, rank=1)
+        yield Finding(block.path, f"has the experts {fold_numbers(present)}", experts, rank=1)
     else:
         complete = True
-    for projection in known:
-        names = block.per_expert.get(projection, {})
+    for part in wanted:
+        role, _, bias = part.partition(".")
+        projection = f"{words.get(role, dict(moe.into).get(role, role))}.{bias or 'weight'}"
+        names = block.per_expert.get(part, {})
         if not names:
-            yield Finding(
-                f"{place}.*.{projection}.weight", "is missing for all experts", "one each"
-            )
+            yield Finding(f"{block.path}.*.{projection}", "is missing for all experts", "one each")
             complete = False
             continue
         for missing in sorted(present - names.keys()):
             yield Finding(
-                f"{place}.{missing}.{projection}.weight", "is missing", "one for every expert"
+                f"{block.path}.{missing}.{projection}", "is missing", "one for every expert"
             )
-        yield from _alike(layout, projection, list(names.values()))
+        yield from _alike(layout, projection.removesuffix(".weight"), list(names.values()))
     if complete:
-        shapes = {p: _usual(layout, block.per_expert[p].values()).shape for p in known}
-        yield from _orientation(block.parent + ".experts.*", shapes, known, hidden)
+        place = f"{block.path}.*"
+        yield from _orientation(
+            {
+                f"{place}.{words.get(p, p)}.weight": _usual(
+                    layout, block.per_expert[p].values()
+                ).shape
+                for p in wanted
+                if not p.endswith(".bias")
+            },
+            hidden,
+            fused="gate_up" in wanted,
+        )
 
 
 def _alike(layout: Layout, projection: str, names: list[str]) -> Iterator[Finding]:
@@ -102,6 +137,9 @@ def _alike(layout: Layout, projection: str, names: list[str]) -> Iterator[Findin
             if not names:
                 return
             usual = _usual(layout, names)
+        infos = [layout.tensors[name] for name in names]
+        if all(info.shape == usual.shape and info.dtype == usual.dtype for info in infos):
+            continue
         for name in names:
             info = layout.tensors[name]
             if (info.dtype, info.shape) != (usual.dtype, usual.shape):
@@ -115,54 +153,86 @@ def _alike(layout: Layout, projection: str, names: list[str]) -> Iterator[Findin
 
 def _usual(layout: Layout, names: Any) -> TensorInfo:
     infos = [layout.tensors[name] for name in names]
+    first = infos[0]
+    if all(info.shape == first.shape and info.dtype == first.dtype for info in infos):
+        return first
     (dtype, shape), _ = Counter((info.dtype, info.shape) for info in infos).most_common(1)[0]
     return TensorInfo(dtype, shape)
 
 
 def _orientation(
-    place: str, shapes: Mapping[str, tuple[int, ...]], known: list[str], hidden: int | None
+    shapes: Mapping[str, tuple[int, ...]], hidden: int | None, *, fused: bool
 ) -> Iterator[Finding]:
     """Check gate ``[I, H]``, up ``[I, H]`` and down ``[H, I]`` against each other."""
-    *into, out = known
+    *into, out = shapes
     first = shapes[into[0]]
     if len(first) != 2 or (hidden is not None and first[1] != hidden):
         width = f"[*, {hidden}]" if hidden is not None else "two axes"
-        yield Finding(f"{place}.{into[0]}.weight", f"is {list(first)}", width)
+        yield Finding(into[0], f"is {list(first)}", width)
         return
     for projection in into[1:]:
         if shapes[projection] != first:
-            yield Finding(
-                f"{place}.{projection}.weight", f"is {list(shapes[projection])}", f"{list(first)}"
-            )
-    if shapes[out] != first[::-1]:
-        yield Finding(f"{place}.{out}.weight", f"is {list(shapes[out])}", f"{list(first[::-1])}")
+            yield Finding(projection, f"is {list(shapes[projection])}", f"{list(first)}")
+    expected = (first[1], first[0] // 2 if fused else first[0])
+    if shapes[out] != expected:
+        yield Finding(out, f"is {list(shapes[out])}", f"{list(expected)}")
 
 
-def _combined(layout: Layout, block: ExpertBlock, hidden: int | None) -> Iterator[Finding]:
-    """Check ``gate_up_proj`` ``[E, 2I, H]`` against ``down_proj`` ``[E, H, I]``."""
-    for projection in ("gate_up_proj", "down_proj"):
-        if projection not in block.combined:
-            yield Finding(
-                f"{block.parent}.experts.{projection}", "is missing", "it beside the other one"
-            )
+def _combined(
+    layout: Layout, moe: Moe, block: ExpertBlock, config: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Check ``gate_up_proj`` ``[E, 2I, H]`` against ``down_proj`` ``[E, H, I]``, or transposed."""
+    for part in _wanted(moe, block.combined):
+        if part not in block.combined:
+            role, _, bias = part.partition(".")
+            spelled = next((s for s in sorted(block.spelling) if PROJECTIONS[s] == role), None)
+            name = spelled or {"gate_up": "gate_up_proj"}.get(role) or dict(moe.into)[role]
+            name = f"{block.path}.{name}{'_bias' if bias else ''}"
+            yield Finding(name, "is missing", "it beside the other one")
             return
-    gate_up = layout.tensors[block.combined["gate_up_proj"]].shape
-    down = layout.tensors[block.combined["down_proj"]].shape
-    name = block.combined["gate_up_proj"]
-    if len(gate_up) != 3 or (hidden is not None and gate_up[2] != hidden):
-        yield Finding(
-            name, f"is {list(gate_up)}", f"[experts, 2 x intermediate, {hidden or 'hidden'}]"
-        )
+    into = "gate_up" if "gate_up" in block.combined else "up"
+    name, down = block.combined[into], block.combined["down"]
+    shape, beside = layout.tensors[name].shape, layout.tensors[down].shape
+    hidden = expert_width(config)
+    if lies_transposed(moe, block, layout, config) is not None:
+        if layout.num_experts and shape[0] != layout.num_experts:
+            expected = f"{layout.num_experts} by the config"
+            yield Finding(name, f"holds {shape[0]} experts", expected)
         return
-    experts, rows, columns = gate_up
-    if layout.num_experts and experts != layout.num_experts:
-        yield Finding(name, f"holds {experts} experts", f"{layout.num_experts} by the config")
-    if rows % 2 or down != (experts, columns, rows // 2):
-        yield Finding(
-            block.combined["down_proj"],
-            f"is {list(down)}",
-            f"{[experts, columns, rows // 2]} beside a gate_up_proj of {list(gate_up)}",
-        )
+    both = "2 x intermediate" if into == "gate_up" else "intermediate"
+    if len(shape) != 3 or (hidden is not None and hidden not in shape[1:]):
+        yield Finding(name, f"is {list(shape)}", f"[experts, {both}, {hidden or 'hidden'}]")
+        return
+    experts, rows, columns = shape
+    if moe.transposed if hidden is None else shape[2] != hidden:
+        rows, columns = columns, rows
+    inner = rows // 2 if into == "gate_up" else rows
+    fitting = [experts, columns, inner] if columns == shape[2] else [experts, inner, columns]
+    yield Finding(down, f"is {list(beside)}", f"{fitting} beside a {into} of {list(shape)}")
+
+
+def lies_transposed(
+    moe: Moe, block: ExpertBlock, layout: Layout, config: Mapping[str, Any]
+) -> bool | None:
+    """Tell how combined experts lie: by their shapes, then the config, then convention.
+
+    Returns:
+        Whether as ``[E, H, 2I]``; None where the shapes contradict each other.
+    """
+    hidden = expert_width(config)
+    down = layout.tensors[block.combined["down"]].shape
+    if "gate_up" in block.combined:
+        gate_up = layout.tensors[block.combined["gate_up"]].shape
+        transposed = is_transposed(gate_up, down)
+        if transposed is None or hidden in (None, gate_up[1 if transposed else 2]):
+            return transposed
+        return None
+    up = layout.tensors[block.combined["up"]].shape
+    if len(up) != 3 or down != (up[0], up[2], up[1]) or hidden not in (None, *up[1:]):
+        return None
+    if hidden is None or up[1] == up[2]:
+        return moe.transposed
+    return up[1] == hidden
 
 
 def _unsupported(name: str, found: str, expected: str) -> Finding:

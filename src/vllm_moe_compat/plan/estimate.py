@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.plan.ops import QUANTIZE_SETTINGS, Requantize, Spec
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Requantize
 from vllm_moe_compat.plan.planner import Plan
+from vllm_moe_compat.plan.specs import Spec
 
 NONE = "none"
 WORKING_BYTES = 96 * 2**20

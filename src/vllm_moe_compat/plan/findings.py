@@ -7,13 +7,13 @@ that the same fault in forty layers is one message with folded names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_moe_compat.errors import CompatError, LayoutError
 from vllm_moe_compat.layout import TensorInfo, fold
 
 AGAIN = "download the checkpoint again, or repair the conversion that wrote it"
-CONVERT = "load a bf16 or block-FP8 release of the model instead"
+CONVERT = "load a bf16 or FP8 release of the model instead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,10 @@ class Finding:
     remedy: str = AGAIN
     error: type[CompatError] = LayoutError
     rank: int = 2
+
+    def of(self, name: str) -> Finding:
+        """Return the same fault of another tensor."""
+        return replace(self, name=name)
 
 
 def refuse(findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]) -> None:

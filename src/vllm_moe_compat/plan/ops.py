@@ -12,25 +12,12 @@ stacking moves them together.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """The dtype (safetensors' name) and shape of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """What goes into an operation and comes out of it."""
-
-    weights: tuple[Spec, ...]
-    scales: tuple[Spec, ...] = ()
-    biases: tuple[Spec, ...] = ()
+from vllm_moe_compat.plan.packing import Requantize, Unpack
+from vllm_moe_compat.plan.specs import Operand, Spec
 
 
 def scale_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -84,162 +71,241 @@ class UnstackExperts:
 
 
 @dataclass(frozen=True, slots=True)
-class DequantizeBlockFp8:
-    """E4M3 ``[…, O, I]`` times its scales ``[…, o, i]``, in the target dtype.
+class DequantizeFp8:
+    """E4M3 ``[…, O, I]`` times its scales, in the target dtype.
 
-    Every scale covers ``block`` rows and columns, fewer at the lower and right
-    edge. The product is formed in float32 and rounded once.
+    Every scale covers ``block`` rows and columns, fewer at the lower and right edge:
+    ``(128, 128)``, ``(1, I)`` for one per row, ``(O, I)`` for one per tensor. Scales
+    come as ``[…, o, i]``, or in any shape that has as many, or as one for all.
+    The product is formed in float32 and rounded once.
+
+    Attributes:
+        block: rows and columns.
+        e8m0: whether scales are exponent bytes ``b``, worth ``2 ** (b - 127)``.
     """
 
     block: tuple[int, int]
+    e8m0: bool = False
 
     def result(self, given: Operand, target: str) -> Operand:
         """Drop the scales; the shape stays, the dtype becomes the target."""
         (weight,), (scale,) = given.weights, given.scales
-        if weight.dtype != "F8_E4M3" or scale.shape != scale_grid(weight.shape, self.block):
+        count, grid = math.prod(scale.shape), math.prod(scale_grid(weight.shape, self.block))
+        if weight.dtype != "F8_E4M3" or count not in (1, grid):
             raise ValueError(f"{scale} does not scale {weight} in blocks of {self.block}")
         return Operand((Spec(target, weight.shape),))
 
-    def inverse(self) -> QuantizeBlockFp8:
+    def inverse(self) -> QuantizeFp8:
         """Return the operation that quantises again; it rounds, this one did not."""
-        return QuantizeBlockFp8(self.block)
+        return QuantizeFp8(self.block, self.e8m0)
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeBlockFp8:
-    """A float ``[…, O, I]`` becomes E4M3 and float32 scales ``[…, o, i]``.
+class QuantizeFp8:
+    """A float ``[…, O, I]`` becomes E4M3 and scales ``[…, o, i]``.
 
-    A block's scale is its largest magnitude over 448, E4M3's largest number; a
-    block of zeros gets 1.
+    A block's scale is its largest magnitude over 448, E4M3's largest number, as
+    float32; or the next power of two above that, as an E8M0 byte. A block of zeros
+    gets 1.
     """
 
     block: tuple[int, int]
+    e8m0: bool = False
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Add float32 scales; the shape stays, the dtype becomes E4M3."""
+        """Add scales; the shape stays, the dtype becomes E4M3."""
         (weight,) = given.weights
-        scales = Spec("F32", scale_grid(weight.shape, self.block))
+        kind = "F8_E8M0" if self.e8m0 else "F32"
+        scales = Spec(kind, scale_grid(weight.shape, self.block))
         return Operand((Spec("F8_E4M3", weight.shape),), (scales,))
 
-    def inverse(self) -> DequantizeBlockFp8:
+    def inverse(self) -> DequantizeFp8:
         """Return the operation that multiplies the scales back."""
-        return DequantizeBlockFp8(self.block)
+        return DequantizeFp8(self.block, self.e8m0)
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """``[…, O, I]`` becomes ``[…, I, O]``; it undoes itself."""
+
+    def result(self, given: Operand, target: str) -> Operand:
+        """Exchange the last two axes; dtypes stay."""
+        if given.scales:
+            raise ValueError(f"{given} is quantised and cannot be transposed")
+        return Operand(
+            tuple(Spec(w.dtype, (*w.shape[:-2], w.shape[-1], w.shape[-2])) for w in given.weights)
+        )
+
+    def inverse(self) -> Transpose:
+        """Return itself."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
 class SplitGateUp:
-    """Combined experts ``[E, 2I, H]`` become gate ``[E, I, H]`` and up ``[E, I, H]``."""
+    """Combined experts ``[E, 2I, H]`` become gate ``[E, I, H]`` and up ``[E, I, H]``.
+
+    Attributes:
+        interleaved: whether gate and up take turns, row by row; else gate is first.
+        axis: which is split: ``-2``, or ``-1`` for biases ``[E, 2I]``.
+    """
+
+    interleaved: bool = False
+    axis: int = -2
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Halve the rows; the dtype stays."""
+        """Halve the axis; the dtype stays."""
         (weight,) = given.weights
-        *lead, rows, columns = weight.shape
-        if rows % 2 or given.scales:
+        size = weight.shape[self.axis]
+        if size % 2 or given.scales:
             raise ValueError(f"{given} is no combined gate and up")
-        return Operand((Spec(weight.dtype, (*lead, rows // 2, columns)),) * 2)
+        return Operand((_resized(weight, self.axis, size // 2),) * 2)
 
     def inverse(self) -> JoinGateUp:
         """Return the operation that puts the halves together."""
-        return JoinGateUp()
+        return JoinGateUp(self.interleaved, self.axis)
 
 
 @dataclass(frozen=True, slots=True)
 class JoinGateUp:
-    """Gate and up, ``[E, I, H]`` each, become one ``[E, 2I, H]``: gate's rows first."""
+    """Gate and up, ``[E, I, H]`` each, become one ``[E, 2I, H]``; see ``SplitGateUp``."""
+
+    interleaved: bool = False
+    axis: int = -2
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Double the rows; the dtype stays."""
+        """Double the axis; the dtype stays."""
         gate, up = given.weights
         if gate != up or given.scales:
             raise ValueError(f"{given} is no gate and up")
-        *lead, rows, columns = gate.shape
-        return Operand((Spec(gate.dtype, (*lead, 2 * rows, columns)),))
+        return Operand((_resized(gate, self.axis, 2 * gate.shape[self.axis]),))
 
     def inverse(self) -> SplitGateUp:
         """Return the operation that takes the halves apart."""
-        return SplitGateUp()
+        return SplitGateUp(self.interleaved, self.axis)
+
+
+def _resized(spec: Spec, axis: int, size: int) -> Spec:
+    shape = list(spec.shape)
+    shape[axis] = size
+    return Spec(spec.dtype, tuple(shape))
 
 
 @dataclass(frozen=True, slots=True)
-class Requantize:
-    """A float ``[…, O, I]`` becomes MLX's packed form, group by group along ``I``.
+class Add:
+    """A number is added to every value, in float32: norms that are stored less 1.
 
-    ``uint32 […, O, I·bits/32]`` and scales ``[…, O, I/group]``: in the weight's own
-    dtype, with biases like them, where the mode is ``affine``; else one E8M0 byte.
-    The formats are those of ``mlx.core.quantize``, and so are the values.
+    The result keeps its dtype; float32 serving gets it as float32.
     """
 
-    bits: int
-    group: int
-    mode: str = "affine"
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether rows of this shape are whole groups."""
-        return len(shape) > 1 and shape[-1] % self.group == 0
+    number: float
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Pack every weight; scales and biases are added."""
-        if given.scales or not all(self.fits(spec.shape) for spec in given.weights):
-            raise ValueError(f"{given} is not made of whole groups of {self.group}")
-        affine = self.mode == "affine"
-        scales = tuple(
-            Spec(w.dtype if affine else "U8", (*w.shape[:-1], w.shape[-1] // self.group))
-            for w in given.weights
-        )
-        packed = tuple(
-            Spec("U32", (*w.shape[:-1], w.shape[-1] * self.bits // 32)) for w in given.weights
-        )
-        return Operand(packed, scales, scales if affine else ())
+        """Keep the shape."""
+        return given
 
-    def inverse(self) -> Unpack:
-        """Return the operation that gives floats again; this one rounds, it does not."""
-        return Unpack(self.bits, self.group, self.mode)
-
-    @property
-    def config(self) -> dict[str, int | str]:
-        """What mlx-lm's ``config["quantization"]`` says of such a weight."""
-        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
-
-    def __str__(self) -> str:
-        return f"{self.mode} {self.bits}-bit g{self.group}" if self.mode == "affine" else self.mode
+    def inverse(self) -> Add:
+        """Return the operation that subtracts it again."""
+        return Add(-self.number)
 
 
 @dataclass(frozen=True, slots=True)
-class Unpack:
-    """MLX's packed form becomes floats ``[…, O, I]`` in the target dtype."""
+class SplitRows:
+    """``[P·O, …]`` becomes ``P`` tensors ``[O, …]``, one after the other."""
 
-    bits: int
-    group: int
-    mode: str = "affine"
+    parts: int
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Drop scales and biases; the last axis is the weights' again."""
+        """Divide the first axis."""
+        (weight,) = given.weights
+        if weight.shape[0] % self.parts:
+            raise ValueError(f"{weight} is not {self.parts} equal parts")
+        return Operand((_resized(weight, 0, weight.shape[0] // self.parts),) * self.parts)
+
+    def inverse(self) -> JoinRows:
+        """Return the operation that puts the parts together."""
+        return JoinRows(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRows:
+    """``P`` tensors ``[O, …]`` become one ``[P·O, …]``."""
+
+    parts: int
+
+    def result(self, given: Operand, target: str) -> Operand:
+        """Multiply the first axis."""
+        if len(given.weights) != self.parts or len(set(given.weights)) != 1:
+            raise ValueError(f"{self.parts} equal tensors were expected, not {given.weights}")
+        first = given.weights[0]
+        return Operand((_resized(first, 0, first.shape[0] * self.parts),))
+
+    def inverse(self) -> SplitRows:
+        """Return the operation that takes the parts apart."""
+        return SplitRows(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLatent:
+    """Latent attention's ``kv_b_proj`` becomes the two matrices that MLX absorbs.
+
+    ``[heads·(n + v), r]`` gives ``embed_q`` ``[heads, r, n]`` and ``unembed_out``
+    ``[heads, v, r]``: per head, ``n`` rows for keys without position, ``v`` for values.
+    """
+
+    heads: int
+    keys: int
+
+    def result(self, given: Operand, target: str) -> Operand:
+        """Split the rows of every head."""
+        (weight,) = given.weights
+        rows, rank = weight.shape
+        values = rows // self.heads - self.keys
+        if rows % self.heads or values < 1:
+            raise ValueError(f"{weight} does not hold {self.heads} heads of {self.keys} keys")
         return Operand(
-            tuple(
-                Spec(target, (*w.shape[:-1], w.shape[-1] * 32 // self.bits)) for w in given.weights
+            (
+                Spec(weight.dtype, (self.heads, rank, self.keys)),
+                Spec(weight.dtype, (self.heads, values, rank)),
             )
         )
 
-    def inverse(self) -> Requantize:
-        """Return the operation that packs again."""
-        return Requantize(self.bits, self.group, self.mode)
+    def inverse(self) -> JoinLatent:
+        """Return the operation that puts the two together."""
+        return JoinLatent(self.heads, self.keys)
 
 
-QUANTIZE_SETTINGS = {
-    "8bit": Requantize(8, 64),
-    "mxfp8": Requantize(8, 32, "mxfp8"),
-    "6bit": Requantize(6, 64),
-    "4bit": Requantize(4, 64),
-}
-"""What ``VLLM_MOE_COMPAT_QUANTIZE`` may name, besides ``none``; the largest first."""
+@dataclass(frozen=True, slots=True)
+class JoinLatent:
+    """``embed_q`` and ``unembed_out`` become ``kv_b_proj``; see ``SplitLatent``."""
+
+    heads: int
+    keys: int
+
+    def result(self, given: Operand, target: str) -> Operand:
+        """Join the rows of every head."""
+        embed, unembed = given.weights
+        rows = self.heads * (self.keys + unembed.shape[1])
+        return Operand((Spec(embed.dtype, (rows, unembed.shape[2])),))
+
+    def inverse(self) -> SplitLatent:
+        """Return the operation that takes them apart."""
+        return SplitLatent(self.heads, self.keys)
+
 
 Op: TypeAlias = (
     StackExperts
     | UnstackExperts
-    | DequantizeBlockFp8
-    | QuantizeBlockFp8
+    | DequantizeFp8
+    | QuantizeFp8
+    | Transpose
     | SplitGateUp
     | JoinGateUp
+    | Add
+    | SplitRows
+    | JoinRows
+    | SplitLatent
+    | JoinLatent
     | Requantize
     | Unpack
 )

@@ -1,9 +1,12 @@
 """From a layout and a registry row to the list of tensors that have to be made.
 
-A ``Build`` names its target with the checkpoint's own prefix and leaves prefixes,
-norm shifts and the splitting of combined bf16 experts to upstream's ``sanitize``;
-so no prefix is ever applied twice, and a tensor that upstream digests has no
-``Build`` at all. The whole checkpoint is checked before a plan is returned.
+A ``Build`` names its target with the checkpoint's own prefix and leaves prefixes and
+whatever else upstream's ``sanitize`` does right to it; so no prefix is ever applied
+twice, and a tensor that upstream digests has no ``Build`` at all. The whole
+checkpoint is checked before a plan is returned.
+
+Experts are taken over for all layers or for none: several families look at the first
+layer only to see whether experts are stacked.
 """
 
 from __future__ import annotations
@@ -11,23 +14,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo
-from vllm_moe_compat.plan.check_experts import check_experts
-from vllm_moe_compat.plan.check_fp8 import DEFAULT_BLOCK, check_fp8
+from vllm_moe_compat.layout.config import whole_number
+from vllm_moe_compat.layout.quantization import E8M0
+from vllm_moe_compat.plan.check_experts import check_experts, lies_transposed
+from vllm_moe_compat.plan.check_fp8 import check_fp8
+from vllm_moe_compat.plan.digests import digests_block, digests_fp8, is_foreign
 from vllm_moe_compat.plan.findings import refuse
+from vllm_moe_compat.plan.norms import norms
 from vllm_moe_compat.plan.ops import (
-    DequantizeBlockFp8,
+    DequantizeFp8,
     Op,
-    Operand,
-    Spec,
     SplitGateUp,
+    SplitLatent,
+    SplitRows,
     StackExperts,
+    Transpose,
 )
 from vllm_moe_compat.plan.row import Moe, Row
+from vllm_moe_compat.plan.specs import Operand, Spec
 
-_LAYER = re.compile(r"^(.*?layers\.\d+)\.")
+_LAYER = re.compile(r"^(.*?(?:layers|h)\.\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +48,7 @@ class Build:
         target: its name.
         weights: the weights that it is made of, in order.
         scales: their scales in the same order; none where nothing is quantised.
-        ops: what to do with them.
+        ops: what to do with them; nothing where it only gets another name.
         others: further targets, where the operations give more than one weight.
     """
 
@@ -91,6 +101,7 @@ class Plan:
         experts: routed experts per layer, where they are stacked; else 0.
         stacked: how many layers have their experts stacked.
         dequantized: how many FP8 tensors of the checkpoint are dequantised.
+        digested: how many upstream dequantises, in bfloat16.
     """
 
     module: str
@@ -101,6 +112,7 @@ class Plan:
     experts: int = 0
     stacked: int = 0
     dequantized: int = 0
+    digested: int = 0
 
     @property
     def empty(self) -> bool:
@@ -108,87 +120,187 @@ class Plan:
         return not self.builds and not self.drops
 
 
-def make_plan(layout: Layout, row: Row, config: Mapping[str, Any], *, split: bool = False) -> Plan:
+def make_plan(
+    layout: Layout,
+    row: Row,
+    config: Mapping[str, Any],
+    *,
+    split: bool = False,
+    exact: bool = False,
+    direct: bool = False,
+) -> Plan:
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
 
     Args:
         layout: what the checkpoint holds.
         row: what is known about the module.
         config: the checkpoint's.
-        split: whether combined FP8 experts are split here and not by upstream,
-            which knows nothing of the scales that requantised ones have.
+        split: whether every expert is stacked here and not by upstream, which knows
+            nothing of the scales that requantised ones have.
+        exact: whether bfloat16, in which upstream multiplies, is too coarse for
+            what will be served.
+        direct: whether there is only a dict that someone gave to ``sanitize``: what
+            upstream does by itself is then not judged before it.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
         UnsupportedCheckpointError: a form that is not served.
     """
-    refuse([*check_fp8(layout), *check_experts(layout, row, config)], layout.tensors)
+    if is_foreign(row, layout):
+        return Plan(row.module, layout.words, digested=len(layout.fp8.pairs))
+    digested = digests_fp8(row, layout) and not split and not exact
+    blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
+    take = row.moe is not None and any(
+        (split and (b.per_expert or _is_fp8(b, layout)))
+        or not digests_block(row.moe, b, layout)
+        or (_is_fp8(b, layout) and not digested)
+        for b in blocks
+    )
+    judged = check_experts(layout, row, config) if take or not direct else ()
+    refuse([*check_fp8(layout), *judged], layout.tensors)
+    digested = digested and not take
+    pairs = {} if digested else dict(layout.fp8.pairs)
 
-    pairs = dict(layout.fp8.pairs)
-    dequantize = (DequantizeBlockFp8(layout.block or DEFAULT_BLOCK),)
     builds: list[Build] = []
-    stacked = 0
     experts = 0
-    for block in layout.experts:
-        if split and row.moe is not None and block.combined:
-            builds.extend(_split_combined(row.moe, block, pairs, dequantize))
-        if row.moe is None or not block.per_expert:
-            continue
-        stacked += 1
-        root = block.parent.removesuffix(row.moe.source.rpartition(".")[0])
-        for source, target in row.moe.projections:
-            weights = tuple(block.per_expert[source][e] for e in sorted(block.per_expert[source]))
-            experts = len(weights)
-            scales = tuple(pairs.pop(name) for name in weights if name in pairs)
-            builds.append(
-                Build(
-                    f"{root}{row.moe.target}.{target}.weight",
-                    weights,
-                    scales,
-                    (StackExperts(experts), *(dequantize if scales else ())),
-                )
-            )
-    builds.extend(Build(name, (name,), (scale,), dequantize) for name, scale in pairs.items())
-    # Stable: inside a layer the order stays.
+    for block in blocks if take else ():
+        assert row.moe is not None
+        for build in _stack(row.moe, block, layout, config, pairs):
+            builds.append(build)
+            if len(build.weights) > 1:
+                experts = len(build.weights)
+            elif not experts:
+                experts = layout.tensors[build.weights[0]].shape[0]
+    done = {name for build in builds for name in build.weights}
+    builds.extend(_others(layout, row, config, pairs, done))
+    shifts, widen, early = norms(layout, row, stacking=take)
+    builds.extend(Build(name, (name,), (), (op,)) for name, op in shifts)
+    # Layer by layer; stable, so inside a layer the order stays.
     order = {layer: n for n, layer in enumerate(dict.fromkeys(b.layer for b in builds))}
     builds.sort(key=lambda build: order[build.layer])
+    drops = row.ignored if early else row.drops
     return Plan(
         module=row.module,
         words=layout.words,
-        builds=tuple(builds),
-        drops=(*layout.fp8.static, *sorted(row.drops.select(layout.ignored))),
-        widen=_widen(layout, row),
+        builds=tuple(_renamed(builds, row)),
+        drops=(
+            *layout.fp8.static,
+            *sorted(drops.of(config).select(layout.ignored)),
+        ),
+        widen=widen,
         experts=experts,
-        stacked=stacked,
-        dequantized=len(layout.fp8.pairs),
+        stacked=len(blocks) if take else 0,
+        dequantized=0 if digested else len(layout.fp8.pairs),
+        digested=len(layout.fp8.pairs) if digested else 0,
     )
 
 
-def _split_combined(
-    moe: Moe, block: ExpertBlock, pairs: dict[str, str], dequantize: tuple[Op, ...]
+def _is_fp8(block: ExpertBlock, layout: Layout) -> bool:
+    pairs = layout.fp8.pairs
+    return any(
+        name in pairs
+        for names in (
+            block.combined.values(),
+            *(experts.values() for experts in block.per_expert.values()),
+        )
+        for name in names
+    )
+
+
+def _stack(
+    moe: Moe,
+    block: ExpertBlock,
+    layout: Layout,
+    config: Mapping[str, Any],
+    pairs: dict[str, str],
 ) -> Iterator[Build]:
-    """Build gate, up and down from combined FP8 experts; takes them out of ``pairs``."""
-    root = block.parent.removesuffix(moe.source.rpartition(".")[0]) + moe.target
-    gate, up, down = (f"{root}.{target}.weight" for _, target in moe.projections)
-    fused, single = block.combined.get("gate_up_proj", ""), block.combined.get("down_proj", "")
-    if fused in pairs:
-        ops = (*dequantize, SplitGateUp())
-        yield Build(gate, (fused,), (pairs.pop(fused),), ops, (up,))
-        # Upstream renames the other half only together with the one that is gone.
-        scales = (pairs.pop(single),) if single in pairs else ()
-        yield Build(down, (single,), scales, dequantize if scales else ())
+    """Build the stacked projections of one layer; takes its weights out of ``pairs``."""
+    source = moe.source_of(block.path)
+    assert source is not None, "check_experts has refused it"
+    root = block.path.removesuffix(source) + moe.target
+    into = dict(moe.into)
+    # A layer is built as one: what the parts share is worked out once.
+    transposed = bool(block.combined) and lies_transposed(moe, block, layout, config)
+    groups: list[tuple[str, tuple[str, ...], tuple[Op, ...]]] = [
+        (part, tuple(names[e] for e in sorted(names)), (StackExperts(len(names)),))
+        for part, names in block.per_expert.items()
+    ] or [(part, (name,), ()) for part, name in block.combined.items()]
+    order = ("gate_up", "gate", "up", "down")
+    for part, weights, first in sorted(groups, key=lambda g: order.index(g[0].partition(".")[0])):
+        name, _, bias = part.partition(".")
+        kind = "bias" if bias else "weight"
+        scales = tuple(pairs.pop(w) for w in weights if w in pairs)
+        ops = first
+        if scales:
+            ops += (_dequantize(layout, weights[0], scales[0]),)
+        if transposed and not bias:
+            ops += (Transpose(),)
+        if name == "gate_up":
+            ops += (SplitGateUp(moe.interleaved, -1 if bias else -2),)
+            gate, up = (f"{root}.{into[p]}.{kind}" for p in ("gate", "up"))
+            yield Build(gate, weights, scales, ops, (up,))
+        else:
+            yield Build(f"{root}.{into[name]}.{kind}", weights, scales, ops)
 
 
-def _widen(layout: Layout, row: Row) -> tuple[str, ...]:
-    """Return the half-precision tensors that this checkpoint's ``sanitize`` will compute with."""
-    rule = row.arithmetic
-    if rule is None:
-        return ()
-    marked = [info for name, info in layout.tensors.items() if name.endswith(rule.marker)]
-    if all(info.shape[-1:] == (1,) for info in marked):
-        return ()
-    return tuple(
-        name
-        for name, info in layout.tensors.items()
-        if name.endswith(rule.suffixes) and info.dtype in ("BF16", "F16")
-    )
+def _dequantize(layout: Layout, weight: str, scale: str) -> DequantizeFp8:
+    info = layout.tensors[scale]
+    block = layout.block_of(layout.tensors[weight].shape, info.shape)
+    assert block is not None, "check_fp8 has refused it"
+    return DequantizeFp8(block, info.dtype in E8M0)
+
+
+def _others(
+    layout: Layout,
+    row: Row,
+    config: Mapping[str, Any],
+    pairs: Mapping[str, str],
+    done: set[str],
+) -> Iterator[Build]:
+    """Build what is dequantised, split or renamed and is no routed expert."""
+    names = layout.tensors if row.renames or row.splits or row.latent else pairs
+    scales_of = layout.fp8_scales
+    for name in names:
+        if name in done or name in scales_of:
+            continue
+        scales = (pairs[name],) if name in pairs else ()
+        ops: tuple[Op, ...] = (_dequantize(layout, name, scales[0]),) if scales else ()
+        targets: tuple[str, ...] = (name,)
+        for end, parts in row.splits:
+            if name.endswith(end):
+                ops += (SplitRows(len(parts)),)
+                targets = tuple(name.removesuffix(end) + part for part in parts)
+        if row.latent and name.endswith(".kv_b_proj.weight"):
+            heads = whole_number(config, "num_attention_heads") or 0
+            keys = whole_number(config, "qk_nope_head_dim") or 0
+            ops += (SplitLatent(heads, keys),)
+            module = name.removesuffix("kv_b_proj.weight")
+            targets = (f"{module}embed_q.weight", f"{module}unembed_out.weight")
+        if ops or rename(row, name) != name:
+            yield Build(targets[0], (name,), scales, ops, targets[1:])
+
+
+@lru_cache(maxsize=64)
+def _patterns(row: Row) -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], str]]]:
+    each = [(re.compile(old), new) for old, new in row.renames]
+    return re.compile("|".join(f"(?:{old})" for old, _ in row.renames)), each
+
+
+def rename(row: Row, name: str) -> str:
+    """Return what the module of ``row`` calls the tensor; every pattern counts once."""
+    if not row.renames:
+        return name
+    any_of, each = _patterns(row)
+    if any_of.search(name):
+        for old, new in each:
+            name = old.sub(new, name, count=1)
+    return name
+
+
+def _renamed(builds: list[Build], row: Row) -> Iterator[Build]:
+    for build in builds:
+        if not row.renames:
+            yield build
+            continue
+        target, *others = (rename(row, name) for name in build.targets)
+        yield Build(target, build.weights, build.scales, build.ops, tuple(others))

@@ -5,9 +5,17 @@ The rows themselves are data, in ``registry``; the planner reads them.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_moe_compat.layout import Extras
+
+PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.$")
+GLU = ("gate_proj", "up_proj", "down_proj")
+W123 = ("w1", "w3", "w2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +38,75 @@ class Workaround:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfigFix:
+    """One thing in ``config.json`` that a module's arguments do not understand.
+
+    Attributes:
+        id: short name, for messages.
+        why: what upstream reads wrongly.
+        apply: changes the config and the dict in it that describes the language
+            model (the same one where nothing is nested), in place and only where
+            it has to; says whether it did.
+    """
+
+    id: str
+    why: str
+    apply: Callable[[dict[str, Any], dict[str, Any]], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Moe:
     """Where a module's routed experts are in checkpoints, and where it wants them.
 
     Attributes:
-        source: path of the experts in the checkpoint's layer.
+        sources: paths of the experts in a checkpoint's layer.
         target: path of the stacked experts in the module's layer.
-        projections: names in the checkpoint → names in the module.
+        reads: the forms that its ``sanitize`` brings there by itself.
+        spelling: what the projections are called where it does: gate, up, down.
+        into: part → name of the stacked projection.
+        transposed: how combined experts lie where the shapes allow both readings.
+        interleaved: whether gate and up take turns in combined experts.
     """
 
-    source: str
-    target: str
-    projections: tuple[tuple[str, str], ...]
+    sources: tuple[str, ...] = ("mlp.experts",)
+    target: str = "mlp.switch_mlp"
+    reads: tuple[str, ...] = (PER_EXPERT,)
+    spelling: tuple[str, ...] = GLU
+    into: tuple[tuple[str, str], ...] = (
+        ("gate", "gate_proj"),
+        ("up", "up_proj"),
+        ("down", "down_proj"),
+    )
+    transposed: bool = False
+    interleaved: bool = False
+
+    def source_of(self, path: str) -> str | None:
+        """Return which of ``sources`` a path is, right below a layer; None where it is none."""
+        return next(
+            (s for s in self.sources if path.endswith(s) and _LAYER.search(path[: -len(s)])), None
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate projection besides up and down."""
+        return len(self.into) == 3
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Tensors that a module's ``sanitize`` computes with, in the checkpoint's dtype.
+    """Norms that checkpoints store less 1 and ``sanitize`` adds 1 to.
+
+    It does so in the checkpoint's dtype, and only if it finds what it takes for the
+    mark of a checkpoint that it has not seen yet.
 
     Attributes:
-        suffixes: how their names end.
-        marker: how the name of a tensor ends whose last axis is not 1 exactly
-            in checkpoints that ``sanitize`` has not seen yet.
+        suffixes: how the norms' names end.
+        mark: ``conv1d``: a convolution in torch's order; ``per-expert``: a layer
+            whose experts are not stacked; ``router``: a router under ``.moe.``.
     """
 
     suffixes: tuple[str, ...]
-    marker: str
+    mark: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +119,33 @@ class Row:
         moe: its experts' convention; None for a dense module.
         extras: names that its ``sanitize`` drops.
         drops: extras that it does not drop and the executor must.
-        arithmetic: what it computes with, which float32 serving wants in float32.
+        arithmetic: what it computes with.
+        renames: patterns of names that it does not know, and what it calls them.
+        splits: ends of fused tensors' names → the ends of their equal parts.
+        fp8: the FP8 forms that its ``sanitize`` multiplies out in bfloat16: any of
+            ``block`` (of 128x128, 2-D, float scales) and ``tensor``; ``any`` for one
+            whose FP8 is none of our business.
+        latent: where ``kv_b_proj`` is left whole that the module wants split.
+        model_types: further ``model_type`` s that are this module's.
+        config: what its arguments do not understand.
+        around: called in place of ``sanitize`` with it, the model and the tensors.
     """
 
     module: str
-    workarounds: tuple[Workaround, ...]
+    workarounds: tuple[Workaround, ...] = ()
     moe: Moe | None = None
     extras: Extras = field(default_factory=Extras)
     drops: Extras = field(default_factory=Extras)
     arithmetic: Arithmetic | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    fp8: tuple[str, ...] = ()
+    latent: bool = False
+    model_types: tuple[str, ...] = ()
+    config: tuple[ConfigFix, ...] = ()
+    around: Callable[..., Any] | None = None
 
     @property
     def ignored(self) -> Extras:
         """All names that play no part in the model, whoever drops them."""
-        return Extras(
-            self.extras.prefixes + self.drops.prefixes, self.extras.parts + self.drops.parts
-        )
+        return self.extras | self.drops

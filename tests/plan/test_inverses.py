@@ -1,0 +1,206 @@
+"""Every operation of a plan, undone by its inverse: values and specs."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_moe_compat import arrays
+from vllm_moe_compat.arrays import Arrays, Stack, run
+from vllm_moe_compat.plan import ops as o
+from vllm_moe_compat.plan.packing import Requantize, Unpack
+from vllm_moe_compat.plan.specs import Operand, Spec
+
+NAMES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"}
+SIZE = st.integers(1, 5)
+SEED = st.integers(0, 2**16)
+
+
+def values(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
+    rng = np.random.default_rng(seed)
+    if dtype == mx.uint8:
+        return mx.array(rng.integers(0, 127, shape, dtype=np.uint8))
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def whole(given: Arrays) -> Arrays:
+    each = ([t.all() if isinstance(t, Stack) else t for t in part] for part in parts(given))
+    return Arrays(*each)
+
+
+def parts(given: Arrays) -> tuple[list[Any], ...]:
+    return given.weights, given.scales, given.biases
+
+
+def specs(found: Arrays, fp8: bool = False) -> Operand:
+    def of(array: mx.array, name: str = "") -> Spec:
+        return Spec(name or NAMES[array.dtype], tuple(array.shape))
+
+    e4m3 = "F8_E4M3" if fp8 else ""
+    weights = tuple(of(array, e4m3) for array in found.weights)
+    return Operand(weights, *(tuple(map(of, part)) for part in parts(found)[1:]))
+
+
+def same(found: Arrays, wanted: Arrays) -> bool:
+    return all(
+        len(a) == len(b)
+        and all(
+            x.dtype == y.dtype and x.shape == y.shape and mx.array_equal(x, y).item()
+            for x, y in zip(a, b, strict=True)
+        )
+        for a, b in zip(parts(found), parts(wanted), strict=True)
+    )
+
+
+def undone(op: Any, given: Arrays) -> bool:
+    """Whether the inverse gives the very values back, and both tell the specs before."""
+    before = specs(given)
+    made = whole(run(op, Arrays(*map(list, parts(given))), "float32"))
+    assert op.result(before, "F32") == specs(made)
+    assert op.inverse().result(specs(made), "F32") == before
+    assert op.inverse().inverse() == op
+    return same(whole(run(op.inverse(), made, "float32")), given)
+
+
+DTYPES = st.sampled_from([mx.float32, mx.bfloat16, mx.uint8])
+SHAPES = st.lists(SIZE, min_size=2, max_size=3).map(tuple)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=SIZE, shape=SHAPES, scaled=st.booleans(), dtype=DTYPES, seed=SEED)
+def test_stacking(count, shape, scaled, dtype, seed):
+    scales = [values((1, 1), seed + e) for e in range(count)] if scaled else []
+    given = Arrays([values(shape, seed + e, dtype) for e in range(count)], scales)
+    assert undone(o.StackExperts(count), given)
+    stacked = whole(run(o.StackExperts(count), Arrays(*map(list, parts(given))), "float32"))
+    assert undone(o.UnstackExperts(count), stacked)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=SHAPES, dtype=DTYPES, seed=SEED)
+def test_transposing(shape, dtype, seed):
+    assert undone(o.Transpose(), Arrays([values(shape, seed, dtype)]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    experts=SIZE,
+    half=SIZE,
+    width=SIZE,
+    interleaved=st.booleans(),
+    bias=st.booleans(),
+    dtype=DTYPES,
+    seed=SEED,
+)
+def test_splitting_gate_and_up(experts, half, width, interleaved, bias, dtype, seed):
+    shape = (experts, 2 * half) if bias else (experts, 2 * half, width)
+    op = o.SplitGateUp(interleaved, -1 if bias else -2)
+    given = Arrays([values(shape, seed, dtype)])
+    assert undone(op, given)
+    assert undone(op.inverse(), run(op, given, "float32"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=SIZE, shape=SHAPES, dtype=DTYPES, seed=SEED)
+def test_splitting_rows(count, shape, dtype, seed):
+    op = o.SplitRows(count)
+    given = Arrays([values((count * shape[0], *shape[1:]), seed, dtype)])
+    assert undone(op, given)
+    assert undone(op.inverse(), run(op, given, "float32"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(heads=SIZE, keys=SIZE, values_=SIZE, rank=SIZE, dtype=DTYPES, seed=SEED)
+def test_splitting_latent_attention(heads, keys, values_, rank, dtype, seed):
+    op = o.SplitLatent(heads, keys)
+    given = Arrays([values((heads * (keys + values_), rank), seed, dtype)])
+    assert undone(op, given)
+    assert undone(op.inverse(), run(op, given, "float32"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=SIZE, steps=st.integers(-64, 64), number=st.sampled_from([1.0, -1.0, 0.5]))
+def test_adding(size, steps, number):
+    assert undone(o.Add(number), Arrays([mx.full((size,), steps / 64)]))
+
+
+BLOCKS = st.sampled_from([(128, 128), (16, 32), (1, 40), (3, 5)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=1),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    block=BLOCKS,
+    e8m0=st.booleans(),
+    budget=st.sampled_from([1, 2**24]),
+    power=st.integers(-20, 20),
+    seed=SEED,
+)
+def test_quantising_to_fp8_is_idempotent(lead, rows, columns, block, e8m0, budget, power, seed):
+    op = o.QuantizeFp8(block, e8m0)
+    given = Arrays([values((*lead, rows, columns), seed) * 2.0**power])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "TEMPORARY_BYTES", budget)
+        packed = run(op, given, "float32")
+        exact = run(op.inverse(), packed, "float32")
+        again = run(op.inverse(), run(op, exact, "float32"), "float32")
+    before, made = specs(given), specs(packed, fp8=True)
+    result = op.result(before, "F32")
+    assert (result.weights, [s.shape for s in result.scales]) == (
+        made.weights,
+        [s.shape for s in made.scales],
+    )
+    assert op.inverse().result(result, "F32") == before
+    assert op.inverse().inverse() == op
+    # A power of two divides without rounding; any other scale does but for the last bit.
+    wanted, found = exact.weights[0], again.weights[0]
+    assert mx.array_equal(found, wanted) if e8m0 else mx.allclose(found, wanted, rtol=1e-6, atol=0)
+    # Half a step of E4M3's four bits, at the coarsest end of a block.
+    largest = mx.abs(given.weights[0]).max().item()
+    assert mx.abs(wanted - given.weights[0]).max().item() <= largest / 16
+
+
+def test_quantising_a_few_experts_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    weight = values((2, 3, 7, 9))
+    for e8m0 in (False, True):
+        monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 2**24)
+        once = arrays.quantize(weight, (4, 4), e8m0=e8m0)
+        monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 4 * 7 * 9 * 4)
+        assert same(Arrays(list(arrays.quantize(weight, (4, 4), e8m0=e8m0))), Arrays(list(once)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    op=st.sampled_from([Requantize(8, 64), Requantize(8, 32, "mxfp8"), Requantize(4, 64)]),
+    count=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    seed=SEED,
+)
+def test_packing(op, count, groups, seed):
+    given = Arrays([values((2, 3, groups * 64), seed + n) for n in range(count)])
+    packed = run(op, given, "float32")
+    before, made = specs(given), specs(packed)
+    assert op.result(before, "F32") == made
+    assert op.inverse().result(made, "F32") == before
+    assert (op.inverse(), op.inverse().inverse()) == (Unpack(op.bits, op.group, op.mode), op)
+    exact = run(op.inverse(), packed, "float32")
+    for found, weight in zip(exact.weights, given.weights, strict=True):
+        step = mx.abs(weight).max().item() / (4 if op.bits == 4 else 8)
+        assert mx.abs(found - weight).max().item() < step
+
+
+def test_no_operation_is_left_out():
+    tested = {
+        *(o.StackExperts, o.UnstackExperts, o.Transpose, o.SplitGateUp, o.JoinGateUp, o.Add),
+        *(o.SplitRows, o.JoinRows, o.SplitLatent, o.JoinLatent),
+        *(o.DequantizeFp8, o.QuantizeFp8, Requantize, Unpack),
+    }
+    assert tested == set(typing.get_args(o.Op))
