@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.checkpoints import dequantize as oracle
+from vllm_moe_compat import arrays
 from vllm_moe_compat import execute as ex
+from vllm_moe_compat.fill import make
 from vllm_moe_compat.layout import TensorInfo
 from vllm_moe_compat.plan import (
     Build,
-    DequantizeBlockFp8,
+    DequantizeFp8,
     Plan,
-    QuantizeBlockFp8,
+    QuantizeFp8,
     StackExperts,
     UnstackExperts,
 )
@@ -53,7 +55,7 @@ def equal(found: mx.array, wanted: torch.Tensor) -> bool:
 
 def test_every_byte_of_e4m3_has_torchs_value():
     values = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    found = ex.dequantize(mx.array(values), mx.ones((1, 1)), (128, 128), "float32")
+    found = arrays.dequantize(mx.array(values), mx.ones((1, 1)), (128, 128), "float32")
     wanted = torch.tensor(values).view(torch.float8_e4m3fn).float().numpy()
     assert np.array_equal(np.array(found), wanted, equal_nan=True)
 
@@ -79,8 +81,8 @@ def test_dequantising_rounds_the_exact_product_once(
     weight = random_fp8((*lead, rows, columns), rng)
     factors = scales(scale_grid(weight.shape, block), scale, rng)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex, "TEMPORARY_BYTES", budget)
-        found = ex.dequantize(mx.array(weight), factors, block, dtype)
+        patch.setattr(arrays, "TEMPORARY_BYTES", budget)
+        found = arrays.dequantize(mx.array(weight), factors, block, dtype)
     assert equal(found, expected(weight, factors, block, dtype))
 
 
@@ -97,7 +99,9 @@ def test_stacking_first_equals_dequantising_first(experts, rows, columns, block,
     rng = np.random.default_rng(seed)
     weights = [mx.array(random_fp8((rows, columns), rng)) for _ in range(experts)]
     factors = [scales(scale_grid((rows, columns), block), mx.float32, rng) for _ in weights]
-    each = [ex.dequantize(w, s, block, "bfloat16") for w, s in zip(weights, factors, strict=True)]
+    each = [
+        arrays.dequantize(w, s, block, "bfloat16") for w, s in zip(weights, factors, strict=True)
+    ]
     store = {f"w{e}": w for e, w in enumerate(weights)} | {
         f"s{e}": s for e, s in enumerate(factors)
     }
@@ -105,10 +109,10 @@ def test_stacking_first_equals_dequantising_first(experts, rows, columns, block,
         "out",
         tuple(f"w{e}" for e in range(experts)),
         tuple(f"s{e}" for e in range(experts)),
-        (StackExperts(experts), DequantizeBlockFp8(block)),
+        (StackExperts(experts), DequantizeFp8(block)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex, "TEMPORARY_BYTES", budget)
+        patch.setattr(arrays, "TEMPORARY_BYTES", budget)
         ex.execute(Plan("m", "", (build,)), store, "bfloat16")
     assert list(store) == ["out"]
     assert mx.array_equal(store["out"].view(mx.uint16), mx.stack(each).view(mx.uint16))
@@ -123,11 +127,11 @@ def test_stacking_first_equals_dequantising_first(experts, rows, columns, block,
 )
 def test_quantising_undoes_dequantising(rows, columns, block, seed):
     rng = np.random.default_rng(seed)
-    op = QuantizeBlockFp8(block)
+    op = QuantizeFp8(block)
     weight = mx.array(rng.standard_normal((2, rows, columns)).astype(np.float32))
-    packed = ex.run(op, ex.Arrays([weight]), "float32")
-    values = ex.run(op.inverse(), packed, "float32").weights[0]
-    again = ex.run(op, ex.Arrays([values]), "float32")
+    packed = arrays.run(op, arrays.Arrays([weight]), "float32")
+    values = arrays.run(op.inverse(), packed, "float32").weights[0]
+    again = arrays.run(op, arrays.Arrays([values]), "float32")
     assert mx.array_equal(again.weights[0], packed.weights[0])
     assert mx.allclose(again.scales[0], packed.scales[0], rtol=1e-6)
     # E4M3 keeps four significant bits: half a step is 1/16 of the number.
@@ -141,7 +145,7 @@ def test_quantising_undoes_dequantising(rows, columns, block, seed):
 
 
 def test_a_block_of_zeros_quantises_to_zeros():
-    packed, scale = ex.quantize(mx.zeros((4, 4)), (2, 2))
+    packed, scale = arrays.quantize(mx.zeros((4, 4)), (2, 2))
     assert not packed.any().item()
     assert (scale == 1).all().item()
 
@@ -150,9 +154,9 @@ def test_unstacking_undoes_stacking():
     weights = [mx.full((3, 5), e, dtype=mx.uint8) for e in range(4)]
     factors = [mx.full((1, 1), float(e)) for e in range(4)]
     op = StackExperts(4)
-    stacked = ex.run(op, ex.Arrays(list(weights), list(factors)), "float32")
-    whole = ex.Arrays([stacked.weights[0].take(0, 4)], stacked.scales)
-    apart = ex.run(op.inverse(), whole, "float32")
+    stacked = arrays.run(op, arrays.Arrays(list(weights), list(factors)), "float32")
+    whole = arrays.Arrays([stacked.weights[0].take(0, 4)], stacked.scales)
+    apart = arrays.run(op.inverse(), whole, "float32")
     assert all(mx.array_equal(a, b).item() for a, b in zip(apart.weights, weights, strict=True))
     assert all(mx.array_equal(a, b).item() for a, b in zip(apart.scales, factors, strict=True))
     assert isinstance(op.inverse(), UnstackExperts)
@@ -170,7 +174,7 @@ def experts_of(count: int, rows: int, columns: int) -> tuple[dict[str, mx.array]
             store[f"{name}_scale_inv"] = scales(
                 scale_grid((rows, columns), (128, 128)), mx.float32, rng
             )
-        ops = (StackExperts(count), DequantizeBlockFp8((128, 128)))
+        ops = (StackExperts(count), DequantizeFp8((128, 128)))
         scale_names = tuple(f"{n}_scale_inv" for n in names)
         builds.append(Build(f"layers.{layer}.out", tuple(names), scale_names, ops))
     mx.eval(store)
@@ -178,7 +182,7 @@ def experts_of(count: int, rows: int, columns: int) -> tuple[dict[str, mx.array]
 
 
 def test_the_peak_is_the_final_size_plus_a_fraction_of_one_layer(monkeypatch):
-    monkeypatch.setattr(ex, "TEMPORARY_BYTES", 2**20)
+    monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 2**20)
     store, plan = experts_of(16, 256, 512)
     gc.collect()
     mx.clear_cache()
@@ -195,7 +199,7 @@ def test_the_peak_is_the_final_size_plus_a_fraction_of_one_layer(monkeypatch):
 def test_only_what_the_plan_names_is_touched():
     other = mx.ones(3)
     store = {"a": mx.zeros((2, 2), dtype=mx.uint8), "a_s": mx.ones((1, 1)), "b": other, "c": other}
-    build = Build("a", ("a",), ("a_s",), (DequantizeBlockFp8((2, 2)),))
+    build = Build("a", ("a",), ("a_s",), (DequantizeFp8((2, 2)),))
     ex.execute(Plan("m", "", (build,), drops=("c", "not there")), store, "float32")
     assert set(store) == {"a", "b"}
     assert store["b"] is other
@@ -214,3 +218,11 @@ def test_a_serving_dtype_that_is_none_is_refused(name: str):
 
     with pytest.raises(ValueError, match=name), serving_dtype_as(name):
         pass
+
+
+def test_no_caller_keeps_the_sources_alive():
+    operand = arrays.Arrays([mx.zeros((2, 2), dtype=mx.uint8)] * 2, [mx.ones((1, 1))] * 2)
+    made = make((StackExperts(2), DequantizeFp8((2, 2))), operand, ["a"], "float32")
+    assert not operand.weights
+    assert not operand.scales
+    assert made["a"].shape == (2, 2, 2)

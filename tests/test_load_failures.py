@@ -15,8 +15,7 @@ import pytest
 import vllm_moe_compat
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import distance, load
-from vllm_moe_compat import execute as ex
-from vllm_moe_compat import progress
+from vllm_moe_compat import arrays, progress
 from vllm_moe_compat.context import current
 from vllm_moe_compat.errors import CheckpointFileError, InsufficientMemoryError
 
@@ -39,7 +38,7 @@ def held() -> int:
 
 def failing(monkeypatch, error: Exception) -> None:
     """Have a product of the last of the four layers raise; there are 37 in all."""
-    original, calls = ex._product, []
+    original, calls = arrays._product, []
 
     def product(*args):
         calls.append(1)
@@ -47,7 +46,7 @@ def failing(monkeypatch, error: Exception) -> None:
             raise error
         return original(*args)
 
-    monkeypatch.setattr(ex, "_product", product)
+    monkeypatch.setattr(arrays, "_product", product)
 
 
 def a_good_load_works(tmp_path: Path, monkeypatch) -> None:

@@ -17,7 +17,8 @@ class LoadReport:
         experts: routed experts per layer, where they were stacked; else 0.
         layers: layers whose experts were stacked.
         dequantized: FP8 tensors that were dequantised.
-        dtype: what they became, on the way or in the end; None if there were none.
+        digested: FP8 tensors that upstream's ``sanitize`` dequantised.
+        dtype: what the others became, on the way or in the end; None if there were none.
         seconds: how long it took.
         setting: to what weights were quantised; ``none``, ``8bit``, …
         quantized: modules that were quantised.
@@ -45,6 +46,7 @@ class LoadReport:
     held: Mapping[str, int] = field(default_factory=dict)
     saved: int = 0
     peak: int = 0
+    digested: int = 0
 
     def __str__(self) -> str:
         done = []
@@ -56,6 +58,8 @@ class LoadReport:
         if self.setting != "none":
             done.append(f"quantised {self.quantized:,} modules to {self.setting}{self._exceptions}")
         head = f"{self.path or 'weights without a path'} ({self.module}): {self.words}"
+        if not done and self.digested:
+            return f"{head}; left as it is, with {self.digested:,} FP8 tensors, to mlx-lm"
         if not done:
             return f"{head}; left as it is"
         holds = ", ".join(f"{size(count)} {form}" for form, count in self.held.items())

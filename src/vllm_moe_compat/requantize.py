@@ -5,7 +5,9 @@ out of it say which module a tensor is for. So ``sanitize`` runs first, over
 *stand-ins*: arrays of the right shape that are never evaluated, one for each tensor
 that the plan makes, beside the tensors that are still unread. A stand-in that comes
 out is known by identity, and the name that it came out under is the tensor's module.
-Then each tensor is read, dequantised and packed, a few experts at a time.
+Then each tensor is read, dequantised and packed, a few experts at a time. The few that
+``sanitize`` computes with (latent attention's ``kv_b_proj``) do not come out as they
+went in; they are made before, and ``sanitize`` runs once more.
 
 Which module is packed how is mlx-lm's own decision, as in ``mlx_lm.utils.
 quantize_model``: modules that have a packed form and whole groups, as the class's
@@ -15,7 +17,6 @@ the dequantised model; without ever holding the dequantised model.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from typing import Any
 import mlx.core as mx
 
 from vllm_moe_compat import execute as ex
-from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import TensorInfo, fold
-from vllm_moe_compat.plan import Build, DequantizeBlockFp8, Plan, Requantize, SplitGateUp
+from vllm_moe_compat.arrays import Arrays
+from vllm_moe_compat.fill import make, take
+from vllm_moe_compat.layout import TensorInfo
+from vllm_moe_compat.plan import Build, Plan, Requantize
 
 Weights = MutableMapping[str, mx.array]
 
@@ -124,38 +126,23 @@ def execute(
         What ``sanitize`` would have returned, packed, and what was packed how.
 
     Raises:
-        UnsupportedCheckpointError: ``sanitize`` computes with tensors that have to
-            be made first; nothing was read.
         CheckpointFileError: a tensor could not be made; ``weights`` is empty then.
         InsufficientMemoryError: likewise, for want of memory.
     """
-    given: dict[str, mx.array] = dict(weights)
-    ex.prepare(job.plan, given, job.float_dtype)
-    stand_ins: dict[int, tuple[Build, int]] = {}
-    keep: list[mx.array] = []
-    sources: dict[str, mx.array] = {}
-    origin: dict[int, str] = {}
-    for build in job.plan.builds:
-        for name in (*build.weights, *build.scales):
-            sources[name] = given.pop(name)
-        for index, spec in enumerate(build.results(job.tensors, "BF16")):
-            stand_in = mx.zeros(spec.shape, dtype=mx.bfloat16)
-            given[build.targets[index]] = stand_in
-            stand_ins[id(stand_in)] = build, index
-            keep.append(stand_in)
-    origin = {id(array): name for name, array in given.items()}
-    # Ids are compared below, so nothing may be freed, and its id reused, before that.
-    keep.extend(given.values())
-    sanitized = dict(sanitize(given))
-
-    places = {stand_ins[id(a)]: n for n, a in sanitized.items() if id(a) in stand_ins}
-    _all_came_out(job.plan, places)
-    came_from = {n: origin[id(a)] for n, a in sanitized.items() if id(a) in origin}
+    real: tuple[Build, ...] = ()
+    # Twice at most: what sanitize computes with is no stand-in the second time.
+    for _ in range(2):
+        show = _show(job, weights, real)
+        sanitized = dict(sanitize(show.given))
+        places = {show.stand_ins[id(a)]: n for n, a in sanitized.items() if id(a) in show.stand_ins}
+        lost = [b for b in job.plan.builds if b not in real and not _all_out(b, places)]
+        if not lost:
+            break
+        real += tuple(lost)
+    came_from = {n: show.origin[id(a)] for n, a in sanitized.items() if id(a) in show.origin}
+    sources = show.sources
     weights.clear()
-    given.clear()
-    keep.clear()
-    origin.clear()
-    stand_ins.clear()
+    del show
 
     listed = _spared(job, came_from)
     choices = choose(model, job.setting, listed)
@@ -163,11 +150,12 @@ def execute(
         del sanitized[name]
     result: dict[str, mx.array] = {}
     try:
-        for build in job.plan.builds:
+        for build in (b for b in job.plan.builds if b not in real):
             names = [places[build, index] for index in range(len(build.targets))]
             formats = [choices.formats.get(_module(name)) for name in names]
             current = build
-            result |= _make(job, build, ex.take(build, sources), names, formats)
+            dtype = job.packed_dtype if any(formats) else job.float_dtype
+            result |= make(build.ops, take(build, sources), names, dtype, formats)
             mx.clear_cache()
             done(len(build.weights) + len(build.scales))
         for name in list(sanitized):
@@ -177,8 +165,9 @@ def execute(
                 result[name] = array
             else:
                 current = Build(name, (came_from.get(name, name),), (), (packing,))
-                result |= _pack(ex.floats(array, None, (1, 1), ""), [name], array.shape, [packing])
+                operand = Arrays([array])
                 del array
+                result |= make((), operand, [name], "", [packing])
                 mx.clear_cache()
             done(1)
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -195,19 +184,47 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _all_came_out(plan: Plan, places: Mapping[tuple[Build, int], str]) -> None:
-    lost = [
-        target
-        for build in plan.builds
-        for index, target in enumerate(build.targets)
-        if (build, index) not in places
-    ]
-    if lost:
-        raise UnsupportedCheckpointError(
-            f"{fold(lost)} cannot be quantised while loading, since the sanitize of {plan.module} "
-            "computes with it, where a renaming was expected; load without "
-            "VLLM_MOE_COMPAT_QUANTIZE, or quantise with `mlx_lm.convert -q`."
-        )
+@dataclass(slots=True)
+class _Show:
+    """What ``sanitize`` is shown, and how to know its parts again: by identity.
+
+    Attributes:
+        given: its argument.
+        stand_ins: id of a stand-in → its build and which of the build's targets it is.
+        origin: id of any array → the name that it was given under.
+        sources: what the builds with stand-ins are made of.
+        keep: the arrays themselves: an id is theirs only while they live.
+    """
+
+    given: dict[str, mx.array]
+    stand_ins: dict[int, tuple[Build, int]]
+    origin: dict[int, str]
+    sources: dict[str, mx.array]
+    keep: list[mx.array]
+
+
+def _show(job: Job, weights: Mapping[str, mx.array], real: Collection[Build]) -> _Show:
+    """Put stand-ins for all that the plan makes, and the tensors themselves for ``real``."""
+    given = dict(weights)
+    ex.prepare(job.plan, given, job.float_dtype)
+    stand_ins: dict[int, tuple[Build, int]] = {}
+    sources: dict[str, mx.array] = {}
+    for build in job.plan.builds:
+        if build in real:
+            given |= make(build.ops, take(build, given), build.targets, job.packed_dtype)
+            continue
+        for name in (*build.weights, *build.scales):
+            sources[name] = given.pop(name)
+        for index, spec in enumerate(build.results(job.tensors, "BF16")):
+            stand_in = mx.zeros(spec.shape, dtype=mx.bfloat16)
+            given[build.targets[index]] = stand_in
+            stand_ins[id(stand_in)] = build, index
+    origin = {id(array): name for name, array in given.items()}
+    return _Show(given, stand_ins, origin, sources, list(given.values()))
+
+
+def _all_out(build: Build, places: Mapping[tuple[Build, int], str]) -> bool:
+    return all((build, index) in places for index in range(len(build.targets)))
 
 
 def _spared(job: Job, came_from: Mapping[str, str]) -> Callable[[str], bool]:
@@ -229,86 +246,6 @@ def is_listed(module: str, entries: Collection[str]) -> bool:
         module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")
         for entry in entries
     )
-
-
-def _make(
-    job: Job,
-    build: Build,
-    operand: ex.Arrays,
-    names: list[str],
-    formats: list[Requantize | None],
-) -> dict[str, mx.array]:
-    """Carry out one build, the last step of which is to pack."""
-    block, halves = (1, 1), False
-    for op in build.ops:
-        match op:
-            case DequantizeBlockFp8(size):
-                block = size
-            case SplitGateUp():
-                halves = True
-            case _:
-                operand = ex.run(op, operand, job.packed_dtype)
-    (weight,) = operand.weights
-    scale = operand.scales[0] if operand.scales else None
-    operand.weights.clear()
-    shape = (*weight.shape[:-2], weight.shape[-2] // (2 if halves else 1), weight.shape[-1])
-    dtype = job.packed_dtype if any(formats) else job.float_dtype
-    return _pack(ex.floats(weight, scale, block, dtype), names, shape, formats)
-
-
-def _pack(
-    parts: Any, names: list[str], shape: tuple[int, ...], formats: list[Requantize | None]
-) -> dict[str, mx.array]:
-    """Write parts of ``[…, k·O, I]`` into the buffers of ``k`` packed targets ``[…, O, I]``."""
-    targets = [_Target(shape, packing) for packing in formats]
-    rows = shape[-2]
-    for experts, band, part in parts:
-        for number, target in enumerate(targets):
-            low, high = max(band.start, number * rows), min(band.stop, (number + 1) * rows)
-            if low < high:
-                piece = part[:, low - band.start : high - band.start]
-                target.put(experts, slice(low - number * rows, high - number * rows), piece)
-                del piece
-        del part
-        mx.eval([target.buffers for target in targets])
-    return {
-        f"{_module(name)}.{kind}": array
-        for name, target in zip(names, targets, strict=True)
-        for kind, array in target.arrays().items()
-    }
-
-
-class _Target:
-    """The buffers of one target ``[…, O, I]``, filled a piece at a time."""
-
-    def __init__(self, shape: tuple[int, ...], packing: Requantize | None) -> None:
-        self._shape, self._packing = shape, packing
-        self.buffers: list[mx.array] = []
-
-    def put(self, experts: slice, rows: slice, piece: mx.array) -> None:
-        """Pack ``[n, o, I]`` into its place; not evaluated."""
-        found = [piece]
-        if self._packing is not None:
-            bits, group, mode = self._packing.bits, self._packing.group, self._packing.mode
-            found = list(mx.quantize(piece, group, bits, mode=mode))
-        *lead, height, _ = self._shape
-        if not self.buffers:
-            self.buffers = [
-                mx.zeros((math.prod(lead), height, part.shape[-1]), dtype=part.dtype)
-                for part in found
-            ]
-            mx.eval(self.buffers)
-        for buffer, part in zip(self.buffers, found, strict=True):
-            buffer[experts, rows] = part
-
-    def arrays(self) -> dict[str, mx.array]:
-        """Return the finished parameters by their name in the module."""
-        lead = self._shape[:-1]
-        kinds = ("weight", "scales", "biases")
-        return {
-            kind: buffer.reshape(*lead, buffer.shape[-1])
-            for kind, buffer in zip(kinds, self.buffers, strict=False)
-        }
 
 
 def held(weights: Mapping[str, mx.array], choices: Choices) -> dict[str, int]:
