@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,8 +22,7 @@ from support.checkpoints import Fp8, build
 from support.loading import load, new_model, parameters, read, same_bits
 from vllm_moe_compat import patching, registry
 from vllm_moe_compat.context import current, last_report
-from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.plan import Row
+from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 
 STOCK = {
     (mlx_lm.utils, "load_config"): mlx_lm.utils.load_config,
@@ -47,7 +47,9 @@ def stock_is_back() -> bool:
 
 
 def states() -> dict[str, str]:
-    return {r.module.rpartition(".")[2]: r.state for r in vllm_moe_compat.status().rows}
+    """Return the states of the two modules that are imported here, and of qwen3."""
+    found = {r.module.rpartition(".")[2]: r.state for r in vllm_moe_compat.status().rows}
+    return {name: found[name] for name in ("qwen3_5", "qwen3_5_moe")}
 
 
 def test_apply_twice_wraps_once():
@@ -63,10 +65,10 @@ def test_exactly_the_hooks_that_are_named_are_installed():
     vllm_moe_compat.apply()
     changed = {key for key, original in STOCK.items() if vars(key[0])[key[1]] is not original}
     assert changed == set(STOCK)
+    imported = {f"{m}.Model.sanitize" for m in registry.TRANSFORMS_BY_MODULE if m in sys.modules}
     assert {hook.name for hook in vllm_moe_compat.status().hooks} == {
         "mlx_lm.utils.load_config",
-        "mlx_lm.models.qwen3_5.Model.sanitize",
-        "mlx_lm.models.qwen3_5_moe.Model.sanitize",
+        *imported,
     }
 
 
@@ -143,7 +145,9 @@ assert not any(m.partition(".")[0] in ("mlx", "mlx_lm", "vllm", "torch") for m i
 import mlx_lm.utils
 assert [h.name for h in c.status().hooks] == ["mlx_lm.utils.load_config"]
 import mlx_lm.models.qwen3_5_moe as m
-assert {r.state for r in c.status().rows} == {"active"}, c.status()
+moe = "mlx_lm.models.qwen3_5_moe"
+assert [r.state for r in c.status().rows if r.module == moe] == ["active"], c.status()
+assert {r.state for r in c.status().rows} == {"active", "waiting"}, c.status()
 c.revert()
 assert m.Model.sanitize.__module__ == "mlx_lm.models.qwen3_5_moe"
 assert not hasattr(m.Model.sanitize, "__wrapped__")
@@ -170,24 +174,41 @@ assert hasattr(m.Model.sanitize, "__wrapped__")
 # The variant that is loaded and cannot be patched
 
 
-def row(monkeypatch, module: str) -> None:
-    rows = {**registry.TRANSFORMS_BY_MODULE, module: Row(module, workarounds=())}
+QWEN3 = "mlx_lm.models.qwen3"
+
+
+@pytest.fixture
+def _unmapped(monkeypatch) -> None:
+    """Take qwen3's row away."""
+    rows = {k: v for k, v in registry.TRANSFORMS_BY_MODULE.items() if k != QWEN3}
     monkeypatch.setattr(registry, "TRANSFORMS_BY_MODULE", rows)
 
 
 def broken_load(path: Path) -> None:
-    """Load what stock mlx-lm refuses."""
-    with pytest.raises(ValueError, match="not in model"):
+    """Load what cannot be patched and has FP8."""
+    with pytest.raises(UnsupportedCheckpointError, match="it cannot be patched, since"):
         load(path)
 
 
-def test_a_class_without_sanitize_is_named_at_each_load(tmp_path: Path, monkeypatch, caplog):
+def test_a_class_without_sanitize_gets_one_and_loses_it_again(tmp_path: Path, monkeypatch):
     import mlx_lm.models.qwen3 as module
 
     monkeypatch.delattr(module.Model, "sanitize")
-    row(monkeypatch, module.__name__)
     vllm_moe_compat.apply()
-    assert states()["qwen3"] == "unpatchable"
+    load(fp8_qwen3(tmp_path))
+    vllm_moe_compat.revert()
+    assert not hasattr(module.Model, "sanitize")
+
+
+def test_a_class_whose_sanitize_is_no_function_is_named_at_each_load(
+    tmp_path: Path, monkeypatch, caplog
+):
+    import mlx_lm.models.qwen3 as module
+
+    monkeypatch.setattr(module.Model, "sanitize", "none")
+    vllm_moe_compat.apply()
+    (found,) = (r for r in vllm_moe_compat.status().rows if r.module == QWEN3)
+    assert found.state == "unpatchable"
     assert "sanitize" in str(vllm_moe_compat.status())
     path = fp8_qwen3(tmp_path)
     for _ in range(2):
@@ -199,6 +220,7 @@ def test_a_class_without_sanitize_is_named_at_each_load(tmp_path: Path, monkeypa
         assert "1 FP8 weights" in record.message
 
 
+@pytest.mark.usefixtures("_unmapped")
 def test_a_module_without_a_row_is_named_at_each_load(tmp_path: Path, caplog):
     vllm_moe_compat.apply()
     path = fp8_qwen3(tmp_path)
@@ -209,12 +231,14 @@ def test_a_module_without_a_row_is_named_at_each_load(tmp_path: Path, caplog):
         assert "mlx_lm.models.qwen3 " in caplog.text
 
 
+@pytest.mark.usefixtures("_unmapped")
 def test_a_model_without_a_row_that_needs_nothing_is_not_mentioned(tmp_path: Path, caplog):
     vllm_moe_compat.apply()
     load(qwen3(tmp_path))
     assert not caplog.records
 
 
+@pytest.mark.usefixtures("_unmapped")
 def test_a_model_without_a_row_is_not_ours_to_refuse(tmp_path: Path):
     vllm_moe_compat.apply()
     path = qwen3(tmp_path)
@@ -227,13 +251,15 @@ def test_a_model_without_a_row_is_not_ours_to_refuse(tmp_path: Path):
         load(path)
 
 
+@pytest.mark.usefixtures("_unmapped")
 def test_one_load_of_model_and_tokenizer_warns_once_and_leaves_no_context(
     tmp_path: Path, monkeypatch, caplog
 ):
     vllm_moe_compat.apply()
     path = fp8_qwen3(tmp_path)
     monkeypatch.setattr(mlx_lm.utils, "load_model", lambda p, *a, **k: mlx_lm.utils.load_config(p))
-    mlx_lm.utils.load_model(path)
+    with pytest.raises(UnsupportedCheckpointError):
+        mlx_lm.utils.load_model(path)
     mlx_lm.utils._tokenizer_defaults(path)
     assert len(caplog.records) == 1
     sound = build(fp8=Fp8()).write(tmp_path / "sound")
@@ -325,7 +351,7 @@ def test_nested_mapped_models_are_served_once(tmp_path: Path, monkeypatch, caplo
     base = registry.TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"]
     rows = {
         **registry.TRANSFORMS_BY_MODULE,
-        "outer_model": Row("outer_model", (), base.moe, base.extras),
+        "outer_model": replace(base, module="outer_model"),
     }
     monkeypatch.setattr(registry, "TRANSFORMS_BY_MODULE", rows)
     checkpoint = build(fp8=Fp8())
@@ -356,7 +382,9 @@ def test_a_row_for_a_class_that_inherits_sanitize_comes_out_without_a_trace(monk
     module = types.ModuleType("heir_model")
     Heir.__name__, Heir.__module__, module.Model = "Model", "heir_model", Heir
     monkeypatch.setitem(sys.modules, "heir_model", module)
-    row(monkeypatch, "heir_model")
+    heir = replace(registry.TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5"], module="heir_model")
+    rows = {**registry.TRANSFORMS_BY_MODULE, heir.module: heir}
+    monkeypatch.setattr(registry, "TRANSFORMS_BY_MODULE", rows)
     with vllm_moe_compat.applied():
         assert "sanitize" in vars(Heir)
         model = Heir(qwen3_5.ModelArgs.from_dict(build(dense=True).config))

@@ -24,6 +24,8 @@ from vllm_moe_compat.layout.headers import INDEX, weight_files
 from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Requantize, Row, make_plan
 from vllm_moe_compat.report import LoadReport
 
+_BYTES = ("U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+
 DEQUANTIZED = "dequantized"
 """The ``quant_method`` that our configs name: no branch of mlx-lm answers to it."""
 
@@ -41,6 +43,7 @@ class LoadContext:
         config: the dict that mlx-lm goes on with, normalised.
         sizes: the shards' sizes in bytes, when the plan was made.
         setting: to what weights are quantised; ``none`` or a key of ``QUANTIZE_SETTINGS``.
+        ignored: names of tensors that play no part in the model.
     """
 
     model_dir: Path
@@ -51,6 +54,7 @@ class LoadContext:
     config: dict[str, Any]
     sizes: Mapping[str, int] = field(default_factory=dict)
     setting: str = "none"
+    ignored: frozenset[str] = frozenset()
 
     def check_files(self) -> None:
         """See that the shards are as they were when their headers were read.
@@ -77,7 +81,7 @@ class LoadContext:
         sources = [name for build in self.plan.builds for name in (*build.weights, *build.scales)]
         return all(
             given[name].shape == self.tensors[name].shape
-            and (given[name].dtype == "U8") == (self.tensors[name].dtype in ("U8", "F8_E4M3"))
+            and (given[name].dtype == "U8") == (self.tensors[name].dtype in _BYTES)
             for name in sources
         )
 
@@ -113,12 +117,26 @@ def remember(report: LoadReport) -> None:
 
 
 def prepare(
-    model_dir: Path, config: dict[str, Any], row: Row, setting: str = "none"
+    model_dir: Path,
+    config: dict[str, Any],
+    row: Row,
+    setting: str = "none",
+    *,
+    original: Mapping[str, Any] | None = None,
+    exact: bool = False,
 ) -> LoadContext:
     """Plan the load of a checkpoint and normalise its config in place.
 
     mlx-lm reads the config of one load twice, so the last plan is kept, by the
     files' names, sizes and times.
+
+    Args:
+        model_dir: the checkpoint's folder.
+        config: as mlx-lm goes on with it, in the words of the row's module.
+        row: of the class that is being loaded.
+        setting: to what weights are quantised.
+        original: the config as it was read; a copy of ``config`` by default.
+        exact: whether bfloat16 products are too coarse for what will be served.
 
     Raises:
         CheckpointFileError: a file is missing, damaged or contradicts the index.
@@ -126,19 +144,21 @@ def prepare(
         UnsupportedCheckpointError: a form that is not served.
     """
     global _cached
-    key = (_fingerprint(model_dir), row, setting, repr(config))
+    key = (_fingerprint(model_dir), row.module, setting, exact, repr(config))
     if _cached is not None and _cached[0] == key:
         context = replace(_cached[1], config=config)
     else:
         tensors = read_headers(model_dir)
         layout = detect(tensors, config, row.ignored)
-        check_index(model_dir, tensors, row.ignored)
+        check_index(model_dir, tensors, row.ignored.of(config))
         if setting != "none":
             refuse_quantized(model_dir, config, layout)
-        plan = make_plan(layout, row, config, split=setting != "none")
-        original = copy.deepcopy(config)
+        plan = make_plan(layout, row, config, split=setting != "none", exact=exact)
+        original = copy.deepcopy(config) if original is None else original
         sizes = {path.name: path.stat().st_size for path in weight_files(model_dir)}
-        context = LoadContext(model_dir, row, plan, tensors, original, config, sizes, setting)
+        context = LoadContext(
+            model_dir, row, plan, tensors, original, config, sizes, setting, layout.ignored
+        )
         _cached = (key, replace(context, config={}))
     if setting != "none":
         announce(config, QUANTIZE_SETTINGS[setting])
@@ -154,6 +174,8 @@ def refuse_quantized(model_dir: Path, config: Mapping[str, Any], layout: Layout)
         UnsupportedCheckpointError: by the config, or by the tensors.
     """
     method = next((c.get("quant_method", "unnamed") for c in quantization_configs(config)), None)
+    if layout.fp8.pairs and method in ("compressed-tensors", "modelopt"):
+        method = "fp8"
     what = ""
     if config.get("quantization") is not None:
         what = "config.json has `quantization`"
@@ -224,6 +246,6 @@ def _fingerprint(model_dir: Path) -> tuple[object, ...]:
 def at_risk(layout: Layout) -> str | None:
     """Say which tensors mlx-lm may not digest without us; None if there are none."""
     fp8, per_expert = layout.fp8, len(layout.per_expert)
-    weights = len(fp8.pairs) + len(fp8.bare) + len(fp8.other)
+    weights = len(fp8.pairs) + len(fp8.bare)
     found = {f"{weights:,} FP8 weights": weights, f"{per_expert:,} per-expert weights": per_expert}
     return " and ".join(words for words, count in found.items() if count) or None

@@ -7,25 +7,24 @@ loaders and tests do that), the plan is made from the dict alone.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import functools
 import sys
-import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from vllm_moe_compat import context as loads
-from vllm_moe_compat import registry
+from vllm_moe_compat import guard, registry, repairs
+from vllm_moe_compat.carry_out import carry_out
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
-from vllm_moe_compat.layout import TensorInfo, detect, infer_fp8, read_headers
+from vllm_moe_compat.layout import detect, fold, read_headers
 from vllm_moe_compat.layout.headers import weight_files
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Row, make_plan
-from vllm_moe_compat.plan.estimate import estimate, nbytes
-from vllm_moe_compat.progress import bar
-from vllm_moe_compat.report import LoadReport
+from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Row
+from vllm_moe_compat.plan.estimate import estimate
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -59,8 +58,15 @@ def load_config_hook(
         return config  # A tokenizer's folder, or mlx-lm will say what is missing.
 
     quiet = _asked_for_tokenizer(utils)
-    row, module, reason = _find_row(ensure, utils, config)
     setting = "none" if quiet else QUANTIZE.read()
+    read_config = copy.deepcopy(config)
+    told = registry.row_of_config(config, utils.MODEL_REMAPPING)
+    if config.get("model_file") is not None:
+        told = None
+    changed = registry.fix_config(told, config) if told is not None else []
+    row, module, reason = _find_row(ensure, utils, config)
+    if changed and not quiet:
+        logger.info("%s: config.json put into mlx-lm's words: %s", model_dir, ", ".join(changed))
     if row is None:
         if module and setting != "none":
             raise UnsupportedCheckpointError(
@@ -68,11 +74,14 @@ def load_config_hook(
                 f"{QUANTIZE.name}, or quantise the checkpoint with `mlx_lm.convert -q`."
             )
         if module and not quiet:
-            _warn(model_dir, module, reason)
+            _judge_unmapped(model_dir, module, reason)
         return config
     if quiet and QUANTIZE.read() != "none":
         return config
-    load = loads.prepare(model_dir, config, row, setting)
+    from vllm_moe_compat.execute import target_dtype
+
+    exact = target_dtype() != "bfloat16"
+    load = loads.prepare(model_dir, config, row, setting, original=read_config, exact=exact)
     if not quiet:
         _check_memory(load)
         loads.current.set(load)
@@ -88,8 +97,7 @@ def _check_memory(load: loads.LoadContext) -> None:
     from vllm_moe_compat.requantize import is_listed
 
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    ignored = load.row.ignored.select(load.tensors)
-    tensors = {name: info for name, info in load.tensors.items() if name not in ignored}
+    tensors = {name: info for name, info in load.tensors.items() if name not in load.ignored}
     # A module that has no row of its own in the list is spared with its parent.
     spare: dict[str, set[str]] = {}
     for setting in QUANTIZE_SETTINGS:
@@ -124,17 +132,27 @@ def sanitize_hook(
         CompatError: before anything in ``weights`` was changed.
     """
     row = registry.row_for(owner)
-    if row is None or _inside.get() or not isinstance(weights, dict):
+    if row is None or _inside.get() or not _are_arrays(weights):
         return original(model, weights, *args, **kwargs)
     token = _inside.set(True)
     try:
         load = loads.current.get()
         if load is not None and load.row != row:
             load = None
-        carry_out = _transform if load is None or load.setting == "none" else _requantize
-        sanitized, report = carry_out(
-            row, load, model, weights, lambda given: original(model, given, *args, **kwargs)
-        )
+
+        def sanitize(given: dict[str, Any]) -> Any:
+            return original(model, given, *args, **kwargs)
+
+        whole = sanitize
+        if row.around is not None:
+            whole = functools.partial(row.around, sanitize, model)
+        if load is not None:
+            _scale_rope(load, model)
+        sanitized, report = carry_out(row, load, model, weights, whole)
+        if load is not None and load.setting == "none":
+            guard.check(model, sanitized, load.config, str(load.model_dir))
+        elif load is None:
+            guard.check(model, sanitized, {}, "")
     finally:
         _inside.reset(token)
         loads.current.set(None)
@@ -143,118 +161,22 @@ def sanitize_hook(
     return sanitized
 
 
-Sanitize: TypeAlias = Callable[[dict[str, Any]], Any]
+def _are_arrays(weights: Any) -> bool:
+    """Whether these are tensors; names alone are for upstream to rename."""
+    return isinstance(weights, dict) and all(hasattr(w, "dtype") for w in weights.values())
 
 
-def _plan(
-    row: Row, load: loads.LoadContext | None, model: Any, weights: dict[str, Any]
-) -> tuple[Plan, dict[str, TensorInfo], str | None]:
-    """Return the plan for these tensors, their descriptions, and where they come from."""
-    from vllm_moe_compat.execute import describe
-
-    given = describe(weights)
-    if load is not None and load.matches(given):
-        load.check_files()
-        return load.plan, dict(load.tensors), str(load.model_dir)
-    tensors = infer_fp8(given)
-    layout = detect(tensors, _config_of(model), row.ignored)
-    split = load is not None and load.setting != "none"
-    return make_plan(layout, row, _config_of(model), split=split), tensors, None
+def _scale_rope(load: loads.LoadContext, model: Any) -> None:
+    text = load.config.get("text_config")
+    if repairs.scale_rope(model, text if isinstance(text, dict) else load.config):
+        logger.info(
+            "%s: %s ignores rope_scaling; its rotary embeddings were scaled by the config",
+            load.model_dir,
+            load.row.module,
+        )
 
 
-def _transform(
-    row: Row,
-    load: loads.LoadContext | None,
-    model: Any,
-    weights: dict[str, Any],
-    sanitize: Sanitize,
-) -> tuple[Any, LoadReport]:
-    """Carry out the plan, then sanitize."""
-    import mlx.core as mx
-
-    from vllm_moe_compat.execute import execute, target_dtype
-    from vllm_moe_compat.requantize import Choices, held
-
-    start = time.perf_counter()
-    plan, tensors, path = _plan(row, load, model, weights)
-    # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
-    dtype = target_dtype() if plan.dequantized else loads.serving_dtype.get()
-    before = mx.get_active_memory()
-    if plan.builds:
-        mx.reset_peak_memory()
-    read = sum(map(nbytes, (tensors[n] for n in weights if n in tensors)))
-    files = {name: info.file for name, info in tensors.items()}
-    with bar(sum(len(build.weights) for build in plan.builds)) as done:
-        execute(plan, weights, dtype or "bfloat16", files, done)
-    seconds = time.perf_counter() - start
-    sanitized = sanitize(weights)
-    return sanitized, LoadReport(
-        path=path,
-        module=plan.module,
-        words=plan.words,
-        experts=plan.experts,
-        layers=plan.stacked,
-        dequantized=plan.dequantized,
-        dtype=dtype if plan.dequantized else None,
-        seconds=seconds,
-        read=read,
-        held=held(sanitized, Choices()),
-        peak=mx.get_peak_memory() - before if plan.builds else 0,
-    )
-
-
-def _requantize(
-    row: Row,
-    load: loads.LoadContext | None,
-    model: Any,
-    weights: dict[str, Any],
-    sanitize: Sanitize,
-) -> tuple[Any, LoadReport]:
-    """Sanitize and carry out the plan together, packing every tensor as it is made."""
-    import mlx.core as mx
-
-    from vllm_moe_compat import requantize
-    from vllm_moe_compat.execute import packed_dtype, target_dtype
-
-    assert load is not None
-    start = time.perf_counter()
-    plan, tensors, path = _plan(row, load, model, weights)
-    packing = QUANTIZE_SETTINGS[load.setting]
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    read = sum(map(nbytes, (tensors[n] for n in weights)))
-    spare = loads.spared(load.original_config, load.setting)
-    job = requantize.Job(plan, tensors, packing, spare, target_dtype(), packed_dtype())
-    with bar(len(weights)) as done:
-        sanitized, choices = requantize.execute(job, weights, sanitize, model, done)
-    # ``load_model`` goes on with this very dict, and packs its modules by it.
-    load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
-    return sanitized, LoadReport(
-        path=path,
-        module=plan.module,
-        words=plan.words,
-        experts=plan.experts,
-        layers=plan.stacked,
-        dequantized=plan.dequantized,
-        dtype=packed_dtype(),
-        seconds=time.perf_counter() - start,
-        setting=load.setting,
-        quantized=len(choices.formats),
-        odd=len(choices.odd),
-        spared=len(choices.spared),
-        read=read,
-        held=requantize.held(sanitized, choices),
-        saved=requantize.saved(sanitized, choices),
-        peak=mx.get_peak_memory() - before,
-    )
-
-
-def _config_of(model: Any) -> dict[str, Any]:
-    """Return the config as far as a model instance knows it."""
-    args = getattr(model, "args", None)
-    if dataclasses.is_dataclass(args) and not isinstance(args, type):
-        return {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
-    return {}
+_OWN_CODE = "it is the checkpoint's own code"
 
 
 def _find_row(
@@ -265,7 +187,7 @@ def _find_row(
     No module means that mlx-lm itself will refuse the model, in its own words.
     """
     if config.get("model_file") is not None:
-        return None, str(config["model_file"]), "it is the checkpoint's own code"
+        return None, str(config["model_file"]), _OWN_CODE
     try:
         model_class, _ = utils._get_classes(config)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -278,22 +200,33 @@ def _find_row(
     return row, row.module, ""
 
 
-def _warn(model_dir: Path, module: str, reason: str) -> None:
-    """Say that a class is loaded without us though its tensors may need us.
+def _judge_unmapped(model_dir: Path, module: str, reason: str) -> None:
+    """Refuse FP8 for a class without a row; warn of experts that may need one.
 
-    Nothing is refused here: the model is mlx-lm's to judge, files and config.
+    Every other question about such a model is mlx-lm's to judge, files and config.
+
+    Raises:
+        UnsupportedCheckpointError: FP8 weights, which its class would take for integers.
     """
     try:
-        found = loads.at_risk(detect(read_headers(model_dir), {}))
+        layout = detect(read_headers(model_dir), {})
     except CheckpointFileError:
         return
-    if found:
+    if found := loads.at_risk(layout):
         logger.warning(
             "%s: %s cannot be patched, since %s; its %s are left to mlx-lm as they are",
             model_dir,
             module,
             reason,
             found,
+        )
+    weights = [*layout.fp8.pairs, *layout.fp8.bare]
+    if weights and reason != _OWN_CODE:
+        verb = "are" if len(weights) > 1 else "is"
+        raise UnsupportedCheckpointError(
+            f"{layout.tensors[weights[0]].file}: {fold(weights)} {verb} FP8, which {module} takes "
+            f"for integers, and it cannot be patched, since {reason}; load a bf16 release of the "
+            "model instead."
         )
 
 

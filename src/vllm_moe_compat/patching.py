@@ -35,7 +35,9 @@ LOADER = ("mlx_lm.utils", "load_config")
 
 @dataclass(slots=True, eq=False)
 class Patch:
-    """One function replaced by ours.
+    """One function replaced by ours, or one put where there is none.
+
+    A class without ``sanitize`` takes the weights as they are; ours then hands them on.
 
     Attributes:
         owner: the class or module that holds it.
@@ -55,7 +57,8 @@ class Patch:
         """Call what was there; an inherited method is looked up anew."""
         if self.original is not None:
             return self.original(*args, **kwargs)
-        return getattr(super(self.owner, args[0]), self.name)(*args[1:], **kwargs)
+        inherited = getattr(super(self.owner, args[0]), self.name, None)
+        return inherited(*args[1:], **kwargs) if inherited is not None else args[1]
 
     @property
     def outermost(self) -> bool:
@@ -198,7 +201,8 @@ def _install_in(module: ModuleType) -> None:
         if not isinstance(owner, type):
             _UNPATCHABLE[name] = "it has no class named Model"
             return
-    if not callable(getattr(owner, attribute, None)):
+    function = getattr(owner, attribute, None)
+    if not callable(function) and (name == LOADER[0] or function is not None):
         _UNPATCHABLE[name] = f"it has no {attribute} to wrap"
         if name == LOADER[0]:
             logger.warning("%s has no load_config: checkpoints load unchecked", name)
@@ -211,6 +215,11 @@ def _install_in(module: ModuleType) -> None:
         _UNPATCHABLE.pop(name, None)
 
 
+def _as_they_are(model: Any, weights: Any) -> Any:
+    """What a class without ``sanitize`` does to its weights."""
+    return weights
+
+
 def _install(owner: Any, name: str, hook: Callable[..., Any]) -> None:
     patch = _PATCHES.get((owner, name))
     if patch is not None and patch.in_place:
@@ -220,7 +229,7 @@ def _install(owner: Any, name: str, hook: Callable[..., Any]) -> None:
         patch.active = False
     fresh = Patch(owner, name, vars(owner).get(name))
 
-    @functools.wraps(getattr(owner, name))
+    @functools.wraps(getattr(owner, name, _as_they_are))
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if not fresh.active:
             return fresh.call(*args, **kwargs)

@@ -11,7 +11,7 @@ splits a prompt the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,13 @@ class Pass:
     def req_ids(self) -> list[str]:
         """Ids of the rows."""
         return [request.req_id for request in self.requests]
+
+    def split(self) -> Iterator[tuple[int, Pass]]:
+        """Each row as a pass of its own, with its number."""
+        for row, length in enumerate(self.lengths):
+            tokens = self.tokens[row : row + 1, :length]
+            one = slice(row, row + 1)
+            yield row, Pass(self.requests[one], tokens, self.offsets[one], self.lengths[one])
 
     def tables(self, group: int, block: int) -> Int:
         """Blocks of KV group ``group`` that hold the rows' tokens, ``[B, W]``.

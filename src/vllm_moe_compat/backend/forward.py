@@ -27,7 +27,7 @@ import numpy as np
 from vllm_moe_compat.backend import attention_hook, linear_attention
 from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
 from vllm_moe_compat.backend.batch import Pass
-from vllm_moe_compat.backend.layers import AttentionLayer
+from vllm_moe_compat.backend.layers import AttentionLayer, Rows, nest, nested, rows_of
 from vllm_moe_compat.backend.state_pool import State
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ class Forward:
 
     def __init__(self, model: nn.Module, memory: Memory) -> None:
         self.model, self.memory = model, memory
-        softmax = [x.index for x in memory.layers if isinstance(x, AttentionLayer)]
-        self._asked = attention_hook.install(model, softmax)
+        attention_hook.install(model)
+        self._rows = rows_of(memory.layers)
+        self._nested = nested(memory.layers)
         self._pools = memory.distinct_pools
         self._ahead: _Ahead | None = None
         self.hits = 0  # passes that had been built ahead
@@ -79,8 +80,25 @@ class Forward:
 
         ``greedy``: everyone in it takes the most likely token next. Returns
         logits ``[len(rows), T, V]``; with no rows, the model's head is never
-        computed.
+        computed. Rows that the model's code cannot take together run one by one.
         """
+        if not self._apart(work):
+            return self._run(work, rows, greedy)
+        found = [self._run(part, [0] if row in rows else [], False) for row, part in work.split()]
+        wanted = [found[row] for row in rows]
+        if not wanted:
+            return found[0]
+        longest = max(logits.shape[1] for logits in wanted)
+        return mx.concatenate(
+            [mx.pad(x, [(0, 0), (0, longest - x.shape[1]), (0, 0)]) for x in wanted]
+        )
+
+    def _apart(self, work: Pass) -> bool:
+        if self._rows is Rows.PADDED or len(work.requests) == 1:
+            return False
+        return self._rows is Rows.SINGLE or bool((work.lengths != work.lengths[0]).any())
+
+    def _run(self, work: Pass, rows: Sequence[int], greedy: bool) -> mx.array:
         graph = self._built_ahead(work)
         if graph is None:
             graph = self._build(work, mx.array(work.tokens))
@@ -104,6 +122,7 @@ class Forward:
         memory = self.memory
         caches: list[Any] = [None] * len(memory.layers)
         steps: dict[int, AttentionStep] = {}
+        windows: dict[tuple[int, int], AttentionStep] = {}
         for layer in memory.layers:
             if isinstance(layer, AttentionLayer):
                 group = memory.groups[layer.index]
@@ -111,17 +130,23 @@ class Forward:
                     block = memory.block_sizes[group]
                     table = work.tables(group, block)
                     steps[group] = AttentionStep(work.offsets, work.lengths, table, block)
-                asked = layer.index in self._asked
+                step = steps[group]
+                if layer.window is not None:
+                    key = (group, layer.window)
+                    if key not in windows:
+                        windows[key] = step.windowed(layer.window)
+                    step = windows[key]
                 pool = memory.pools[layer.index]
-                caches[layer.index] = PagedKV(layer, pool, steps[group], asked=asked)
-        held = self._linear_caches(work)
-        for linear, cache in zip(memory.states.layers, held, strict=True):
-            caches[linear.index] = cache
-        logits: mx.array = self.model(tokens, cache=caches)
+                caches[layer.index] = PagedKV(layer, pool, step, asked=layer.direct)
+        held = self._state_caches(work)
+        for stateful, cache in zip(memory.states.layers, held, strict=True):
+            caches[stateful.index] = cache
+        given = nest(memory.layers, caches) if self._nested else caches
+        logits: mx.array = self.model(tokens, cache=given)
         pages = [pool.pages for pool in self._pools]
         return _Graph(logits, pages, linear_attention.new_states(held), steps)
 
-    def _linear_caches(self, work: Pass) -> list[Any]:
+    def _state_caches(self, work: Pass) -> list[Any]:
         states = self.memory.states
         if not states.layers:
             return []

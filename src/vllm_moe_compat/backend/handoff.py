@@ -8,6 +8,8 @@ would without us; what the hooks did is in the load report.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from vllm_moe_compat import context, plugin
-from vllm_moe_compat.backend import experts
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, describe
+from vllm_moe_compat.backend import experts, trial
+from vllm_moe_compat.backend.layers import AttentionLayer, Layer, Rows, describe, rows_of
 from vllm_moe_compat.log import logger
 
 
@@ -45,25 +47,35 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
         path = Path(utils._download(model, revision=revision))
     with context.serving_dtype_as(str(dtype).rpartition(".")[2]):
         loaded, _ = utils.load_model(path, lazy=True)
+    # Built and not computed: a refusal comes before the weights are read.
+    trial.settle(loaded, describe(loaded))
     _cast(loaded, dtype)
     widened = experts.prepare(loaded)
     mx.clear_cache()
-    layers = describe(loaded)
+    layers = trial.settle(loaded, describe(loaded))
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
-    softmax = sum(isinstance(layer, AttentionLayer) for layer in layers)
     logger.info(
         "the embedded MLX platform serves, since %s: handed it %s on %s, %s, %.1f MiB of "
-        "weights%s, %d softmax and %d gated-delta layers",
+        "weights%s, %s",
         plugin.who_serves()[1],
         type(loaded).__module__,
         mx.default_device(),
         str(dtype).rpartition(".")[2],
         weights / 2**20,
         f" (experts widened to float32: +{widened / 2**20:.1f} MiB)" if widened else "",
-        softmax,
-        len(layers) - softmax,
+        _kinds(layers),
     )
     return ServedModel(loaded, layers, weights, widened)
+
+
+def _kinds(layers: Sequence[Layer]) -> str:
+    """How many layers keep what: ``24 softmax (12 with a window of 128 tokens) …``."""
+    softmax = [layer for layer in layers if isinstance(layer, AttentionLayer)]
+    counted = sorted(Counter(x.window for x in softmax if x.window).items())
+    windows = ", ".join(f"{count} with a window of {size} tokens" for size, count in counted)
+    words = f"{len(softmax)} softmax{f' ({windows})' if windows else ''}"
+    alone = ", one sequence at a time" if rows_of(layers) is Rows.SINGLE else ""
+    return f"{words} and {len(layers) - len(softmax)} state layers{alone}"
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

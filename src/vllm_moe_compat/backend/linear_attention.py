@@ -1,4 +1,4 @@
-"""Gated-delta attention over batch-resident states.
+"""Batch-resident states during a forward pass: gated-delta, Mamba, short convolutions.
 
 In: the states of the rows of one forward pass. Out: mlx-lm's own ``ArraysCache``
 holding them, with the rows' lengths where the pass is padded on the right, so
@@ -24,7 +24,7 @@ def make_caches(states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list
     padded = bool((lengths != lengths.max()).any())
     caches = []
     for state in states:
-        cache = ArraysCache(size=2)
+        cache = ArraysCache(size=len(state))
         cache.cache = list(state)
         if padded:
             cache.lengths = mx.array(lengths.astype(np.int32))
@@ -34,4 +34,4 @@ def make_caches(states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list
 
 def new_states(caches: Sequence[Any]) -> list[State]:
     """The states that the layers left in their caches."""
-    return [(cache.cache[0], cache.cache[1]) for cache in caches]
+    return [tuple(cache.cache) for cache in caches]

@@ -4,8 +4,8 @@ In: vLLM's settings and a loaded model. Out: a budget whose parts the start-up
 line shows. ``--kv-cache-memory-bytes`` is taken as given. Otherwise the limit
 is ``--gpu-memory-utilization`` of the device's memory, or what is free now if
 that is less (the memory is shared with the rest of the machine); from it come
-the weights, a measured allowance for activations, and the gated-delta states of
-as many sequences as may run at once. No more is taken than that many sequences
+the weights, a measured allowance for activations, and the layers' states of as
+many sequences as may run at once. No more is taken than that many sequences
 of the longest length could fill.
 """
 
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
+from vllm_moe_compat.backend.kv_specs import demand
+from vllm_moe_compat.backend.layers import StateLayer
 from vllm_moe_compat.backend.state_pool import StatePool
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.log import logger
@@ -65,8 +66,8 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
         UnsupportedServingError: nothing is left for pages.
     """
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    linear = [layer for layer in served.layers if isinstance(layer, LinearLayer)]
-    per_sequence = StatePool.bytes_per_sequence(linear)
+    stateful = [layer for layer in served.layers if isinstance(layer, StateLayer)]
+    per_sequence = StatePool.bytes_per_sequence(stateful)
     activations = _activations(served, scheduler.max_num_batched_tokens)
     total, free = device_memory()
     explicit = int(cache.kv_cache_memory_bytes or 0)
@@ -81,8 +82,8 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     if per_sequence and sequences * per_sequence > room:
         sequences = max(1, room // per_sequence)
         logger.warning(
-            "--max-num-seqs lowered from %d to %d: the gated-delta state of one "
-            "sequence takes %s and %s are left for states",
+            "--max-num-seqs lowered from %d to %d: the states of one sequence take %s and %s are "
+            "left for states",
             scheduler.max_num_seqs,
             sequences,
             _mib(per_sequence),
@@ -118,45 +119,6 @@ def _nothing_left(
         f"weights take {_mib(served.weight_bytes)}, activations and states {_mib(working)}; free "
         "memory, change that option, or lower --max-num-seqs or --max-num-batched-tokens."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What one sequence of the longest length needs, in vLLM's pages.
-
-    KV blocks for every group of softmax layers and up to two state blocks for
-    every group of gated-delta layers; a group has as many layers as the rarer
-    kind, and a block is a page in as many pools (``width``).
-    """
-
-    blocks: int
-    page_bytes: int
-    width: int
-    length: int
-
-    def sequences(self, num_blocks: int) -> float:
-        """How many such sequences ``num_blocks`` hold; one block is vLLM's null block."""
-        return (num_blocks - 1) / self.blocks
-
-    def bytes_for(self, sequences: int) -> int:
-        """Bytes of pages for that many of them."""
-        return self.page_bytes * self.width * (sequences * self.blocks + 1)
-
-
-def demand(vllm_config: VllmConfig, layers: list[Layer]) -> Demand:
-    """Work out what a sequence of ``max_model_len`` tokens needs."""
-    attention = [layer for layer in layers if isinstance(layer, AttentionLayer)]
-    linear = len(layers) - len(attention)
-    block = vllm_config.cache_config.block_size
-    length = vllm_config.model_config.max_model_len
-    page = max(
-        2 * block * layer.kv_heads * layer.head_dim * layer.dtype.size for layer in attention
-    )
-    width = min(len(attention), linear) if linear else len(attention)
-    kv_blocks = math.ceil(len(attention) / width) * math.ceil(length / block)
-    states = 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1
-    blocks = kv_blocks + states * math.ceil(linear / width)
-    return Demand(blocks, int(page), width, length)
 
 
 def _activations(served: ServedModel, tokens: int) -> int:

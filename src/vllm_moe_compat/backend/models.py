@@ -22,23 +22,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 
-PLAIN_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "OlmoeForCausalLM",
-)
-HYBRID_ARCHITECTURES = (
-    "Qwen3NextForCausalLM",
-    "Qwen3_5ForCausalLM",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForCausalLM",
-    "Qwen3_5MoeForConditionalGeneration",
-)
+from vllm_moe_compat.backend import architectures
 
 
 class MlxCausalLM(nn.Module):
@@ -62,10 +46,33 @@ class MlxCausalLM(nn.Module):
 
 
 class MlxHybridCausalLM(MlxCausalLM):
-    """One with gated-delta layers: vLLM then plans state pages besides KV pages."""
+    """One with states of fixed size: vLLM then plans pages for them besides KV pages.
+
+    Their real shapes come from the loaded model, in the worker; what is said here
+    only keeps vLLM from sizing pages by itself before that.
+    """
 
     is_hybrid = True
     has_inner_state = True
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
+        """Shapes of one sequence's state: the least."""
+        return ((1,),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
+        """Their dtypes."""
+        return (vllm_config.model_config.dtype,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> Any:
+        """Part of vLLM's hybrid protocol; our worker copies states itself."""
+        return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()
+
+
+class MlxGatedDeltaCausalLM(MlxHybridCausalLM):
+    """One with gated-delta layers, whose config says the shapes."""
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
@@ -89,11 +96,6 @@ class MlxHybridCausalLM(MlxCausalLM):
             vllm_config.model_config.dtype, "auto", "float32"
         )
         return dtypes
-
-    @classmethod
-    def get_mamba_state_copy_func(cls) -> Any:
-        """Part of vLLM's hybrid protocol; our worker copies states itself."""
-        return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()
 
 
 class DequantizedConfig(QuantizationConfig):
@@ -137,19 +139,51 @@ class DequantizedConfig(QuantizationConfig):
         return
 
 
+class CompressedTensorsConfig(DequantizedConfig):
+    """FP8 as llm-compressor writes it; what else it writes, mlx-lm packs or refuses."""
+
+    method = "compressed-tensors"
+
+
+class ModelOptConfig(DequantizedConfig):
+    """FP8, and NVFP4, as NVIDIA's ModelOpt writes them."""
+
+    method = "modelopt"
+
+
 class MlxQuantizedConfig(DequantizedConfig):
     """The form of mlx-community: ``{"group_size": 64, "bits": 4}``, without a method."""
 
     method = "mlx"
 
 
+class Mxfp4Config(DequantizedConfig):
+    """The form in which GPT-OSS is published; mlx-lm keeps it packed."""
+
+    method = "mxfp4"
+
+
+class GptOssMxfp4Config(Mxfp4Config):
+    """The same under the name that vLLM gives it for GPT-OSS."""
+
+    method = "gpt_oss_mxfp4"
+
+
 def register() -> None:
     """Register the stand-ins; a second call replaces them with the same."""
-    register_quantization_config("fp8")(DequantizedConfig)
-    register_quantization_config("mlx")(MlxQuantizedConfig)
-    for architectures, stand_in in (
-        (PLAIN_ARCHITECTURES, MlxCausalLM),
-        (HYBRID_ARCHITECTURES, MlxHybridCausalLM),
+    for config in (
+        DequantizedConfig,
+        CompressedTensorsConfig,
+        ModelOptConfig,
+        MlxQuantizedConfig,
+        Mxfp4Config,
+        GptOssMxfp4Config,
     ):
-        for architecture in architectures:
+        register_quantization_config(config.method)(config)
+    for names, stand_in in (
+        (architectures.PLAIN, MlxCausalLM),
+        (architectures.STATEFUL, MlxHybridCausalLM),
+        (architectures.GATED_DELTA, MlxGatedDeltaCausalLM),
+    ):
+        for architecture in names:
             ModelRegistry.register_model(architecture, stand_in)

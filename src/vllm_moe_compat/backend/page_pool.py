@@ -1,7 +1,7 @@
 """Pages: the memory that vLLM's block ids address.
 
-vLLM plans one pool of ``num_blocks`` pages per layer *position*: the first
-softmax layer and the first layer of every gated-delta group share one, since a
+vLLM plans one pool of ``num_blocks`` pages per layer *position*: the first layer
+of every group (full attention, a sliding window, states) shares one, since a
 block id belongs to one group at a time. MLX arrays have one dtype and cannot
 alias, so a pool holds raw unsigned integers of the model dtype's width, and
 keys, values and states are viewed as such on the way in and out. What is

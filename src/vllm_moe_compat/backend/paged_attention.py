@@ -66,26 +66,44 @@ def path(step: AttentionStep, dtype: mx.Dtype) -> str:
 
 
 def decode(
-    queries: mx.array, pool: PagePool, step: AttentionStep, layer: AttentionLayer, scale: float
+    queries: mx.array,
+    pool: PagePool,
+    step: AttentionStep,
+    layer: AttentionLayer,
+    scale: float,
+    sinks: mx.array | None = None,
 ) -> mx.array:
-    """Attend from ``[B, Hq, 1, D]`` to all tokens of each row, the new one included."""
+    """Attend from ``[B, Hq, 1, D]`` to all tokens that each row sees, the new one included.
+
+    ``sinks [Hq]``: logits of one more key for every head, whose value is zero.
+    """
     chosen = PATHS[path(step, layer.dtype)]
-    out: mx.array = chosen(queries, pool, step, layer, scale)
+    out: mx.array = chosen(queries, pool, step, layer, scale, sinks)
     return out
 
 
 def gather(
-    queries: mx.array, pool: PagePool, step: AttentionStep, layer: AttentionLayer, scale: float
+    queries: mx.array,
+    pool: PagePool,
+    step: AttentionStep,
+    layer: AttentionLayer,
+    scale: float,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """One padded copy of everybody's keys and values."""
     keys, values = step.read(pool, layer)
     return mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=scale, mask=step.mask()
+        queries, keys, values, scale=scale, mask=step.mask(), sinks=sinks
     )
 
 
 def per_request(
-    queries: mx.array, pool: PagePool, step: AttentionStep, layer: AttentionLayer, scale: float
+    queries: mx.array,
+    pool: PagePool,
+    step: AttentionStep,
+    layer: AttentionLayer,
+    scale: float,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """A copy of each row's own keys and values, one row after the other."""
     heads, dim = layer.kv_heads, layer.head_dim
@@ -94,12 +112,16 @@ def per_request(
     out = []
     for row, table in enumerate(step.row_tables()):
         runs = table * (2 * heads) + first
-        seen = int(step.offsets[row]) + 1
+        end = int(step.offsets[row]) + 1
+        first_seen = max(0, end - step.window) if step.window else 0
         keys, values = (
-            pages[at].reshape(1, heads, -1, dim)[:, :, :seen] for at in (runs, runs + heads)
+            pages[at].reshape(1, heads, -1, dim)[:, :, first_seen:end]
+            for at in (runs, runs + heads)
         )
         query = queries[row : row + 1]
-        out.append(mx.fast.scaled_dot_product_attention(query, keys, values, scale=scale))
+        out.append(
+            mx.fast.scaled_dot_product_attention(query, keys, values, scale=scale, sinks=sinks)
+        )
     return mx.concatenate(out)
 
 
@@ -109,7 +131,8 @@ class Tiles:
 
     ``queries [P, H]``: row of each tile's queries in ``[B*H, …]``; ``keys`` and
     ``values [P, H]``: runs of the pool; ``here [P, H]``: the tile itself;
-    ``hidden [P, 1, 1, block]``: 0, or -inf for positions that hold no token yet;
+    ``hidden [P, 1, 1, block]``: 0, or -inf for positions that hold no token yet,
+    or one outside the window;
     ``join [B, W]``: the tiles of each row, None if every row has as many;
     ``void [B, W, 1, 1, 1]``: 0, or -inf where ``join`` is padding.
     """
@@ -124,9 +147,17 @@ class Tiles:
 
     @classmethod
     def build(
-        cls, offsets: npt.NDArray[np.int64], tables: npt.NDArray[np.int64], block: int, heads: int
+        cls,
+        offsets: npt.NDArray[np.int64],
+        tables: npt.NDArray[np.int64],
+        block: int,
+        heads: int,
+        window: int | None = None,
     ) -> Tiles:
-        """List the pages that hold tokens ``0 … offsets[i]`` of each row ``i``."""
+        """List the pages that hold tokens ``0 … offsets[i]`` of each row ``i``.
+
+        With a ``window``, every page holds one inside it.
+        """
         width = tables.shape[1]
         need = offsets // block + 1
         real = np.arange(width) < need[:, None]
@@ -134,7 +165,10 @@ class Tiles:
         head = np.arange(heads)
         keys = tables[real][:, None] * (2 * heads) + head
         left = (offsets[owner] - place * block)[:, None]
-        hidden = np.where(np.arange(block) <= left, 0.0, -np.inf).astype(np.float32)
+        shown = np.arange(block) <= left
+        if window is not None:
+            shown &= np.arange(block) > left - window
+        hidden = np.where(shown, 0.0, -np.inf).astype(np.float32)
         join = void = None
         if not real.all():
             # Padded with a tile of the row's own: whatever it holds concerns no one else.
@@ -154,7 +188,12 @@ class Tiles:
 
 
 def on_pool(
-    queries: mx.array, pool: PagePool, step: AttentionStep, layer: AttentionLayer, scale: float
+    queries: mx.array,
+    pool: PagePool,
+    step: AttentionStep,
+    layer: AttentionLayer,
+    scale: float,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """Products with the pages where they are; G query heads share a KV head."""
     batch, query_heads, _, dim = queries.shape
@@ -174,8 +213,15 @@ def on_pool(
     else:
         top, total, seen = (x[tiles.join] for x in (top, total, seen))
         top = top + tiles.void  # [B, W, H, G, 1]
-    share = mx.exp(top - top.max(axis=1, keepdims=True))
-    out = (share * seen).sum(axis=1) / (share * total).sum(axis=1)
+    highest = top.max(axis=1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.reshape(heads, -1, 1)
+        highest = mx.maximum(highest, sink)
+    share = mx.exp(top - highest)
+    weight = (share * total).sum(axis=1)
+    if sinks is not None:
+        weight = weight + mx.exp(sink - highest[:, 0])
+    out = (share * seen).sum(axis=1) / weight
     return out.reshape(batch, query_heads, 1, dim)
 
 

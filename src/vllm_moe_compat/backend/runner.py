@@ -16,7 +16,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_moe_compat.backend.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.forward import Forward
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, LinearLayer
+from vllm_moe_compat.backend.layers import AttentionLayer, Layer, StateLayer
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.sampling import TokenSampler
 from vllm_moe_compat.backend.scheduler_output import Step, decode
@@ -40,17 +40,17 @@ class Memory:
     ) -> None:
         """``pools`` and ``groups`` by layer index, ``block_sizes`` by KV group.
 
-        ``keep_boundaries``: prefix caching is on, so gated-delta states at block
+        ``keep_boundaries``: prefix caching is on, so states at block
         boundaries may be asked for again.
         """
         self.layers, self.pools, self.groups = list(layers), pools, groups
         self.block_sizes = list(block_sizes)
         self.keep_boundaries = keep_boundaries
-        linear = [layer for layer in layers if isinstance(layer, LinearLayer)]
+        stateful = [layer for layer in layers if isinstance(layer, StateLayer)]
         self.states = StatePool(
-            linear,
-            [pools[layer.index] for layer in linear],
-            [groups[layer.index] for layer in linear],
+            stateful,
+            [pools[layer.index] for layer in stateful],
+            [groups[layer.index] for layer in stateful],
         )
         self.attention_groups = {
             groups[layer.index]: pools[layer.index]
@@ -66,7 +66,7 @@ class Memory:
     def state_blocks(
         self, requests: Sequence[Request], tokens: Sequence[int]
     ) -> dict[int, list[int]]:
-        """By gated-delta group, the block of each request's state after ``tokens``."""
+        """By group of states, the block of each request's state after ``tokens``."""
         return {
             group: [
                 request.blocks[group][max(count - 1, 0) // self.block_sizes[group]]
@@ -76,10 +76,11 @@ class Memory:
         }
 
     def clear_partial_blocks(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
-        """Zero the KV blocks that this step begins and does not fill.
+        """Zero the KV blocks that this step begins and does not fill in one pass.
 
         What is left in them from an earlier owner may be a state's bits, NaN as
-        keys; masking alone would let it through.
+        keys; masking alone would let it through. A prompt's last token comes in a
+        pass of its own, after others have read its block.
         """
         for group, size in enumerate(self.block_sizes):
             if group not in self.attention_groups:
@@ -87,8 +88,10 @@ class Memory:
             blocks = []
             for request in requests:
                 end = request.computed + scheduled[request.req_id]
-                if end % size and end // size * size >= request.computed:
-                    blocks.append(request.blocks[group][end // size])
+                last = (end - 1) // size
+                later = end >= request.num_tokens
+                if last * size >= request.computed and (end % size or later):
+                    blocks.append(request.blocks[group][last])
             if blocks:
                 for layer in self.layers:
                     if self.groups[layer.index] == group:

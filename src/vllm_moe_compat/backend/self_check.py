@@ -1,11 +1,11 @@
 """A check before the first request: paged passes give what mlx-lm gives.
 
 In: a runner whose pages are allocated. Out: nothing, or a refusal. Two short
-prompts of different length go through a padded prefill and two decode steps,
-and each result is compared with mlx-lm's own single-sequence caches. It warms
-the kernels up, which has to be done anyway, and a family whose forward pass
-needs something that paged caches do not give is refused by name instead of
-answering nonsense.
+prompts of different length, one of them longer than a small sliding window, go
+through a padded prefill and two decode steps, and each result is compared with
+mlx-lm's own single-sequence caches. It warms the kernels up, which has to be
+done anyway, and a family whose forward pass needs something that paged caches do
+not give is refused by name instead of answering nonsense.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 
 from vllm_moe_compat.backend.batch import Pass, Request, make_pass
+from vllm_moe_compat.backend.layers import AttentionLayer
 from vllm_moe_compat.backend.runner import ModelRunner
 from vllm_moe_compat.errors import UnsupportedServingError
 
@@ -22,6 +23,8 @@ from vllm_moe_compat.errors import UnsupportedServingError
 # moves logits by some per cent; unrelated logits are off by more than one.
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.25, mx.float16: 0.25}
 LENGTHS = (7, 4)
+# Windows up to this size are tried from outside, too.
+SMALL_WINDOW = 256
 
 
 def run(runner: ModelRunner) -> None:
@@ -52,7 +55,7 @@ def _requests(runner: ModelRunner) -> list[Request]:
     requests, block = [], 1
     sizes = runner.memory.block_sizes
     available = runner.memory.distinct_pools[0].num_blocks
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(_lengths(runner, available)):
         blocks = []
         for size in sizes:
             need = -(-(length + 2) // size)
@@ -64,6 +67,15 @@ def _requests(runner: ModelRunner) -> list[Request]:
         params = SimpleNamespace(prompt_logprobs=None)
         requests.append(Request(f"self-check-{row}", prompt, params, blocks, 0))
     return requests
+
+
+def _lengths(runner: ModelRunner, available: int) -> tuple[int, int]:
+    """Tokens of the two prompts; the longer one leaves the smallest window, if it is small."""
+    windows = [x.window for x in runner.memory.layers if isinstance(x, AttentionLayer) and x.window]
+    long = min(windows, default=0) + LENGTHS[0]
+    blocks = sum(long // size + 2 for size in runner.memory.block_sizes)
+    fits = long <= SMALL_WINDOW + LENGTHS[0] and blocks < available
+    return (long, LENGTHS[1]) if fits else LENGTHS
 
 
 def _compare(runner: ModelRunner, request: Request, paged: mx.array, step: int) -> None:

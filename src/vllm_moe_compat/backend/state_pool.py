@@ -1,4 +1,4 @@
-"""Gated-delta states: resident rows for who is running, pages for what must last.
+"""States of fixed size: resident rows for who is running, pages for what must last.
 
 In: who is computed in a forward pass, and the states that the layers returned.
 A state is as large as hundreds of tokens of keys and values, and every decode
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from vllm_moe_compat.backend.layers import LinearLayer
+from vllm_moe_compat.backend.layers import StateLayer
 from vllm_moe_compat.backend.page_pool import PagePool
 
-State = tuple[mx.array, mx.array]  # convolution tail [B, k-1, C], state [B, Hv, Dv, Dk]
+# Of one layer, rows first: for gated-delta a convolution tail and [B, Hv, Dv, Dk].
+State = tuple[mx.array, ...]
 
 
 @dataclass
@@ -41,25 +42,23 @@ class _Bank:
         if list(index) == list(range(len(self.req_ids))):
             return self.states
         taken = mx.array(np.asarray(index, dtype=np.uint32))
-        return [(conv[taken], state[taken]) for conv, state in self.states]
+        return [tuple(part[taken] for part in state) for state in self.states]
 
 
 class StatePool:
-    """The states of all gated-delta layers."""
+    """The states of all layers that have one."""
 
     def __init__(
-        self, layers: Sequence[LinearLayer], pools: Sequence[PagePool], groups: Sequence[int]
+        self, layers: Sequence[StateLayer], pools: Sequence[PagePool], groups: Sequence[int]
     ) -> None:
         """``pools`` and ``groups``: each layer's page pool and KV group, in its order."""
         self.layers, self.pools, self.groups = list(layers), list(pools), list(groups)
         self.banks: list[_Bank] = []
 
     @staticmethod
-    def bytes_per_sequence(layers: Sequence[LinearLayer]) -> int:
+    def bytes_per_sequence(layers: Sequence[StateLayer]) -> int:
         """Bytes of one sequence's states, all layers together."""
-        return sum(_size(layer.conv_shape, layer.conv_dtype) for layer in layers) + sum(
-            _size(layer.state_shape, layer.state_dtype) for layer in layers
-        )
+        return sum(sum(_sizes(layer)) for layer in layers)
 
     @property
     def resident(self) -> set[str]:
@@ -116,12 +115,12 @@ class StatePool:
         if fresh:
             parts.append([_zeros(layer, len(fresh)) for layer in self.layers])
         back = mx.array(np.argsort(np.asarray(order + paged + fresh)).astype(np.uint32))
-        states = [
-            (
-                mx.concatenate([part[number][0] for part in parts])[back],
-                mx.concatenate([part[number][1] for part in parts])[back],
+        states: list[State] = [
+            tuple(
+                mx.concatenate([part[number][array] for part in parts])[back]
+                for array in range(len(layer.shapes))
             )
-            for number in range(len(self.layers))
+            for number, layer in enumerate(self.layers)
         ]
         # Reads of pages end here, before anything writes to them.
         mx.eval(states)
@@ -150,24 +149,23 @@ class StatePool:
 
     def _read(self, number: int, page: Sequence[int]) -> State:
         layer, pool = self.layers[number], self.pools[number]
-        conv_size = _size(layer.conv_shape, layer.conv_dtype) // pool.raw.size
-        state_size = _size(layer.state_shape, layer.state_dtype) // pool.raw.size
+        sizes = [size // pool.raw.size for size in _sizes(layer)]
         index = mx.array(np.asarray(page, dtype=np.uint32))
-        raw = pool.read_head(index, conv_size + state_size)
-        conv = mx.contiguous(raw[:, :conv_size]).view(layer.conv_dtype)
-        state = mx.contiguous(raw[:, conv_size:]).view(layer.state_dtype)
-        return (
-            conv.reshape(len(page), *layer.conv_shape),
-            state.reshape(len(page), *layer.state_shape),
+        raw = mx.split(pool.read_head(index, sum(sizes)), np.cumsum(sizes)[:-1].tolist(), axis=1)
+        return tuple(
+            mx.contiguous(part).view(dtype).reshape(len(page), *shape)
+            for part, shape, dtype in zip(raw, layer.shapes, layer.dtypes, strict=True)
         )
 
 
-def _size(shape: tuple[int, ...], dtype: mx.Dtype) -> int:
-    return int(np.prod(shape)) * int(dtype.size)
+def _sizes(layer: StateLayer) -> list[int]:
+    """Bytes of each of its arrays, one sequence's."""
+    parts = zip(layer.shapes, layer.dtypes, strict=True)
+    return [int(np.prod(shape)) * int(dtype.size) for shape, dtype in parts]
 
 
-def _zeros(layer: LinearLayer, count: int) -> State:
-    return (
-        mx.zeros((count, *layer.conv_shape), dtype=layer.conv_dtype),
-        mx.zeros((count, *layer.state_shape), dtype=layer.state_dtype),
+def _zeros(layer: StateLayer, count: int) -> State:
+    return tuple(
+        mx.zeros((count, *shape), dtype=dtype)
+        for shape, dtype in zip(layer.shapes, layer.dtypes, strict=True)
     )

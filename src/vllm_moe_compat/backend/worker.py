@@ -7,20 +7,19 @@ about a step is the runner's; this file is about memory and life cycle.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import psutil
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_moe_compat import progress
-from vllm_moe_compat.backend import handoff, self_check, vllm_bridge
-from vllm_moe_compat.backend.layers import AttentionLayer, LinearLayer
-from vllm_moe_compat.backend.memory import Budget, demand, measure
+from vllm_moe_compat.backend import handoff, kv_specs, self_check, vllm_bridge
+from vllm_moe_compat.backend.kv_specs import MLX_DTYPES
+from vllm_moe_compat.backend.layers import AttentionLayer
+from vllm_moe_compat.backend.memory import Budget, measure
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.runner import Memory, ModelRunner
 from vllm_moe_compat.backend.sampling import TokenSampler
@@ -31,13 +30,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import ModelRunnerOutput
-
-MLX_DTYPES = {
-    torch.float32: mx.float32,
-    torch.bfloat16: mx.bfloat16,
-    torch.float16: mx.float16,
-}
-TORCH_DTYPES = {mlx: host for host, mlx in MLX_DTYPES.items()}
 
 
 def _layer_name(index: int) -> str:
@@ -68,57 +60,12 @@ class MlxWorker(WorkerBase):
         dtype = MLX_DTYPES[self.model_config.dtype]
         with progress.wanted_as(self.load_config.use_tqdm_on_load):
             self.served = handoff.load(self.model_config.model, self.model_config.revision, dtype)
-        self._align_pages()
-
-    def _align_pages(self) -> None:
-        """Choose block sizes so that a KV page holds a gated-delta state.
-
-        vLLM's pool has one page size, and one block id may name either kind of
-        page. ``16 * ceil(state / (16 * bytes per token))`` tokens are the
-        smallest KV block that is as large as a state.
-        """
-        cache, layers = self.cache_config, self.served.layers
-        attention = next((x for x in layers if isinstance(x, AttentionLayer)), None)
-        linear = next((x for x in layers if isinstance(x, LinearLayer)), None)
-        if attention is None or linear is None:
-            return
-        per_token = 2 * attention.kv_heads * attention.head_dim * attention.dtype.size
-        state = self._state_spec(linear, 1, None).page_size_bytes
-        block = 16 * math.ceil(state / (16 * per_token))
-        cache.block_size = max(block, cache.block_size)
-        cache.mamba_page_size_padded = cache.block_size * per_token
-        aligned = cache.mamba_cache_mode == "align"
-        cache.mamba_block_size = cache.block_size if aligned else self.model_config.max_model_len
-
-    def _state_spec(self, layer: LinearLayer, block: int, padded: int | None) -> MambaSpec:
-        from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-
-        return MambaSpec(
-            block_size=block,
-            shapes=(layer.conv_shape, layer.state_shape),
-            dtypes=(TORCH_DTYPES[layer.conv_dtype], TORCH_DTYPES[layer.state_dtype]),
-            page_size_padded=padded,
-            mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
-            mamba_cache_mode=self.cache_config.mamba_cache_mode,
-        )
+        kv_specs.align_pages(self.vllm_config, self.served.layers)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """What each layer keeps, in vLLM's terms."""
-        cache = self.cache_config
-        specs: dict[str, KVCacheSpec] = {}
-        for layer in self.served.layers:
-            if isinstance(layer, AttentionLayer):
-                specs[_layer_name(layer.index)] = FullAttentionSpec(
-                    block_size=cache.block_size,
-                    num_kv_heads=layer.kv_heads,
-                    head_size=layer.head_dim,
-                    dtype=TORCH_DTYPES[layer.dtype],
-                )
-            else:
-                specs[_layer_name(layer.index)] = self._state_spec(
-                    layer, cache.mamba_block_size, cache.mamba_page_size_padded
-                )
-        return specs
+        found = kv_specs.specs(self.vllm_config, self.served.layers)
+        return {_layer_name(index): spec for index, spec in found.items()}
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """Layer outermost: every layer's pages are one array."""
@@ -143,7 +90,9 @@ class MlxWorker(WorkerBase):
             for name in group.layer_names:
                 index = int(name.rpartition(".")[2])
                 groups[index] = number
-                page_bytes[index] = group.kv_cache_spec.page_size_bytes
+                # Layers that differ in shape alone may share a group.
+                own = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+                page_bytes[index] = own.get(name, group.kv_cache_spec).page_size_bytes
         self._check_pages(sizes, groups, page_bytes)
         dtype = MLX_DTYPES[self.model_config.dtype]
         by_region: dict[int, PagePool] = {}
@@ -168,7 +117,7 @@ class MlxWorker(WorkerBase):
         )
         self.runner = ModelRunner(self.served.model, memory, TokenSampler(self.vllm_config))
         held = sum(pool.nbytes for pool in memory.distinct_pools)
-        need = demand(self.vllm_config, self.served.layers)
+        need = kv_specs.demand(self.vllm_config, self.served.layers)
         fit = need.sequences(kv_cache_config.num_blocks)
         logger.info(
             "%s tokens fit, in %.1f sequences of %d: %d pages of %d tokens, %.1f MiB held in %d "
@@ -187,15 +136,15 @@ class MlxWorker(WorkerBase):
     def _check_pages(
         self, sizes: list[int], groups: dict[int, int], page_bytes: dict[int, int]
     ) -> None:
-        """See that pages are exactly ``[2, H, block, D]``, which addressing takes for granted.
+        """See that pages hold whole tokens and no more, which addressing takes for granted.
 
         Raises:
-            UnsupportedServingError: layers of different shapes, so that vLLM padded pages.
+            UnsupportedServingError: shapes for which vLLM padded pages.
         """
         for layer in self.served.layers:
             if isinstance(layer, AttentionLayer):
                 block = sizes[groups[layer.index]]
-                exact = 2 * layer.kv_heads * block * layer.head_dim * layer.dtype.size
+                exact = block * layer.token_bytes
                 if exact != page_bytes[layer.index]:
                     raise UnsupportedServingError(
                         f"The embedded MLX backend cannot page layer {layer.index}: {block} tokens "

@@ -1,0 +1,159 @@
+"""What each layer keeps, in vLLM's terms, and what a sequence needs of it.
+
+In: a model's layers and vLLM's settings. Out: one ``KVCacheSpec`` per layer.
+vLLM gives blocks to groups of layers that need the same ones. As soon as there
+are several groups, a block id may name any group's page, so all pages have one
+size: layers with fewer bytes per token get longer blocks, states are padded.
+
+Sliding windows are told to vLLM, which then takes back what is behind them,
+where that is possible: one window size, no states beside it, and bytes per token
+that divide each other. Elsewhere such layers keep all of their tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+
+from vllm_moe_compat.backend.layers import AttentionLayer, Layer, StateLayer
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+MLX_DTYPES = {
+    torch.float32: mx.float32,
+    torch.bfloat16: mx.bfloat16,
+    torch.float16: mx.float16,
+}
+TORCH_DTYPES = {mlx: host for host, mlx in MLX_DTYPES.items()}
+PAGE_TOKENS = 16
+
+
+def _split(layers: Sequence[Layer]) -> tuple[list[AttentionLayer], list[StateLayer]]:
+    attention = [layer for layer in layers if isinstance(layer, AttentionLayer)]
+    return attention, [layer for layer in layers if isinstance(layer, StateLayer)]
+
+
+def windows_are_freed(layers: Sequence[Layer]) -> bool:
+    """Whether vLLM is told about sliding windows."""
+    attention, states = _split(layers)
+    windows = {layer.window for layer in attention} - {None}
+    sizes = [layer.token_bytes for layer in attention]
+    alike = len(windows) == 1 and not states
+    return alike and all(max(sizes) % size == 0 for size in sizes)
+
+
+def align_pages(vllm_config: VllmConfig, layers: Sequence[Layer]) -> None:
+    """Choose block sizes so that a page of keys and values holds a state.
+
+    ``16 * ceil(state / (16 * bytes per token))`` tokens are the smallest block
+    that is as large as a state.
+    """
+    cache = vllm_config.cache_config
+    attention, states = _split(layers)
+    if not states:
+        return
+    per_token = max(layer.token_bytes for layer in attention)
+    largest = max(_state_spec(cache, layer, 1, None).page_size_bytes for layer in states)
+    block = PAGE_TOKENS * math.ceil(largest / (PAGE_TOKENS * per_token))
+    cache.block_size = max(block, cache.block_size)
+    cache.mamba_page_size_padded = cache.block_size * per_token
+    aligned = cache.mamba_cache_mode == "align"
+    longest = vllm_config.model_config.max_model_len
+    cache.mamba_block_size = cache.block_size if aligned else longest
+
+
+def specs(vllm_config: VllmConfig, layers: Sequence[Layer]) -> dict[int, KVCacheSpec]:
+    """What each layer keeps, by index."""
+    cache = vllm_config.cache_config
+    attention, states = _split(layers)
+    freed = windows_are_freed(layers)
+    several = bool(states) or (freed and any(layer.window is None for layer in attention))
+    largest = max(layer.token_bytes for layer in attention)
+    found: dict[int, KVCacheSpec] = {}
+    for layer in layers:
+        if isinstance(layer, StateLayer):
+            found[layer.index] = _state_spec(
+                cache, layer, cache.mamba_block_size, cache.mamba_page_size_padded
+            )
+            continue
+        shape: dict[str, Any] = {
+            "block_size": cache.block_size * (largest // layer.token_bytes if several else 1),
+            "num_kv_heads": layer.kv_heads,
+            "head_size": layer.head_dim,
+            "dtype": TORCH_DTYPES[layer.dtype],
+        }
+        if layer.value_dim is not None:
+            shape["head_size_v"] = layer.value_dim
+        if freed and layer.window is not None:
+            found[layer.index] = SlidingWindowSpec(sliding_window=layer.window, **shape)
+        else:
+            found[layer.index] = FullAttentionSpec(**shape)
+    return found
+
+
+def _state_spec(cache: Any, layer: StateLayer, block: int, padded: int | None) -> MambaSpec:
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+    return MambaSpec(
+        block_size=block,
+        shapes=layer.shapes,
+        dtypes=tuple(TORCH_DTYPES[dtype] for dtype in layer.dtypes),
+        page_size_padded=padded,
+        mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+        mamba_cache_mode=cache.mamba_cache_mode,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one sequence of the longest length needs: blocks of so many bytes each."""
+
+    blocks: int
+    block_bytes: int
+    length: int
+
+    def sequences(self, num_blocks: int) -> float:
+        """How many such sequences ``num_blocks`` hold; one block is vLLM's null block."""
+        return (num_blocks - 1) / self.blocks
+
+    def bytes_for(self, sequences: int) -> int:
+        """Bytes of pages for that many of them."""
+        return self.block_bytes * (sequences * self.blocks + 1)
+
+
+def demand(vllm_config: VllmConfig, layers: Sequence[Layer]) -> Demand:
+    """Work out what a sequence of ``max_model_len`` tokens needs.
+
+    Where there are several kinds of layers, a group has as many layers as the
+    rarest kind, or as the commonest if that is not much more; a block is a page
+    in as many pools.
+    """
+    length = vllm_config.model_config.max_model_len
+    kinds = Counter(specs(vllm_config, layers).values())
+    one_group = len({(type(spec), spec.block_size) for spec in kinds}) == 1 and not any(
+        isinstance(spec, MambaSpec) for spec in kinds
+    )
+    if one_group:
+        block_bytes = sum(spec.page_size_bytes * count for spec, count in kinds.items())
+        blocks = max(_pages(vllm_config, spec) for spec in kinds)
+        return Demand(blocks, block_bytes, length)
+    width, most = min(kinds.values()), max(kinds.values())
+    if most < 1.5 * width:
+        width = most
+    blocks = sum(math.ceil(n / width) * _pages(vllm_config, spec) for spec, n in kinds.items())
+    return Demand(blocks, width * max(spec.page_size_bytes for spec in kinds), length)
+
+
+def _pages(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
+    """Pages of one layer that a sequence of the longest length takes."""
+    pages: int = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+    return pages

@@ -1,0 +1,234 @@
+"""What single families' configs say in words of their own; see ``configs``."""
+
+from __future__ import annotations
+
+from vllm_moe_compat.configs import (
+    Section,
+    computed,
+    flat_rope,
+    kinds_of,
+    renamed_layers,
+    section,
+)
+from vllm_moe_compat.plan.row import ConfigFix
+
+
+def _jamba_offset(config: Section, text: Section) -> bool:
+    offset, period = text.get("expert_layer_offset"), text.get("expert_layer_period")
+    if not isinstance(offset, int) or not isinstance(period, int) or period < 1:
+        return False
+    if offset < 1 or 2 * offset % period == 0:
+        return False
+    text["expert_layer_offset"] = -offset  # less than nothing: never to be turned again
+    return True
+
+
+JAMBA_OFFSET = ConfigFix(
+    "expert_layer_offset",
+    "layers with experts are counted from the other end of the period",
+    _jamba_offset,
+)
+
+
+def _exaone4_pattern(text: Section) -> str | None:
+    kinds = text.get("layer_types")
+    if not isinstance(kinds, list) or not text.get("sliding_window"):
+        return None
+    return "".join("G" if kind == "full_attention" else "L" for kind in kinds)
+
+
+EXAONE4_PATTERN = computed(
+    "sliding_window_pattern", "a string of L and G is wanted", _exaone4_pattern, always=True
+)
+
+
+GRANITE_LAYERS = renamed_layers({"linear_attention": "mamba", "full_attention": "attention"})
+
+
+def _gemma3(config: Section, text: Section) -> bool:
+    rope = text.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(rope.get("full_attention"), dict):
+        return False
+    full, sliding = rope["full_attention"], section(rope.get("sliding_attention"))
+    text["rope_theta"] = full.get("rope_theta", 1e6)
+    text["rope_local_base_freq"] = sliding.get("rope_theta", 1e4)
+    kind = full.get("rope_type", "default")
+    if kind != "default":
+        text["rope_scaling"] = {
+            **{k: v for k, v in full.items() if k != "rope_theta"},
+            "type": kind,
+        }
+    del text["rope_parameters"]
+    return True
+
+
+GEMMA3_ROPE = ConfigFix("rope", "rope_parameters per kind of layer is not read", _gemma3)
+
+
+def _gemma4_heads(config: Section, text: Section) -> bool:
+    layers, kinds = text.get("per_layer_config"), text.get("layer_types")
+    if not isinstance(layers, dict) or not isinstance(kinds, list):
+        return False
+    changed = False
+    for index, kind in enumerate(kinds):
+        own = layers.get(str(index))
+        if kind != "full_attention" or not isinstance(own, dict):
+            continue
+        for source, target in (
+            ("head_dim", "global_head_dim"),
+            ("num_key_value_heads", "num_global_key_value_heads"),
+        ):
+            if own.get(source) is not None and text.get(target) != own[source]:
+                text[target] = own[source]
+                changed = True
+    return changed
+
+
+GEMMA4_HEADS = ConfigFix("global_head_dim", "per_layer_config is not read", _gemma4_heads)
+
+
+def _kimi_linear(config: Section, text: Section) -> bool:
+    kinds = text.get("layer_types")
+    if text.get("linear_attn_config") is not None or not isinstance(kinds, list):
+        return False
+    linear = [i + 1 for i, kind in enumerate(kinds) if kind == "linear_attention"]
+    text["linear_attn_config"] = {
+        "kda_layers": linear,
+        "full_attn_layers": [i + 1 for i in range(len(kinds)) if i + 1 not in linear],
+        "head_dim": text.get("linear_head_dim"),
+        "num_heads": text.get("linear_num_heads"),
+        "short_conv_kernel_size": text.get("linear_conv_kernel_dim"),
+    }
+    text.setdefault("rope_theta", 10000.0)
+    text["mla_use_nope"] = True
+    return True
+
+
+KIMI_LINEAR = ConfigFix(
+    "linear_attn_config", "which layers are linear is wanted as lists, counted from 1", _kimi_linear
+)
+
+
+def _hunyuan_rope(config: Section, text: Section) -> bool:
+    if text.get("rope_scaling") is not None:
+        return False
+    text["rope_scaling"] = {"alpha": 1.0, "factor": 1.0, "type": "dynamic"}
+    return True
+
+
+def _hunyuan_moe(config: Section, text: Section) -> bool:
+    if config.get("model_type") != "hunyuan_v1_moe":
+        return False
+    wanted = {
+        "model_type": "hunyuan",
+        "num_shared_expert": config.get("num_shared_expert") or 1,
+        "use_mixed_mlp_moe": True,
+        "use_qk_norm": True,
+        "use_cla": False,
+        "cla_share_factor": 1,
+    }
+    config.update(wanted)
+    return True
+
+
+HUNYUAN_MOE = ConfigFix("hunyuan_v1_moe", "the module is another model's too", _hunyuan_moe)
+
+
+def _minicpm_rope(config: Section, text: Section) -> bool:
+    if text.get("rope_scaling") is not None:
+        return False
+    text["rope_scaling"] = {"type": "default"}
+    return True
+
+
+MINICPM_ROPE = ConfigFix("rope_scaling", "a dict is read even where there is none", _minicpm_rope)
+
+
+def _full_rope(config: Section, text: Section) -> bool:
+    rope = text.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(rope.get("full_attention"), dict):
+        return False
+    text["rope_parameters"] = rope["full_attention"]
+    return flat_rope(config, text)
+
+
+OLMO3_ROPE = ConfigFix("rope", "rope_parameters per kind of layer is not read", _full_rope)
+
+
+def _mimo(config: Section, text: Section) -> bool:
+    kinds, mlps, rope = (text.get(k) for k in ("layer_types", "mlp_layer_types", "rope_parameters"))
+    if not isinstance(kinds, list) or not isinstance(mlps, list) or not isinstance(rope, dict):
+        return False
+    full, sliding = (section(rope.get(f"{kind}_attention")) for kind in ("full", "sliding"))
+    heads = text.get("num_key_value_heads")
+    text.update(
+        hybrid_layer_pattern=[int(kind == "sliding_attention") for kind in kinds],
+        moe_layer_freq=[int(kind == "sparse") for kind in mlps],
+        add_swa_attention_sink_bias=True,
+        add_full_attention_sink_bias=False,
+        sliding_window_size=text.get("sliding_window"),
+        n_shared_experts=None,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        layernorm_epsilon=text.get("rms_norm_eps"),
+        rope_theta=full.get("rope_theta"),
+        swa_rope_theta=sliding.get("rope_theta"),
+        swa_num_attention_heads=text.get("num_attention_heads"),
+        swa_num_key_value_heads=2 * heads if isinstance(heads, int) else None,
+        swa_head_dim=text.get("head_dim"),
+        swa_v_head_dim=text.get("v_head_dim"),
+        partial_rotary_factor=full.get("partial_rotary_factor", 1.0),
+    )
+    del text["rope_parameters"]
+    return True
+
+
+MIMO = ConfigFix("mimo_v2_flash", "sliding layers' settings have keys of their own", _mimo)
+HUNYUAN_ROPE = ConfigFix("rope_scaling", "it must be there; factor 1 scales nothing", _hunyuan_rope)
+
+
+def _step3(config: Section, text: Section) -> bool:
+    """Lift Step 3.5's text config to the top, in the words of its first release."""
+    if config.get("model_type") == "step3p5" and "attention_other_setting" in config:
+        return False
+    inner = dict(text)
+    groups = inner.get("num_key_value_heads")
+    inner |= {
+        "model_type": "step3p5",
+        "num_attention_groups": groups,
+        "moe_num_experts": inner.get("n_routed_experts"),
+        "moe_top_k": inner.get("num_experts_per_tok"),
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "num_attention_heads": inner.get("num_sliding_attention_heads"),
+            "num_attention_groups": groups,
+        },
+        **_step3_lists(inner),
+    }
+    inner.pop("rope_parameters", None)
+    quantization = config.get("quantization_config")
+    config.clear()
+    config.update(inner)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    return True
+
+
+def _step3_lists(text: Section) -> Section:
+    """Return what is said layer by layer."""
+    ropes = section(text.get("rope_parameters"))
+    own = [
+        section(ropes.get(kind) if isinstance(kind, str) else None) or ropes
+        for kind in kinds_of(text, "layer_types")
+    ]
+    kinds = kinds_of(text, "mlp_layer_types")
+    found: Section = {}
+    if ropes and own:
+        found["rope_theta"] = [rope.get("rope_theta", 1e4) for rope in own]
+        found["partial_rotary_factors"] = [rope.get("partial_rotary_factor", 1.0) for rope in own]
+    if kinds:
+        found["moe_layers_enum"] = ",".join(str(i) for i, k in enumerate(kinds) if k == "sparse")
+    return found
+
+
+STEP3 = ConfigFix("step3p5", "the text model's settings are read at the top", _step3)

@@ -1,0 +1,139 @@
+"""What upstream does not do yet, each said once and shared by the rows that need it."""
+
+from __future__ import annotations
+
+from vllm_moe_compat.plan.row import Workaround
+
+_PR = "https://github.com/ml-explore/mlx-lm/pull/1224 (closed unmerged)"
+
+FP8 = Workaround(
+    id="fp8",
+    why="mlx-lm loads E4M3 bytes as uint8 and does not multiply their scales in",
+    upstream=_PR,
+    remove_when="the module's own sanitize multiplies scales in, per block, channel and tensor",
+    form="FP8",
+)
+FP8_FORMS = Workaround(
+    id="fp8-forms",
+    why="sanitize multiplies out blocks of 128x128 only, in bfloat16, and drops or misreads "
+    "weight_scale and E8M0 scales",
+    upstream="mlx_lm/models/deepseek_v3.py, Model.sanitize",
+    remove_when="the module's own sanitize takes every form of scale",
+    form="FP8 other than blocks of 128x128",
+)
+MINISTRAL_FP8 = Workaround(
+    id="ministral-fp8",
+    why="sanitize multiplies the scale with the E4M3 bytes instead of their values: it loads, "
+    "and generates garbage",
+    upstream="mlx_lm/models/ministral3.py, Model.sanitize",
+    remove_when="the module's own sanitize calls from_fp8",
+    form="per-tensor FP8",
+)
+STACK_EXPERTS = Workaround(
+    id="stack-experts",
+    why="mlx-lm wants one tensor per projection; checkpoints have one per expert",
+    upstream=_PR,
+    remove_when="the module's own sanitize stacks per-expert tensors",
+    form="per-expert",
+)
+OTHER_LAYOUTS = Workaround(
+    id="other-layouts",
+    why="sanitize stacks one layout of experts; re-saved and quantised checkpoints have another",
+    upstream="mlx_lm/models/*.py, Model.sanitize",
+    remove_when="the module's own sanitize takes per-expert and combined experts",
+    form="experts in another layout than the release's",
+)
+NESTED_VISION = Workaround(
+    id="nested-vision",
+    why="mlx-lm drops `model.visual.*` but not the same tower under `model.language_model`",
+    upstream="mlx_lm/models/qwen3_5.py, Model.sanitize",
+    remove_when="the module's own sanitize drops `model.language_model.visual.*`",
+    form="vision tower nested in the language model",
+)
+NORM_SHIFT = Workaround(
+    id="norm-shift",
+    why="mlx-lm adds 1 to norm weights in the checkpoint's dtype, which rounds them to bfloat16 "
+    "even where float32 serves",
+    upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
+    remove_when="the module's own sanitize shifts norms in float32",
+    form="bfloat16 norms, served in float32",
+)
+NORM_MARK = Workaround(
+    id="norm-mark",
+    why="mlx-lm adds 1 to norm weights only if some layer has a convolution",
+    upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
+    remove_when="the shift no longer depends on conv1d",
+    form="no linear attention",
+)
+EARLY_RETURN = Workaround(
+    id="early-return",
+    why="sanitize shifts norms, turns convolutions and drops the prediction head only where "
+    "experts come one by one",
+    upstream="mlx_lm/models/qwen3_next.py, Model.sanitize",
+    remove_when="the rest of sanitize no longer depends on the experts",
+    form="combined or FP8 experts",
+)
+LAYER_61 = Workaround(
+    id="layer-61",
+    why="sanitize drops layer 61, DeepSeek-V3's prediction head, whatever the model's depth",
+    upstream="mlx_lm/models/deepseek_v3.py, Model.sanitize",
+    remove_when="the module's own sanitize drops layers from num_hidden_layers on",
+    form="another depth than 61 layers",
+)
+ERNIE_BIAS = Workaround(
+    id="ernie-bias",
+    why="sanitize deletes e_score_correction_bias, by which experts are chosen",
+    upstream="mlx_lm/models/ernie4_5_moe.py, Model.sanitize and Ernie4_5_MoeMLP",
+    remove_when="Ernie4_5_MoeMLP has the bias",
+    form="every form",
+)
+JAMBA_ROUTER = Workaround(
+    id="jamba-router",
+    why="the router's softmax is taken over the chosen experts, not over all",
+    upstream="mlx_lm/models/jamba.py, JambaSparseMoeBlock",
+    remove_when="JambaSparseMoeBlock takes the softmax first",
+    form="every form",
+)
+HUNYUAN_ROUTER = Workaround(
+    id="hunyuan-router",
+    why="mlx-lm has no module for hunyuan_v1_moe; that of its elder does not normalise the "
+    "chosen experts' weights",
+    upstream="mlx_lm/models/hunyuan.py, MoeBlock",
+    remove_when="mlx-lm has a module for hunyuan_v1_moe",
+    form="model_type hunyuan_v1_moe",
+)
+TIED_HEAD = Workaround(
+    id="tied-head",
+    why="sanitize asks for an output head that a tied checkpoint does not have",
+    upstream="mlx_lm/models/qwen3_vl_moe.py, Model.sanitize",
+    remove_when="the module's own sanitize loads tied checkpoints",
+    form="tied embeddings",
+)
+LATENT = Workaround(
+    id="latent-split",
+    why="sanitize leaves kv_b_proj whole, which the attention wants as embed_q and unembed_out",
+    upstream="mlx_lm/models/kimi_vl.py, Model.sanitize",
+    remove_when="the module's own sanitize splits kv_b_proj",
+    form="every published form",
+)
+GPT_OSS_BF16 = Workaround(
+    id="gpt-oss-bf16",
+    why="sanitize splits unquantised experts along the wrong axis and forgets `.weight`",
+    upstream="mlx_lm/models/gpt_oss.py, Model.sanitize",
+    remove_when="the module's own sanitize loads what transformers saves",
+    form="unquantised or FP8",
+)
+NAMES = Workaround(
+    id="names",
+    why="transformers 5 saves tensors under names of its own",
+    upstream="https://github.com/huggingface/transformers (src/transformers/conversion_mapping.py)",
+    remove_when="the module's own sanitize knows the names",
+    form="saved with save_original_format=False",
+)
+CONFIG = Workaround(
+    id="config",
+    why="transformers 5 writes config.json in words that the module's arguments do not know",
+    upstream="https://github.com/huggingface/transformers (v5 configurations)",
+    remove_when="the module's ModelArgs read them",
+    form="config.json written by transformers 5",
+)
