@@ -1,0 +1,53 @@
+"""Every family in every form: the logits are transformers', or the refusal is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_moe_compat
+from parity.families import FAMILIES
+from parity.family import Family
+from parity.forms import FORM_BY_NAME, FORMS, Form, applies, build
+from parity.refused import REFUSED
+from parity.verdict import Verdict, judge, stock
+
+pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
+
+CELLS = [(f, form) for f in FAMILIES.values() for form in FORMS if applies(f, form)]
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VLLM_MOE_COMPAT_DTYPE", "float32")
+    with vllm_moe_compat.applied():
+        yield
+
+
+@pytest.mark.parametrize(("family", "form"), CELLS, ids=lambda value: value.name)
+def test_the_logits_are_those_of_transformers(
+    family: Family, form: Form, tmp_path: Path, record_parity: Callable[..., None] | None
+):
+    cell = build(family, form)
+    folder = cell.write(tmp_path)
+    found = judge(folder, cell.reference, family.tolerance)
+    if record_parity is not None:
+        with stock():
+            upstream = judge(folder, cell.reference, family.tolerance)
+        record_parity(family, form, found, upstream)
+    check(found, REFUSED.get((family.name, form.name)))
+
+
+def check(found: Verdict, refusal: str | None) -> None:
+    if refusal is None:
+        assert found.word == "right", found
+    else:
+        assert found.word == "refused", found
+        assert refusal in found.why
+
+
+def test_refusals_are_of_forms_that_exist():
+    for family, form in REFUSED:
+        assert applies(FAMILIES[family], FORM_BY_NAME[form])
