@@ -31,8 +31,10 @@ def draw(layers: list[Layer], tokens: int, seed: int) -> Context:
             keys = mx.random.normal(shape, dtype=layer.dtype)
             context.append((keys, 0.5 * mx.random.normal(shape, dtype=layer.dtype)))
         else:
-            tail = mx.random.normal((1, *layer.conv_shape), dtype=layer.conv_dtype)
-            state = mx.random.normal((1, *layer.state_shape), dtype=layer.state_dtype)
+            tail, state = (
+                mx.random.normal((1, *shape), dtype=dtype)
+                for shape, dtype in zip(layer.shapes, layer.dtypes, strict=True)
+            )
             context.append((0.5 * tail, 0.1 * state))
     mx.eval(context)
     return context

@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from vllm_moe_compat.backend.layers import AttentionLayer, LinearLayer, describe
+from support import models
+from vllm_moe_compat.backend.layers import AttentionLayer, Rows, StateLayer, describe, nest, rows_of
 from vllm_moe_compat.errors import UnsupportedServingError
 
 
@@ -46,19 +47,21 @@ def hybrid(**changes: Any) -> Any:
 def test_a_hybrids_layers_are_described_with_their_shapes():
     layers = describe(hybrid())
     assert [type(layer) for layer in layers] == [
-        LinearLayer,
-        LinearLayer,
+        StateLayer,
+        StateLayer,
         AttentionLayer,
-        LinearLayer,
-        LinearLayer,
+        StateLayer,
+        StateLayer,
     ]
     softmax, linear = layers[2], layers[0]
     assert isinstance(softmax, AttentionLayer)
     assert (softmax.kv_heads, softmax.head_dim, softmax.dtype) == (2, 24, mx.float32)
-    assert isinstance(linear, LinearLayer)
-    assert linear.conv_shape == (3, 2 * 2 * 32 + 4 * 16)
-    assert linear.state_shape == (4, 16, 32)
-    assert linear.state_dtype == mx.float32
+    assert isinstance(linear, StateLayer)
+    assert linear.shapes == ((3, 2 * 2 * 32 + 4 * 16), (4, 16, 32))
+    assert linear.dtypes == (mx.float32, mx.float32)
+    assert softmax.direct
+    assert softmax.window is None
+    assert rows_of(layers) is Rows.PADDED
 
 
 def test_describing_evaluates_nothing():
@@ -70,35 +73,92 @@ def test_describing_evaluates_nothing():
     assert mx.get_peak_memory() - before < 4096
 
 
-def test_latent_attention_is_refused():
-    from mlx_lm.models.deepseek_v3 import Model, ModelArgs
+def deepseek(name: str, **changes: Any) -> Any:
+    import importlib
 
-    model = Model(
-        ModelArgs.from_dict(
-            {
-                "model_type": "deepseek_v3",
-                "vocab_size": 64,
-                "hidden_size": 64,
-                "intermediate_size": 64,
-                "moe_intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-                "n_shared_experts": 1,
-                "n_routed_experts": None,
-                "q_lora_rank": 32,
-                "kv_lora_rank": 32,
-                "qk_rope_head_dim": 16,
-                "v_head_dim": 32,
-                "qk_nope_head_dim": 32,
-            }
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    settings: dict[str, Any] = {
+        "model_type": name,
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_shared_experts": 1,
+        "n_routed_experts": None,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "qk_nope_head_dim": 32,
+    }
+    return module.Model(module.ModelArgs.from_dict(settings | changes))
+
+
+def test_a_latent_and_its_rotary_part_lie_beside_each_other():
+    (layer,) = describe(deepseek("deepseek_v3"))
+    assert isinstance(layer, AttentionLayer)
+    assert (layer.kv_heads, layer.head_dim, layer.value_dim) == (1, 32, 16)
+    assert (layer.planes, layer.row, layer.token_bytes) == (1, 48, 48 * 4)
+    assert not layer.direct, "keys are computed from what the cache returns"
+
+
+def gpt_oss() -> Any:
+    from mlx_lm.models.gpt_oss import Model, ModelArgs
+
+    return Model(
+        ModelArgs(
+            num_hidden_layers=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=32,
+            head_dim=16,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=8,
+            rope_scaling={"rope_type": "default"},
         )
     )
-    with pytest.raises(UnsupportedServingError, match=r"layer 0 .*latent attention"):
-        describe(model)
 
 
-def test_another_recurrence_is_refused():
+def test_windows_come_from_the_caches():
+    sliding, full = describe(gpt_oss())
+    assert isinstance(sliding, AttentionLayer)
+    assert isinstance(full, AttentionLayer)
+    assert (sliding.window, full.window) == (8, None)
+    assert sliding.direct
+
+
+def test_shared_keys_are_read_and_not_attended_to_by_the_cache():
+    from mlx_lm.models.gemma4_text import Model, ModelArgs
+
+    settings = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    shared = describe(Model(ModelArgs.from_dict(settings | {"num_kv_shared_layers": 2})))
+    assert [(layer.head_dim, layer.window, layer.direct) for layer in shared] == [
+        (16, 8, False),
+        (32, None, False),
+    ]
+    own = describe(Model(ModelArgs.from_dict(settings | {"num_kv_shared_layers": 0})))
+    assert [layer.direct for layer in own] == [True] * 4
+
+
+def test_a_model_without_keys_and_values_is_refused():
     from mlx_lm.models.mamba import Model, ModelArgs
 
     model = Model(
@@ -115,7 +175,40 @@ def test_another_recurrence_is_refused():
             time_step_rank=4,
         )
     )
-    with pytest.raises(
-        UnsupportedServingError, match=r"layer 0 \(mlx_lm.models.mamba.*ArraysCache"
-    ):
+    with pytest.raises(UnsupportedServingError, match=r"mlx_lm.models.mamba: none of its layers"):
         describe(model)
+
+
+class Kept:
+    """A model of one layer that keeps whatever it is told to."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.layers = [self]
+
+    def make_cache(self) -> list[Any]:
+        return [self.cache]
+
+
+def test_other_caches_are_refused_by_name():
+    from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, RotatingKVCache
+
+    for cache, words in (
+        (CacheList(KVCache(), ConcatenateKVCache()), "it keeps a ConcatenateKVCache, and only"),
+        (ConcatenateKVCache(), "it keeps a ConcatenateKVCache, and only"),
+        (RotatingKVCache(8, keep=4), "its window always keeps the first 4 tokens"),
+    ):
+        with pytest.raises(UnsupportedServingError, match=rf"layer 0 \(.*\): {words}"):
+            describe(Kept(cache))
+
+
+def test_a_layer_with_two_caches_gets_them_back_together():
+    model, _ = models.build_mlx("falcon_h1")
+    layers = describe(model)
+    assert [(type(x), x.index, x.slot) for x in layers[:3]] == [
+        (StateLayer, 0, 0),
+        (AttentionLayer, 1, 0),
+        (StateLayer, 2, 1),
+    ]
+    given = nest(layers, range(len(layers)))
+    assert [list(cache.caches) for cache in given] == [[0, 1], [2, 3], [4, 5], [6, 7]]

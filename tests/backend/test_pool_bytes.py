@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from support import hybrid
+from support import hybrid, models
+from vllm_moe_compat.backend.batch import make_pass
 from vllm_moe_compat.backend.forward import Forward
 from vllm_moe_compat.backend.runner import Memory
 
@@ -72,6 +73,34 @@ def test_no_read_path_copies_a_pool(
     hybrid.prefill(forward, rows)
     hybrid.decode(forward, rows)
     assert growth(lambda: hybrid.decode(forward, rows)) < ALLOWED
+
+
+@pytest.mark.parametrize("path", ["on_pool", "per_request", "gather"])
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_text", "deepseek_v3"])
+def test_layers_that_share_a_pool_in_one_pass_do_not_copy_it(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windowed and full layers, or latents: several layers write to a pool in a pass."""
+    from vllm_moe_compat.backend import paged_attention
+
+    monkeypatch.setattr(paged_attention, "path", lambda step, dtype: path)
+    served, _ = models.build_mlx(name)
+    memory = hybrid.softmax_memory(served, POOL_BYTES)
+    rows = hybrid.softmax_requests(memory, [40, 17, 33, 5])
+    forward = Forward(served, memory)
+    assert growth(lambda: hybrid.prefill(forward, rows)) < ALLOWED
+    assert growth(lambda: hybrid.decode(forward, rows)) < ALLOWED
+    assert growth(lambda: [hybrid.decode(forward, rows, greedy=True) for _ in range(6)]) < ALLOWED
+    own = [row.output for row in rows]
+    for row in rows:
+        row.output = []
+    # The prompts again, in chunks, on pages that hold the same.
+    forward(make_pass([(row, 0, 4) for row in rows]), [])
+    chunks = make_pass([(row, 4, len(row.prompt) - 5) for row in rows if len(row.prompt) > 5])
+    assert growth(lambda: forward(chunks, [])) < ALLOWED
+    for _ in own[0]:
+        hybrid.decode(forward, rows)
+    assert [row.output for row in rows] == own
 
 
 def test_what_was_built_ahead_is_gone_before_a_page_is_written(model: Any, memory: Memory) -> None:

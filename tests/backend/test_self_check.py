@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from support import models
 from support.engine import in_process_llm, worker
 from vllm_moe_compat import demo
 from vllm_moe_compat.backend import self_check
+from vllm_moe_compat.backend.attention import AttentionStep
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.state_pool import StatePool
 from vllm_moe_compat.errors import UnsupportedServingError
@@ -36,5 +38,17 @@ def test_it_passes_on_what_works_and_refuses_what_does_not(
         # States that start from zero in every step.
         with monkeypatch.context() as broken:
             broken.setattr(StatePool, "put_in", lambda self, req_ids, states: None)
+            with pytest.raises(UnsupportedServingError, match="paged logits differ"):
+                self_check.run(runner)
+
+
+def test_it_looks_beyond_a_small_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = models.write_mlx(tmp_path / "model", "gpt_oss")
+    with in_process_llm(path, max_model_len=256, skip_tokenizer_init=True) as llm:
+        runner = worker(llm).runner
+        self_check.run(runner)
+        assert not any(pool.pages.any().item() for pool in runner.memory.distinct_pools)
+        with monkeypatch.context() as broken:
+            broken.setattr(AttentionStep, "windowed", lambda self, window: self)
             with pytest.raises(UnsupportedServingError, match="paged logits differ"):
                 self_check.run(runner)

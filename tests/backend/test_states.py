@@ -1,4 +1,4 @@
-"""Gated-delta states: rows that move, pages that last, and whose they are."""
+"""States: rows that move, pages that last, and whose they are."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from vllm_moe_compat.backend.batch import Request
-from vllm_moe_compat.backend.layers import LinearLayer
+from vllm_moe_compat.backend.layers import StateLayer
 from vllm_moe_compat.backend.page_pool import PagePool
 from vllm_moe_compat.backend.runner import Memory, ModelRunner
 from vllm_moe_compat.backend.scheduler_output import NewRequest, Step
+from vllm_moe_compat.backend.state_pool import StatePool
 
 BLOCK = 4
 PARAMS = SimpleNamespace(prompt_logprobs=None)
 
 
 def memory(dtype: mx.Dtype = mx.float32, layers: int = 2) -> Memory:
-    """``layers`` gated-delta layers in one KV group, with ten pages each."""
-    described = [LinearLayer(i, (3, 6), dtype, (2, 4, 5), mx.float32) for i in range(layers)]
+    """``layers`` layers with a state in one KV group, with ten pages each."""
+    described = [StateLayer(i, ((3, 6), (2, 4, 5)), (dtype, mx.float32)) for i in range(layers)]
     page = 3 * 6 * dtype.size + 2 * 4 * 5 * 4 + 64
     pools = {i: PagePool(10, page, dtype) for i in range(layers)}
     return Memory(described, pools, dict.fromkeys(range(layers), 0), [BLOCK], keep_boundaries=True)
@@ -85,8 +87,24 @@ def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_asked() -> No
     assert row(pool.take_out(["b"], [9], {0: [1]}), 0) == row(first, 1)
 
 
+@pytest.mark.parametrize("shapes", [((2, 6),), ((1, 3), (2, 2), (5,))], ids=str)
+def test_a_state_has_as_many_arrays_as_the_layer_says(shapes: Any) -> None:
+    layer = StateLayer(0, shapes, (mx.float32,) * len(shapes))
+    pools = {0: PagePool(10, StatePool.bytes_per_sequence([layer]), mx.float32)}
+    pool = Memory([layer], pools, {0: 0}, [BLOCK], keep_boundaries=True).states
+    given = tuple(mx.random.normal((2, *shape)) for shape in shapes)
+    pool.put_in(["a", "b"], [given])
+    pool.save(["a", "b"], {0: [3, 9]})
+    pool.drop({"a", "b"})
+    (back,) = pool.take_out(["new", "b", "a"], [0, 4, 4], {0: [1, 9, 3]})
+    for mine, yours in zip(back, given, strict=True):
+        assert mx.array_equal(mine[1], yours[1]).item()
+        assert mx.array_equal(mine[2], yours[0]).item()
+        assert not mine[0].any().item()
+
+
 def runner_with(*requests: Request) -> ModelRunner:
-    runner = ModelRunner(None, memory(), None)  # type: ignore[arg-type]
+    runner = ModelRunner(nn.Module(), memory(), None)  # type: ignore[arg-type]
     for request in requests:
         runner.batch.requests[request.req_id] = request
     runner.memory.states.put_in([r.req_id for r in requests], states(len(requests), 2.0))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from support import schedules
+from support import models, schedules
 from support.engine import Greedy, engine_core, in_process_llm, worker
+from vllm_moe_compat.backend import kv_specs
 
 pytestmark = pytest.mark.serve
 
@@ -55,13 +56,24 @@ def test_utilization_bounds_everything_that_is_held(demo_path: Path) -> None:
         assert "gpu-memory-utilization" in str(budget)
 
 
-def test_no_more_is_taken_than_the_sequences_can_use(demo_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["demo", "gpt_oss", "gemma4_text", "deepseek_v3", "jamba"])
+def test_no_more_is_taken_than_the_sequences_can_use(
+    kind: str, demo_path: Path, tmp_path: Path
+) -> None:
+    path = demo_path if kind == "demo" else models.write_mlx(tmp_path / "model", kind)
+    settings = {"max_num_seqs": 2, "max_model_len": 256, "max_num_batched_tokens": 64}
     with in_process_llm(
-        demo_path, kv_cache_memory_bytes=None, max_num_seqs=2, max_model_len=256
+        path, kv_cache_memory_bytes=None, skip_tokenizer_init=True, **settings
     ) as llm:
         budget = worker(llm).budget
         assert "can use" in budget.reason
-        assert sum(pool.nbytes for pool in pools(llm)) < 8 << 20
+        held = sum(pool.nbytes for pool in pools(llm))
+        assert held < 8 << 20
+        assert held <= budget.page_bytes
+        # As many blocks as two sequences of the longest length, and vLLM's null block.
+        config = engine_core(llm).scheduler.kv_cache_config
+        need = kv_specs.demand(engine_core(llm).vllm_config, worker(llm).served.layers)
+        assert config.num_blocks == 2 * need.blocks + 1
         arrivals = schedules.make(1, worker(llm).cache_config.block_size, longest=200)
         assert schedules.play(llm, arrivals).preemptions == 0
 
@@ -77,14 +89,23 @@ def test_sequences_are_lowered_when_their_states_do_not_fit(demo_path: Path) -> 
         assert llm.generate(["Beautiful"] * 40, use_tqdm=False)[39].outputs[0].text
 
 
-@pytest.mark.parametrize("prefix", [False, True], ids=["plain", "prefix"])
-def test_poisoned_pages_are_never_read(demo_path: Path, prefix: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        ("demo", False),
+        *((kind, True) for kind in ("demo", "gpt_oss", "deepseek_v3")),
+    ],
+)
+def test_poisoned_pages_are_never_read(
+    kind: str, prefix: bool, demo_path: Path, tmp_path: Path
+) -> None:
     """NaN in every page that nobody has written: no token may change."""
     import mlx.core as mx
 
-    greedy = Greedy(demo_path)
+    path = demo_path if kind == "demo" else models.write_mlx(tmp_path / "model", kind)
+    greedy = Greedy(path)
     settings = {"enable_prefix_caching": prefix, "max_num_batched_tokens": 100}
-    with in_process_llm(demo_path, **settings) as llm:
+    with in_process_llm(path, skip_tokenizer_init=True, **settings) as llm:
         for pool in pools(llm):
             poison = mx.full(pool.pages.shape, 0x7FC00001, dtype=mx.uint32)
             poison[0] = 0  # vLLM's null block

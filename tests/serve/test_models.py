@@ -16,7 +16,7 @@ from support.schedules import describe, make, play
 
 pytestmark = pytest.mark.serve
 
-SERVED = ("qwen3", "qwen3_moe", "mixtral")
+SERVED = ("qwen3", "qwen3_moe", "mixtral", "mistral_windowed")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support import schedules
+from support import models, schedules
 from support.engine import Greedy, engine_core, in_process_llm, worker
 
 pytestmark = pytest.mark.serve
@@ -45,13 +45,62 @@ def greedy(demo_path: Path) -> Greedy:
 def test_tokens_are_those_of_a_single_sequence(
     name: str, demo_path: Path, greedy: Greedy, schedule_budget: int
 ) -> None:
-    with in_process_llm(demo_path, **SETTINGS[name]) as llm:
+    # A block holds 80 tokens: only long answers need another one midway.
+    output = 90 if "starved" in name else 24
+    check(name, demo_path, SETTINGS[name], greedy, schedule_budget, output=output)
+
+
+# Other kinds of layers: windows with sinks; heads of two sizes, so blocks of two sizes;
+# chunks, one sequence at a time; latents; states. With so few blocks that two of the
+# longest sequences do not fit.
+TIGHT: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_batched_tokens": 64,
+    "skip_tokenizer_init": True,
+}
+KINDS = {
+    "gpt_oss": 30,
+    "gemma4_text": 36,
+    "llama4": 18,
+    "deepseek_v3": 18,
+    "lfm2_moe": 26,
+    "jamba": 26,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, "async-starved-prefix") for kind in KINDS),
+        ("jamba", "starved"),
+    ],
+)
+def test_other_layers_give_the_tokens_of_a_single_sequence(
+    kind: str, name: str, tmp_path: Path, schedule_budget: int
+) -> None:
+    path = models.write_mlx(tmp_path / "model", kind)
+    settings = TIGHT | {
+        "enable_prefix_caching": "prefix" in name,
+        "async_scheduling": "async" in name,
+        "num_gpu_blocks_override": KINDS[kind] if "starved" in name else None,
+    }
+    check(name, path, settings, Greedy(path), schedule_budget, longest=150, output=60)
+
+
+def check(
+    name: str,
+    path: Path,
+    settings: dict[str, Any],
+    greedy: Greedy,
+    schedule_budget: int,
+    **sizes: int,
+) -> None:
+    """Play schedules; every answer is the reference's, and nothing is left over."""
+    with in_process_llm(path, **settings) as llm:
         block = worker(llm).cache_config.block_size
         cached = preemptions = 0
         for seed in range(schedule_budget):
-            # A block holds 80 tokens: only long answers need another one midway.
-            output = 90 if "starved" in name else 24
-            arrivals = schedules.make(seed, block, output=output)
+            arrivals = schedules.make(seed, block, **sizes)
             played = schedules.play(llm, arrivals)
             done = played.tokens
             cached += played.cached

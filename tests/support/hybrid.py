@@ -72,6 +72,39 @@ def memory(served: Any, pool_bytes: int) -> Memory:
     return Memory(layers, mine, groups, [4096, BLOCK], keep_boundaries=False)
 
 
+def softmax_memory(served: Any, pool_bytes: int) -> Memory:
+    """Pools that layers of different windows and shapes share, as vLLM plans them."""
+    layers = [layer for layer in describe(served) if isinstance(layer, AttentionLayer)]
+    largest = max(layer.token_bytes for layer in layers)
+    kinds = sorted({(layer.window or 0, layer.token_bytes) for layer in layers})
+    groups = {x.index: kinds.index((x.window or 0, x.token_bytes)) for x in layers}
+    sizes = [BLOCK * (largest // token_bytes) for _, token_bytes in kinds]
+    pools: list[PagePool] = []
+    mine, seen = {}, dict.fromkeys(range(len(kinds)), 0)
+    for layer in layers:
+        place, seen[groups[layer.index]] = seen[groups[layer.index]], seen[groups[layer.index]] + 1
+        if place == len(pools):
+            page = largest * BLOCK
+            pools.append(PagePool(pool_bytes // page, page, layer.dtype))
+        mine[layer.index] = pools[place]
+    mx.eval([pool.pages for pool in pools])
+    return Memory(layers, mine, groups, sizes, keep_boundaries=False)
+
+
+def softmax_requests(memory: Memory, lengths: list[int], room: int = 64) -> list[Request]:
+    """Requests of these prompt lengths with blocks of every group."""
+    draw = np.random.default_rng(0)
+    need = [[-(-(length + room) // size) for size in memory.block_sizes] for length in lengths]
+    free = list(draw.permutation(np.arange(1, 1 + sum(map(sum, need)))))
+    params = SimpleNamespace(prompt_logprobs=None, temperature=0)
+    made = []
+    for row, length in enumerate(lengths):
+        blocks = [[int(free.pop()) for _ in range(count)] for count in need[row]]
+        prompt = [int(token) for token in draw.integers(0, TEXT["vocab_size"], length)]
+        made.append(Request(f"r{row}", prompt, params, blocks, 0))
+    return made
+
+
 def requests(lengths: list[int], room: int = 64) -> list[Request]:
     """Requests of these prompt lengths with blocks for ``room`` more tokens, shuffled."""
     draw = np.random.default_rng(0)
