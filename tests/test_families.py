@@ -242,6 +242,17 @@ def test_sanitize_leaves_what_is_in_mlx_form_as_upstream_does(family: str, tmp_p
     assert same_bits(ours, model.sanitize(dict(weights)))
 
 
+@pytest.mark.parametrize("level", [".moe.", "."])
+@pytest.mark.parametrize("form", ["in-library", "block FP8 combined"])
+def test_gemma_4_without_a_level_for_the_experts(level: str, form: str, tmp_path: Path):
+    cell = build(FAMILIES["gemma4"], FORM_BY_NAME[form])
+    wanted = parameters(load(cell.write(tmp_path / "with")))
+    tensors = {n.replace(".experts.", level): t for n, t in cell.checkpoint.tensors.items()}
+    assert tensors.keys() != cell.checkpoint.tensors.keys()
+    Checkpoint(tensors, cell.checkpoint.config).write(tmp_path / "without", shards=1)
+    assert same_bits(parameters(load(tmp_path / "without")), wanted)
+
+
 def test_a_form_that_no_family_publishes_is_named(tmp_path: Path):
     cell = build(FAMILIES["qwen3_moe"], FORM_BY_NAME["block FP8"])
     tensors = dict(cell.checkpoint.tensors)

@@ -47,7 +47,7 @@ GRANITE = Moe(
     spelling=("input_linear", "output_linear"),
 )
 MISTRAL_4 = Moe(reads=(PER_EXPERT, COMBINED))
-GEMMA_4 = Moe(sources=("experts", "moe"), target="experts.switch_glu", reads=(COMBINED,))
+GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", reads=(COMBINED,))
 
 BEYOND = Extras(beyond=True)
 QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))

@@ -32,7 +32,8 @@ STATIC_SCALES = ("activation_scale", "input_scale", "output_scale", "k_scale", "
 _PACKED = ("_packed", "_blocks", "_scales", ".scales", ".biases", ".qweight", ".qzeros", ".g_idx")
 _PLACE = re.compile(
     r"\.(?:switch_mlp|moe\.mlp(?=\.\d)|block_sparse_moe(?=\.(?:in|out)put_linear\.)"
-    r"|moe(?=\.(?:gate|up|down)_proj\.))\."
+    r"|moe(?=\.(?:(?:gate|up|down)_proj\.|(?:gate_up|down)_proj$))"
+    r"|\d+(?=\.(?:gate_up|down)_proj$))\."
 )
 """Where experts are that are not under ``.experts.``."""
 _BESIDE = ("e_score_correction_bias", "post_expert_norm.weight")
@@ -111,7 +112,7 @@ def find_experts(names: Iterable[str]) -> list[ExpertBlock]:
             experts[index] = name
         elif form == "3-D":
             stacked = not spelling.endswith("_linear") and (
-                path.endswith((".switch_mlp", ".moe")) or (part[:7] != "gate_up" and "." in rest)
+                path.endswith(".switch_mlp") or (part[:7] != "gate_up" and "." in rest)
             )
             (block.stacked if stacked else block.combined)[part] = name
             block.spelling.add(spelling)

@@ -217,7 +217,7 @@ def _stack(
     """Build the stacked projections of one layer; takes its weights out of ``pairs``."""
     source = moe.source_of(block.path)
     assert source is not None, "check_experts has refused it"
-    root = block.path.removesuffix(source) + moe.target
+    root = (block.path.removesuffix(source) if source else f"{block.path}.") + moe.target
     into = dict(moe.into)
     # A layer is built as one: what the parts share is worked out once.
     transposed = bool(block.combined) and lies_transposed(moe, block, layout, config)

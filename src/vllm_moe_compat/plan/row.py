@@ -59,7 +59,7 @@ class Moe:
     """Where a module's routed experts are in checkpoints, and where it wants them.
 
     Attributes:
-        sources: paths of the experts in a checkpoint's layer.
+        sources: paths of the experts in a checkpoint's layer; empty for the layer itself.
         target: path of the stacked experts in the module's layer.
         reads: the forms that its ``sanitize`` brings there by itself.
         spelling: what the projections are called where it does: gate, up, down.
@@ -83,7 +83,13 @@ class Moe:
     def source_of(self, path: str) -> str | None:
         """Return which of ``sources`` a path is, right below a layer; None where it is none."""
         return next(
-            (s for s in self.sources if path.endswith(s) and _LAYER.search(path[: -len(s)])), None
+            (
+                source
+                for source in self.sources
+                if path.endswith(source)
+                and _LAYER.search(f"{path}." if not source else path.removesuffix(source))
+            ),
+            None,
         )
 
     @property
