@@ -60,7 +60,7 @@ def render() -> str:
     found = recording.read()
     parts = [_head(), _forms(), _totals(found)]
     parts += [_families(found, group) for group in GROUPS]
-    parts += [_refused(found), _modules(), _workarounds(), _fixes(), _left(found)]
+    parts += [_refused(found), _modules(), _workarounds(), _fixes(), _left(found), _limits()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,7 +149,9 @@ def _modules() -> str:
         rows.append(
             [
                 f"`{_name(row)}`",
-                f"{_codes(moe.sources)} → `{moe.target}`" if moe else "",
+                f"{_codes(s or '(the layer)' for s in moe.sources)} → `{moe.target}`"
+                if moe
+                else "",
                 ", ".join(moe.reads) or "nothing" if moe else "",
                 _FP8.get(row.fp8, "") if row.fp8 else "",
                 _codes(w.id for w in row.workarounds),
@@ -218,6 +220,20 @@ by one are named in a WARNING.
 
 **Packed formats**: what `mlx_lm.convert -q` writes, AWQ, GPTQ, BitNet, MXFP4, MXFP8, NVFP4 and \
 compressed-tensors' packed formats are neither unpacked nor checked here."""
+
+
+def _limits() -> str:
+    return """## What mlx-lm's forward pass does otherwise
+
+Weights load right and the logits differ from transformers' all the same; the settings of the \
+parity tests avoid these. They are upstream's, and are neither cured nor refused here.
+
+- `gemma2` has no sliding window: right while a sequence fits into it.
+- `starcoder2` computes the exact GELU, whatever `hidden_act` says: about 2e-4.
+- `phi3`, `phimoe` and `minicpm3` with `longrope` know the long factors only: sequences that are \
+not longer than `original_max_position_embeddings` differ.
+- `llama4`, `glm4_moe_lite`, `longcat_flash` and `minicpm3` have epsilons of inner norms built in: \
+about 1e-5."""
 
 
 def _rows() -> list[Row]:
