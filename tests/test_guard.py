@@ -256,3 +256,13 @@ def test_a_class_without_sanitize_is_given_one_and_loses_it_again(tmp_path: Path
         model = load(path)
     assert not hasattr(phi3.Model, "sanitize")
     assert compare(model, cell.reference, 1e-5).word == "right"
+
+
+def test_integers_are_named_when_weights_are_quantised_too(tmp_path: Path, monkeypatch):
+    """A norm is packed by no setting: it would go into its parameter as it is."""
+    checkpoint = family("llama")
+    name = "model.layers.0.input_layernorm.weight"
+    checkpoint.tensors[name] = checkpoint.tensors[name].to(torch.int8)
+    monkeypatch.setenv("VLLM_MOE_COMPAT_QUANTIZE", "8bit")
+    with pytest.raises(UnsupportedCheckpointError, match=r"input_layernorm.*int8"):
+        load(checkpoint.write(tmp_path))

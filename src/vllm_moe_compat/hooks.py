@@ -8,7 +8,6 @@ loaders and tests do that), the plan is made from the dict alone.
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -129,7 +128,8 @@ def sanitize_hook(
         **kwargs: passed on.
 
     Raises:
-        CompatError: before anything in ``weights`` was changed.
+        CompatError: before anything in ``weights`` was changed, or with nothing of it
+            kept; the guard's, with all of it made and nothing loaded.
     """
     row = registry.row_for(owner)
     if row is None or _inside.get() or not _are_arrays(weights):
@@ -143,16 +143,16 @@ def sanitize_hook(
         def sanitize(given: dict[str, Any]) -> Any:
             return original(model, given, *args, **kwargs)
 
-        whole = sanitize
-        if row.around is not None:
-            whole = functools.partial(row.around, sanitize, model)
+        def repaired(given: dict[str, Any]) -> Any:
+            if row.around is None:
+                return sanitize(given)
+            return row.around(sanitize, model, given, read_config)
+
+        read_config = {} if load is None else load.original_config
         if load is not None:
             _scale_rope(load, model)
-        sanitized, report = carry_out(row, load, model, weights, whole)
-        if load is not None and load.setting == "none":
-            guard.check(model, sanitized, load.config, str(load.model_dir))
-        elif load is None:
-            guard.check(model, sanitized, {}, "")
+        sanitized, report = carry_out(row, load, model, weights, repaired)
+        guard.check(model, sanitized, read_config, "" if load is None else str(load.model_dir))
     finally:
         _inside.reset(token)
         loads.current.set(None)

@@ -1,7 +1,8 @@
 """What is called in place of a module's ``sanitize``, where tensors alone are no cure.
 
-Each function gets upstream's ``sanitize`` (bound to the weights only), the model and
-the weights, and returns what ``sanitize`` would. Some give single instances of a block
+Each function gets upstream's ``sanitize`` (to be called with the weights only), the
+model, the weights and the checkpoint's config as it was read (empty where only weights
+were given), and returns what ``sanitize`` would. Some give single instances of a block
 a corrected forward pass; mlx-lm's classes themselves stay as they are.
 """
 
@@ -12,15 +13,16 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from vllm_moe_compat.context import current
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 
-Sanitize = Callable[[dict[str, Any]], Any]
+Tensors = dict[str, Any]
+Config = Mapping[str, Any]
+Sanitize = Callable[[Tensors], Any]
 _LAYER_61 = re.compile(r"\bmodel\.layers\.61\.")
 _BIAS = "e_score_correction_bias"
 
 
-def layer_61(sanitize: Sanitize, model: Any, weights: dict[str, Any]) -> Any:
+def layer_61(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
     """Keep decoder layer 61, which upstream takes for DeepSeek-V3's prediction head.
 
     Models of more than 61 layers have their layer 61 sanitised apart, as a layer 0:
@@ -39,7 +41,7 @@ def layer_61(sanitize: Sanitize, model: Any, weights: dict[str, Any]) -> Any:
     return result
 
 
-def jamba_router(sanitize: Sanitize, model: Any, weights: dict[str, Any]) -> Any:
+def jamba_router(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
     """Take the routers' softmax over all experts; upstream's is over the chosen ones."""
     for layer in model.layers:
         block = layer.feed_forward
@@ -66,7 +68,7 @@ def _jamba_block(original: Any) -> type:
     return _named(Block, original)
 
 
-def ernie_bias(sanitize: Sanitize, model: Any, weights: dict[str, Any]) -> Any:
+def ernie_bias(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
     """Route by the correction bias ``[1, E]``, which upstream deletes.
 
     It decides which experts are chosen; their weights are those without it.
@@ -108,13 +110,12 @@ def _ernie_block(original: Any) -> type:
     return _named(Block, original)
 
 
-def hunyuan_weights(sanitize: Sanitize, model: Any, weights: dict[str, Any]) -> Any:
+def hunyuan_weights(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
     """Have HunYuan-MoE-V1's chosen experts weigh 1 together; upstream is of another model.
 
     Both share a module; which one it is only the config says.
     """
-    load = current.get()
-    if load is not None and load.original_config.get("model_type") == "hunyuan_v1_moe":
+    if config.get("model_type") == "hunyuan_v1_moe":
         for layer in model.layers:
             if type(layer.mlp).__name__ == "MoeBlock":
                 _become(layer.mlp, _hunyuan_block)
@@ -142,7 +143,7 @@ def _hunyuan_block(original: Any) -> type:
     return _named(Block, original)
 
 
-def tied_head(sanitize: Sanitize, model: Any, weights: dict[str, Any]) -> Any:
+def tied_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
     """Show Qwen3-VL-MoE's ``sanitize`` the output head that it asks for by name.
 
     A tied checkpoint leaves it out, and a tied model has no place for it.

@@ -134,7 +134,8 @@ class Row:
         latent: where ``kv_b_proj`` is left whole that the module wants split.
         model_types: further ``model_type`` s that are this module's.
         config: what its arguments do not understand.
-        around: called in place of ``sanitize`` with it, the model and the tensors.
+        around: called in place of ``sanitize`` with it, the model, the tensors and the
+            config as it was read.
     """
 
     module: str
