@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import struct
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import save_file as save_torch
 
 from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.layout import TensorInfo, check_index, read_headers
+from vllm_moe_compat.layout.index import INDEX
 
 
 def test_dtypes_that_mlx_calls_the_same_are_told_apart(tmp_path: Path):
@@ -163,3 +166,44 @@ def test_any_index_is_fine_or_named(index: object, tmp_path: Path):
 def expect_named_or_fine(path: Path) -> None:
     with contextlib.suppress(CheckpointFileError):
         check_index(path, read_headers(path))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
+@pytest.mark.parametrize("file", ["model.safetensors", INDEX])
+def test_what_is_no_file_is_named_and_not_opened(file: str, kind: str, tmp_path: Path):
+    path = tmp_path / file
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "device":
+            path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointFileError, match=rf"^{re.escape(file)}: not ") as told:
+        check_index(tmp_path, read_headers(tmp_path))
+    words = {"pipe": "it is a pipe", "folder": "it is a directory", "device": "it is a device"}
+    assert words.get(kind, "symbolic links") in str(told.value)
+
+
+def test_a_name_that_a_header_has_twice_is_named(tmp_path: Path):
+    one = entry()[1:-1]
+    write(tmp_path, b"{" + one + b"," + one + b"}", b"\0" * 4)
+    with pytest.raises(CheckpointFileError, match="header has a twice"):
+        read_headers(tmp_path)
+
+
+def test_what_only_looks_like_an_entry_is_no_second_one(tmp_path: Path):
+    metadata = json.dumps({"__metadata__": {"data_offsets": "a"}})[1:-1].encode()
+    write(tmp_path, b"{" + metadata + b"," + entry()[1:-1] + b"}", b"\0" * 4)
+    assert set(read_headers(tmp_path)) == {"a"}
+
+
+def test_an_index_that_names_a_tensor_twice_is_named(tmp_path: Path):
+    save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")
+    twice = '{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}'
+    (tmp_path / INDEX).write_text(twice)
+    with pytest.raises(CheckpointFileError, match="it has a twice"):
+        check_index(tmp_path, read_headers(tmp_path))

@@ -10,7 +10,8 @@ from __future__ import annotations
 from vllm_moe_compat.layout.detect import Layout, detect
 from vllm_moe_compat.layout.experts import ExpertBlock, is_transposed
 from vllm_moe_compat.layout.extras import DEFAULT_EXTRAS, Extras
-from vllm_moe_compat.layout.headers import TensorInfo, check_index, read_headers
+from vllm_moe_compat.layout.headers import TensorInfo, read_headers
+from vllm_moe_compat.layout.index import check_index
 from vllm_moe_compat.layout.names import fold
 from vllm_moe_compat.layout.quantization import Fp8Tensors, infer_fp8
 

@@ -5,24 +5,37 @@ safetensors' own reader, which validates them: a truncated or corrupt shard stop
 here, by name, before a tensor is touched. MLX cannot stand in for it, since it
 calls E4M3, E8M0 and plain bytes all ``uint8``.
 
-The index file is no source, because mlx-lm ignores it; it is checked against
-the shards, because a contradiction means an incomplete download.
+Three things are looked at before and after it, since headers may be made to harm: what
+is no regular file is not opened, all headers together are bounded, and a name that a
+header has twice, which safetensors takes once, is refused.
 """
 
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.layout.extras import EVERY_SPELLING, Ignored
+from vllm_moe_compat.layout.files import (
+    AGAIN,
+    FileFault,
+    Report,
+    UnreadableError,
+    opened,
+    parse_json,
+    refuse,
+)
 from vllm_moe_compat.layout.names import fold
 
-INDEX = "model.safetensors.index.json"
-_AGAIN = "download the checkpoint again"
+MAX_HEADERS = 128 * 2**20
+"""Bytes of all headers together; 61,000 tensors have 10 million. One may have 100 million."""
+MAX_TENSORS = 500_000
+"""The most tensors of a checkpoint; 384 experts in 60 layers, packed, are 280,000."""
+MAX_AXES = 16
+"""The most axes that a tensor may have; MLX's own functions know eight or so."""
+_ENTRY = b'"data_offsets"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,87 +64,96 @@ def read_headers(model_dir: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointFileError: a shard cannot be read, or a tensor is in two.
     """
-    from safetensors import SafetensorError, safe_open
+    return scan_headers(weight_files(model_dir), refuse)
 
+
+def scan_headers(files: Sequence[Path], report: Report) -> dict[str, TensorInfo]:
+    """Read the headers of these files, and go on after a fault if ``report`` returns."""
     tensors: dict[str, TensorInfo] = {}
-    for path in weight_files(model_dir):
-        file = path.name
+    room = MAX_HEADERS
+    for path in files:
         try:
-            with safe_open(path, framework="numpy") as shard:
-                # In the file's order: the names' order is that of the messages.
-                for name in shard.offset_keys():
-                    view = shard.get_slice(name)
-                    info = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
-                    if (twin := tensors.setdefault(name, info)) is not info:
-                        raise CheckpointFileError(
-                            f"{file}: {name} is in {twin.file} too, where one shard was expected "
-                            f"to hold it; remove the file that is not part of the checkpoint."
-                        )
-        except (SafetensorError, OSError, ValueError) as error:
-            if isinstance(error, CheckpointFileError):
-                raise
-            raise CheckpointFileError(
-                f"{file}: not a readable safetensors file ({error}); the download may be "
-                f"incomplete, so {_AGAIN}."
-            ) from error
+            descriptor = opened(path)
+        except UnreadableError as error:
+            report(_unreadable(path.name, error))
+            continue
+        try:
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            size = os.fstat(descriptor).st_size
+            # A length beyond the file's is for safetensors to name.
+            room -= min(length, size)
+            if room < 0:
+                report(_too_large(path.name, f"{MAX_HEADERS:,} bytes"))
+                return tensors
+            if not _scan(path, descriptor, length, tensors, report):
+                return tensors
+        except OSError as error:
+            report(_unreadable(path.name, error))
+        finally:
+            os.close(descriptor)
     return tensors
 
 
-def check_index(
-    model_dir: Path,
-    tensors: Mapping[str, TensorInfo],
-    extras: Ignored = EVERY_SPELLING,
-) -> None:
-    """Compare the index, where there is one, with what the shards hold.
+def _scan(
+    path: Path, descriptor: int, length: int, tensors: dict[str, TensorInfo], report: Report
+) -> bool:
+    """Read one header into ``tensors``; a tensor that is there already stays what it was.
 
-    Tensors that upstream ignores may be missing, files and all.
-
-    Raises:
-        CheckpointFileError: the index is unreadable or contradicts the shards.
+    Returns:
+        Whether there is room for more.
     """
-    path = model_dir / INDEX
-    if not path.exists():
-        return
-    missing: dict[str, str] = {}
-    for name, file in _weight_map(path).items():
-        info = tensors.get(name)
-        if info is None or info.file != file:
-            missing[name] = file
-    missing_from: dict[str, list[str]] = {}
-    for name in missing.keys() - extras.select(missing):
-        missing_from.setdefault(missing[name], []).append(name)
-    for file, names in sorted(missing_from.items()):
-        raise CheckpointFileError(_contradiction(model_dir, file, sorted(names)))
+    from safetensors import SafetensorError, safe_open
 
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Return the index's map from tensor to file, checked for shape and safety."""
+    file, before, again = path.name, len(tensors), 0
+    twins: dict[str, list[str]] = {}
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFileError(f"{INDEX}: not readable as JSON ({error}); {_AGAIN}.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointFileError(
-            f"{INDEX}: no weight_map from tensor names to file names was found in it; {_AGAIN}."
-        )
-    for file in set(weight_map.values()):
-        parts = file.replace("\\", "/").split("/")
-        if not file or ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in file:
-            raise CheckpointFileError(
-                f"{INDEX}: it names {file!r}, which lies outside the checkpoint's folder, where "
-                "plain file names were expected; get the checkpoint from a source you trust."
+        with safe_open(path, framework="numpy") as shard:
+            # In the file's order: the names' order is that of the messages.
+            names = shard.offset_keys()
+            if before + len(names) > MAX_TENSORS:
+                report(_too_large(file, f"{MAX_TENSORS:,} tensors"))
+                return False
+            for name in names:
+                view = shard.get_slice(name)
+                info = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
+                if len(info.shape) > MAX_AXES:
+                    raise ValueError(f"{fold([name])} has {len(info.shape):,} axes")
+                if (twin := tensors.setdefault(name, info)) is not info:
+                    twins.setdefault(twin.file, []).append(name)
+                    again += 1
+    except (SafetensorError, OSError, ValueError) as error:
+        report(_unreadable(file, error))
+        return True
+    for twin_file, names in twins.items():
+        report(
+            FileFault(
+                "tensor-duplicate",
+                f"{file}: {fold(names)} is in {twin_file} too, where one shard was expected "
+                "to hold it",
+                "remove the file that is not part of the checkpoint",
             )
-    return weight_map
-
-
-def _contradiction(model_dir: Path, file: str, names: list[str]) -> str:
-    where = f"{INDEX}: it puts {fold(names)} in {file!r}, "
-    if not (model_dir / file).exists():
-        return f"{where}but no such file is there; {_AGAIN}, or delete a stale index."
-    if model_dir / file not in weight_files(model_dir):
-        return (
-            f"{where}which mlx-lm will not load, since it takes only model*.safetensors in the "
-            "folder itself; rename the file and its entries in the index."
         )
-    return f"{where}but that file does not hold them; {_AGAIN}, or delete a stale index."
+    # Counting takes a moment, parsing a second: so it is done only where the count is off.
+    header = os.pread(descriptor, length, 8)
+    if header.count(_ENTRY) != len(tensors) - before + again:
+        _, twice = parse_json(header.decode("utf-8"))
+        if twice := [name for name in twice if name in tensors]:
+            found = f"its header has {fold(twice)} twice, where each tensor was expected once"
+            report(FileFault("tensor-duplicate", f"{file}: {found}"))
+    return True
+
+
+def _too_large(file: str, limit: str) -> FileFault:
+    return FileFault(
+        "headers-too-large",
+        f"{file}: with it the headers have more than {limit}, which no real checkpoint has",
+        "get the checkpoint from a source you trust",
+    )
+
+
+def _unreadable(file: str, error: Exception) -> FileFault:
+    return FileFault(
+        "shard-unreadable",
+        f"{file}: not a readable safetensors file ({error})",
+        f"the download may be incomplete, so {AGAIN}",
+    )
