@@ -15,7 +15,7 @@ import pytest
 import vllm_moe_compat
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import distance, load
-from vllm_moe_compat import arrays, progress
+from vllm_moe_compat import arrays, fill, progress
 from vllm_moe_compat.context import current
 from vllm_moe_compat.errors import CheckpointFileError, InsufficientMemoryError
 
@@ -37,16 +37,17 @@ def held() -> int:
 
 
 def failing(monkeypatch, error: Exception) -> None:
-    """Have a product of the last of the four layers raise; there are 37 in all."""
-    original, calls = arrays._product, []
+    """Have a tensor of the last of the four layers raise; 37 are dequantised in all."""
+    original, calls = arrays.factors, []
 
-    def product(*args):
+    def factors(*args):
         calls.append(1)
         if len(calls) > 32:
             raise error
         return original(*args)
 
-    monkeypatch.setattr(arrays, "_product", product)
+    monkeypatch.setattr(arrays, "factors", factors)
+    monkeypatch.setattr(fill, "factors", factors)
 
 
 def a_good_load_works(tmp_path: Path, monkeypatch) -> None:

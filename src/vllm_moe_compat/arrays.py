@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
+from vllm_moe_compat import lookup
 from vllm_moe_compat.plan import ops as op_types
 from vllm_moe_compat.plan.ops import Op
 from vllm_moe_compat.plan.packing import Requantize, Unpack
@@ -37,6 +38,11 @@ class Stack:
     def all(self) -> mx.array:
         """Return the whole as an array and let go of the parts."""
         return self.take(0, self.shape[0])
+
+    def pop(self, expert: int) -> mx.array:
+        """Return one part and let go of it."""
+        part, self._parts[expert] = self._parts[expert], None
+        return cast("mx.array", part)
 
     def take(self, start: int, stop: int) -> mx.array:
         """Return ``[start:stop]`` as an array and let go of those parts."""
@@ -179,9 +185,7 @@ def floats(
     if not isinstance(weight, Stack):
         weight = weight.reshape(count, rows, columns)
     if scale is not None:
-        grid = (count, -(-rows // block[0]), -(-columns // block[1]))
-        scale = mx.broadcast_to(scale.flatten(), grid) if scale.size == 1 else scale.reshape(grid)
-        scale = factors(scale)
+        scale = factors(scale, (count, -(-rows // block[0]), -(-columns // block[1])))
 
     row_bytes = 4 * max(columns, 1)
     at_once = max(1, TEMPORARY_BYTES // max(rows * row_bytes, 1))
@@ -203,8 +207,9 @@ def floats(
             del part
 
 
-def factors(scale: mx.array) -> mx.array:
-    """Return scales as float32; a byte ``b`` is E8M0 and worth ``2 ** (b - 127)``."""
+def factors(scale: mx.array, grid: tuple[int, ...]) -> mx.array:
+    """Return scales as float32 ``grid``; a byte ``b`` is E8M0 and worth ``2 ** (b - 127)``."""
+    scale = mx.broadcast_to(scale.flatten(), grid) if scale.size == 1 else scale.reshape(grid)
     if scale.dtype != mx.uint8:
         return scale.astype(mx.float32)
     bits = scale.astype(mx.uint32)
@@ -213,9 +218,16 @@ def factors(scale: mx.array) -> mx.array:
     return mx.where(bits == 255, float("nan"), exponent.view(mx.float32))
 
 
+def multiplied_in(dtype: str) -> lookup.Multiply:
+    """Return what forms products of bytes and scales in float32 and rounds them to ``dtype``."""
+    return lambda q, s: (mx.from_fp8(q, dtype=mx.float32) * s).astype(DTYPES[dtype])
+
+
 def _product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
     """Return ``[N, O, I]`` times ``[N, o, i]``, formed in float32, rounded once."""
     count, rows, columns = weight.shape
+    if lookup.pays(rows, columns, block):
+        return lookup.product(weight, scale, block, multiplied_in(dtype), DTYPES[dtype])
     exact = mx.from_fp8(weight, dtype=mx.float32)
     if rows % block[0] or columns % block[1]:
         scale = mx.repeat(scale, block[1], axis=2)[:, :, :columns]
@@ -261,7 +273,7 @@ def _quantize(weight: mx.array, block: tuple[int, int], *, e8m0: bool) -> tuple[
     scale = mx.where(largest == 0, 1.0, largest / E4M3_MAX)
     if e8m0:
         exponent = mx.clip(mx.ceil(mx.log2(scale)) + 127, 1, 254).astype(mx.uint8)
-        scale = factors(exponent)
+        scale = factors(exponent, exponent.shape)
     quotient = mx.clip(tiles / scale[..., :, None, :, None], -E4M3_MAX, E4M3_MAX)
     packed = mx.to_fp8(quotient).reshape(padded.shape)
     return packed[..., :rows, :columns], exponent if e8m0 else scale

@@ -9,12 +9,13 @@ neither a bfloat16 copy nor a fused tensor is ever held whole besides its result
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat.arrays import Arrays, Stack, floats, run
+from vllm_moe_compat import lookup
+from vllm_moe_compat.arrays import DTYPES, Arrays, Stack, factors, floats, multiplied_in, run
 from vllm_moe_compat.plan import Build
 from vllm_moe_compat.plan.ops import DequantizeFp8, Op, SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.packing import Requantize
@@ -88,12 +89,38 @@ def make(
     if transposed:
         rows, columns = columns, rows
     shape = (*lead, rows // 2 if split else rows, columns)
-    whole = transposed or (split is not None and split.interleaved)
+    interleaved = split is not None and split.interleaved
+    plain = not (transposed or interleaved or any(packings)) and isinstance(weight, Stack)
+    if plain and scale is not None and lookup.pays(rows, columns, block):
+        return _looked_up(weight, scale, block, dtype, dict.fromkeys(names, shape))
+    whole = transposed or interleaved
     parts = floats(weight, scale, block, dtype, whole=whole)
     del weight, scale
     if transposed:
         parts = _transposed(parts)
     return _fill(parts, names, [_Target(shape, packing) for packing in packings], split)
+
+
+def _looked_up(
+    weight: Stack,
+    scale: mx.array,
+    block: tuple[int, int],
+    dtype: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, mx.array]:
+    """Write FP8 experts ``[k·O, I]`` straight into ``k`` targets ``[E, O, I]``, one by one."""
+    count, rows, columns = weight.shape
+    grid = (count, -(-rows // block[0]), -(-columns // block[1]))
+    tables = lookup.Tables(factors(scale, grid), block, columns, multiplied_in(dtype))
+    made = {name: mx.zeros(shape, dtype=DTYPES[dtype]) for name, shape in shapes.items()}
+    views = [lookup.bits(array) for array in made.values()]
+    share = rows // len(views)
+    for expert in range(count):
+        source = lookup.bits(weight.pop(expert))
+        for number, view in enumerate(views):
+            first = number * share
+            tables.write(expert, first, source[first : first + share], view[expert])
+    return made
 
 
 def _streams(ops: Sequence[Op], operand: Arrays, *, packed: bool) -> bool:

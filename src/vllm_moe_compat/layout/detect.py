@@ -60,9 +60,7 @@ class Layout:
     def fp8_words(self) -> str:
         """The FP8 form in words: ``block FP8``, ``per-tensor FP8``, or both."""
         found: set[str] = set()
-        for shapes in {
-            (self.tensors[w].shape, self.tensors[s].shape) for w, s in self.fp8.pairs.items()
-        }:
+        for shapes in {form[1::2] for form in self.fp8.forms}:
             block = self.block_of(*shapes)
             if block == shapes[0][-2:] and self.blocks == ():
                 found.add("per-tensor")

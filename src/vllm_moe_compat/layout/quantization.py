@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from vllm_moe_compat.layout.experts import STATIC_SCALES
 from vllm_moe_compat.layout.headers import TensorInfo
@@ -39,6 +40,9 @@ def _scale_names(weight: str) -> Iterator[str]:
         yield f"{weight}_weight_scale_inv"
 
 
+Form: TypeAlias = tuple[str, tuple[int, ...], str, tuple[int, ...]]
+
+
 @dataclass(slots=True)
 class Fp8Tensors:
     """The FP8 tensors of a checkpoint, by how they can be read.
@@ -49,6 +53,7 @@ class Fp8Tensors:
         orphans: scales whose weight is missing.
         plain: scale → its weight, where that is not FP8.
         static: scales of activations and of KV caches, which MLX has no use for.
+        forms: dtype and shape of a weight and of its scale → the weights that are so.
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
@@ -56,6 +61,7 @@ class Fp8Tensors:
     orphans: list[str] = field(default_factory=list)
     plain: dict[str, str] = field(default_factory=dict)
     static: list[str] = field(default_factory=list)
+    forms: dict[Form, list[str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.pairs or self.bare or self.orphans or self.plain)
@@ -72,6 +78,9 @@ def find_fp8(tensors: Mapping[str, TensorInfo]) -> Fp8Tensors:
                 scale = next((s for s in _scale_names(name) if s in tensors), "")
             if scale:
                 found.pairs[name] = scale
+                beside = tensors[scale]
+                form = info.dtype, info.shape, beside.dtype, beside.shape
+                found.forms.setdefault(form, []).append(name)
             else:
                 found.bare.append(name)
         elif name.endswith((_INVERSE, "weight_scale")):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo, is_transposed
+from vllm_moe_compat.layout import ExpertBlock, Layout, is_transposed
 from vllm_moe_compat.layout.config import expert_width
 from vllm_moe_compat.layout.experts import PROJECTIONS
 from vllm_moe_compat.layout.names import fold_numbers
@@ -96,6 +96,7 @@ def _per_expert(
         yield Finding(block.path, f"has the experts {fold_numbers(present)}", experts, rank=1)
     else:
         complete = True
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in wanted:
         role, _, bias = part.partition(".")
         projection = f"{words.get(role, dict(moe.into).get(role, role))}.{bias or 'weight'}"
@@ -109,55 +110,43 @@ def _per_expert(
                 f"{block.path}.{missing}.{projection}", "is missing", "one for every expert"
             )
         yield from _alike(layout, projection.removesuffix(".weight"), list(names.values()))
+        if not bias:
+            (_, shape), _ = _forms(layout, names.values()).most_common(1)[0]
+            shapes[f"{block.path}.*.{words.get(part, part)}.weight"] = shape
     if complete:
-        place = f"{block.path}.*"
-        yield from _orientation(
-            {
-                f"{place}.{words.get(p, p)}.weight": _usual(
-                    layout, block.per_expert[p].values()
-                ).shape
-                for p in wanted
-                if not p.endswith(".bias")
-            },
-            hidden,
-            fused="gate_up" in wanted,
-        )
+        yield from _orientation(shapes, hidden, fused="gate_up" in wanted)
 
 
 def _alike(layout: Layout, projection: str, names: list[str]) -> Iterator[Finding]:
     """Yield the experts whose shape or dtype is not that of most."""
-    usual = _usual(layout, names)
-    if usual.dtype not in _STACKABLE:
-        for name in names:
-            yield _unsupported(name, f"is {usual.dtype}", "bf16, f16, f32 or block FP8")
-        return
     for kind in ("weight", "scale"):
         if kind == "scale":
             names = [layout.fp8.pairs[name] for name in names if name in layout.fp8.pairs]
             if not names:
                 return
-            usual = _usual(layout, names)
-        infos = [layout.tensors[name] for name in names]
-        if all(info.shape == usual.shape and info.dtype == usual.dtype for info in infos):
+        forms = _forms(layout, names)
+        usual, _ = forms.most_common(1)[0]
+        if kind == "weight" and usual[0] not in _STACKABLE:
+            for name in names:
+                yield _unsupported(name, f"is {usual[0]}", "bf16, f16, f32 or block FP8")
+            return
+        if len(forms) == 1:
             continue
         for name in names:
             info = layout.tensors[name]
-            if (info.dtype, info.shape) != (usual.dtype, usual.shape):
+            if (info.dtype, info.shape) != usual:
                 yield Finding(
                     name,
                     f"is {info.dtype} {list(info.shape)}",
-                    f"the {usual.dtype} {list(usual.shape)} of the other experts' {projection}",
+                    f"the {usual[0]} {list(usual[1])} of the other experts' {projection}",
                     rank=3,
                 )
 
 
-def _usual(layout: Layout, names: Any) -> TensorInfo:
-    infos = [layout.tensors[name] for name in names]
-    first = infos[0]
-    if all(info.shape == first.shape and info.dtype == first.dtype for info in infos):
-        return first
-    (dtype, shape), _ = Counter((info.dtype, info.shape) for info in infos).most_common(1)[0]
-    return TensorInfo(dtype, shape)
+def _forms(layout: Layout, names: Iterable[str]) -> Counter[tuple[str, tuple[int, ...]]]:
+    """Count dtypes and shapes."""
+    tensors = layout.tensors
+    return Counter([((info := tensors[name]).dtype, info.shape) for name in names])
 
 
 def _orientation(

@@ -29,16 +29,12 @@ def check_fp8(layout: Layout) -> Iterator[Finding]:
     for name, weight in fp8.plain.items():
         dtype = layout.tensors[weight].dtype
         yield Finding(name, f"scales a weight that is {dtype}", "an FP8 weight beside it", rank=1)
-    seen: dict[object, tuple[bool, Finding | None]] = {}
-    for name, scale in fp8.pairs.items():
-        weight_info, scale_info = layout.tensors[name], layout.tensors[scale]
-        key = weight_info.dtype, weight_info.shape, scale_info.dtype, scale_info.shape
-        if key not in seen:
-            finding = _pair(layout, name, scale)
-            seen[key] = finding is not None and finding.name == name, finding
-        about_weight, finding = seen[key]
+    for names in fp8.forms.values():
+        finding = _pair(layout, names[0], fp8.pairs[names[0]])
         if finding is not None:
-            yield finding.of(name if about_weight else scale)
+            about_weight = finding.name == names[0]
+            for name in names:
+                yield finding.of(name if about_weight else fp8.pairs[name])
 
 
 def _pair(layout: Layout, name: str, scale_name: str) -> Finding | None:

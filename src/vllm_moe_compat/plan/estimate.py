@@ -8,6 +8,7 @@ the largest source that has to be read as one tensor, and the working buffers.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -80,16 +81,17 @@ def estimate(
         spare: setting → names of tensors that it leaves as they are.
     """
     spare = spare or {}
-    drops = set(plan.drops)
-    taken = {n for build in plan.builds for n in (*build.weights, *build.scales)}
-    loaded = {n: info for n, info in tensors.items() if n not in drops}
+    gone = set(plan.drops).union(
+        *(b.weights for b in plan.builds), *(b.scales for b in plan.builds)
+    )
     specs = [
         (name, build.weights[0], spec)
         for build in plan.builds
         for name, spec in zip(build.targets, build.results(tensors, dtype), strict=True)
     ]
-    largest = max((nbytes(tensors[n]) for b in plan.builds for n in b.weights), default=0)
-    left = [(n, n, Spec(i.dtype, i.shape)) for n, i in loaded.items() if n not in taken]
+    # One build's weights are alike, or there were no plan.
+    largest = max((nbytes(tensors[b.weights[0]]) for b in plan.builds), default=0)
+    left = [(n, n, Spec(i.dtype, i.shape)) for n, i in tensors.items() if n not in gone]
 
     final = {NONE: sum(nbytes(spec) for _, _, spec in (*specs, *left))}
     peak = {NONE: final[NONE] + largest + WORKING_BYTES}
@@ -104,7 +106,10 @@ def estimate(
             for name, source, spec in (*specs, *left)
         )
         peak[setting] = final[setting] + whole + WORKING_BYTES
-    return Estimate(sum(map(nbytes, loaded.values())), final, peak)
+    dropped = sum(nbytes(tensors[name]) for name in plan.drops if name in tensors)
+    alike = Counter([(info.dtype, info.shape) for info in tensors.values()])
+    read = sum(nbytes(Spec(*form)) * count for form, count in alike.items())
+    return Estimate(read - dropped, final, peak)
 
 
 def _packs(name: str, spec: Spec) -> bool:

@@ -6,7 +6,7 @@ that the same fault in forty layers is one message with folded names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from vllm_moe_compat.errors import CompatError, LayoutError
@@ -43,23 +43,33 @@ class Finding:
         return replace(self, name=name)
 
 
+def grouped(
+    findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[Finding, str, int]]:
+    """Yield equal faults as one, the gravest first.
+
+    Yields:
+        The first of them, what it says of all their tensors, and how many they are.
+    """
+    alike: dict[tuple[str, str, type[CompatError]], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda finding: finding.rank):
+        alike.setdefault((finding.found, finding.expected, finding.error), []).append(finding)
+    for group in alike.values():
+        first, names = group[0], [finding.name for finding in group]
+        files = sorted({tensors[name].file for name in names if name in tensors} - {""})
+        where = ""
+        if files:
+            where = files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "") + ": "
+        message = f"{where}{fold(names)} {first.found}, expected {first.expected}"
+        yield first, message, len(group)
+
+
 def refuse(findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]) -> None:
     """Raise for the gravest fault, naming all the tensors that share it."""
-    ordered = sorted(findings, key=lambda finding: finding.rank)
-    if not ordered:
+    groups = list(grouped(findings, tensors))
+    if not groups:
         return
-    first = ordered[0]
-    alike = [
-        other.name
-        for other in ordered
-        if (other.found, other.expected, other.error) == (first.found, first.expected, first.error)
-    ]
-    files = sorted({tensors[name].file for name in alike if name in tensors} - {""})
-    where = ""
-    if files:
-        where = files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "") + ": "
-    rest = len(ordered) - len(alike)
+    first, message, _ = groups[0]
+    rest = sum(count for _, _, count in groups[1:])
     more = f" (and {rest} more fault{'s' if rest > 1 else ''})" if rest else ""
-    raise first.error(
-        f"{where}{fold(alike)} {first.found}, expected {first.expected}{more}; {first.remedy}."
-    )
+    raise first.error(f"{message}{more}; {first.remedy}.")

@@ -1,0 +1,84 @@
+"""FP8 by table gives MLX's own products."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_moe_compat import arrays, fill, lookup
+from vllm_moe_compat.lookup import bits
+from vllm_moe_compat.plan.ops import DequantizeFp8, SplitGateUp, StackExperts
+
+BLOCKS = [(128, 128), (64, 32), (1, 2048), (4096, 4096), (100, 24), (3, 5)]
+
+
+def product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
+    """By conversion and multiplication, weight by weight."""
+    rows, columns = weight.shape[1:]
+    wide = mx.repeat(mx.repeat(scale, block[0], axis=1)[:, :rows], block[1], axis=2)[:, :, :columns]
+    return (mx.from_fp8(weight, dtype=mx.float32) * wide).astype(arrays.DTYPES[dtype])
+
+
+def operands(
+    shape: tuple[int, int, int], block: tuple[int, int], seed: int
+) -> tuple[mx.array, mx.array]:
+    rng = np.random.default_rng(seed)
+    grid = (shape[0], -(-shape[1] // block[0]), -(-shape[2] // block[1]))
+    # Every byte, the two that are not numbers too.
+    weight = mx.array(rng.integers(0, 256, shape, dtype=np.uint8))
+    return weight, mx.array(rng.uniform(1e-4, 1e-2, grid).astype(np.float32))
+
+
+def same(found: mx.array, wanted: mx.array) -> bool:
+    return found.dtype == wanted.dtype and np.array_equal(bits(found), bits(wanted))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    experts=st.integers(1, 3),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    block=st.sampled_from(BLOCKS),
+    indices=st.sampled_from([1, 1000, 2**17]),
+    entries=st.sampled_from([1, 2**12, 2**21]),
+    dtype=st.sampled_from(list(arrays.DTYPES)),
+    seed=st.integers(0, 2**16),
+)
+def test_a_table_gives_the_products_bit_for_bit(
+    experts, rows, columns, block, indices, entries, dtype, seed
+):
+    weight, scale = operands((experts, rows, columns), block, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "_INDICES", indices)
+        patch.setattr(lookup, "_ENTRIES", entries)
+        multiply, kind = arrays.multiplied_in(dtype), arrays.DTYPES[dtype]
+        found = lookup.product(weight, scale, block, multiply, kind)
+    assert same(found, product(weight, scale, block, dtype))
+
+
+@pytest.mark.parametrize("block", [(128, 128), (96, 64), (1, 512), (512, 512)])
+def test_halves_go_straight_into_their_targets_wherever_blocks_end(block):
+    shape = (5, 400, 512)  # A half has 200 rows, which no block divides.
+    weight, scale = operands(shape, block, 3)
+    wanted = product(weight, scale, block, "bfloat16")
+    given_ = arrays.Arrays([weight[e] for e in range(5)], [scale[e] for e in range(5)])
+    ops = (StackExperts(5), DequantizeFp8(block), SplitGateUp())
+    with pytest.MonkeyPatch.context() as patch:
+        taken = []
+        patch.setattr(
+            fill, "_looked_up", lambda *args, of=fill._looked_up: taken.append(1) or of(*args)
+        )
+        made = fill.make(ops, given_, ["gate", "up"], "bfloat16")
+    assert bool(taken) == (block[0] * block[1] >= 8 * lookup.VALUES)
+    assert same(made["gate"], mx.contiguous(wanted[:, :200]))
+    assert same(made["up"], mx.contiguous(wanted[:, 200:]))
+    assert given_.weights == []
+
+
+def test_small_blocks_are_multiplied():
+    assert lookup.pays(512, 512, (128, 128))
+    assert not lookup.pays(512, 512, (4, 4))
+    assert not lookup.pays(512, 64, (1, 128))
