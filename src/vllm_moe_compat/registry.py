@@ -115,6 +115,7 @@ _MOE_ROWS = (
         drops=NESTED_VISION,
         arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_text",),
+        config=(cfg.ATTENTION_INTERVAL,),
     ),
     _row(
         "qwen3_5_moe",
@@ -128,6 +129,7 @@ _MOE_ROWS = (
         drops=NESTED_VISION,
         arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_moe_text",),
+        config=(cfg.ATTENTION_INTERVAL,),
     ),
     _moe(
         "qwen3_next",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.layout import TensorInfo, detect
 from vllm_moe_compat.plan import DequantizeFp8, Plan, StackExperts, make_plan
 from vllm_moe_compat.plan.ops import SplitGateUp
@@ -124,3 +125,27 @@ def test_a_plan_is_data():
     first, second = plan(per_expert("F8_E4M3")), plan(per_expert("F8_E4M3"))
     assert first == second
     assert hash(first) == hash(second)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        ({}, 64),
+        ({"num_attention_heads": 4}, 64),
+        ({"num_attention_heads": 0, "qk_nope_head_dim": 8}, 64),
+        ({"num_attention_heads": 3, "qk_nope_head_dim": 8}, 64),
+        ({"num_attention_heads": 4, "qk_nope_head_dim": 16}, 64),
+    ],
+)
+def test_latent_attention_that_does_not_fit_the_config_is_named(config, rows):
+    row = next(row for row in TRANSFORMS_BY_MODULE.values() if row.latent)
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    tensors = {name: TensorInfo("BF16", (rows, 32), "model.safetensors")}
+    with pytest.raises(LayoutError, match=r"^model\.safetensors: model\.layers\.0.*kv_b_proj"):
+        make_plan(detect(tensors, config, row.ignored), row, config)
+    sound = {"num_attention_heads": 4, "qk_nope_head_dim": 8}
+    plan = make_plan(detect(tensors, sound, row.ignored), row, sound)
+    assert [spec.shape for spec in plan.builds[0].results(tensors, "BF16")] == [
+        (4, 32, 8),
+        (4, 8, 32),
+    ]

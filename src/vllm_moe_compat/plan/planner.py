@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo
 from vllm_moe_compat.layout.config import whole_number
 from vllm_moe_compat.layout.quantization import E8M0
@@ -34,7 +35,7 @@ from vllm_moe_compat.plan.ops import (
     StackExperts,
     Transpose,
 )
-from vllm_moe_compat.plan.row import Moe, Row
+from vllm_moe_compat.plan.row import ALL, Moe, Row
 from vllm_moe_compat.plan.specs import Operand, Spec
 
 _LAYER = re.compile(r"^(.*?(?:layers|h)\.\d+)\.")
@@ -148,7 +149,8 @@ def make_plan(
     """
     if is_foreign(row, layout):
         return Plan(row.module, layout.words, digested=len(layout.fp8.pairs))
-    digested = digests_fp8(row, layout) and not split and not exact
+    # What upstream is known to multiply out by now is left to it in float32, too.
+    digested = digests_fp8(row, layout) and not split and (not exact or ALL in row.fp8)
     blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
     take = row.moe is not None and any(
         (split and (b.per_expert or _is_fp8(b, layout)))
@@ -271,13 +273,26 @@ def _others(
                 ops += (SplitRows(len(parts)),)
                 targets = tuple(name.removesuffix(end) + part for part in parts)
         if row.latent and name.endswith(".kv_b_proj.weight"):
-            heads = whole_number(config, "num_attention_heads") or 0
-            keys = whole_number(config, "qk_nope_head_dim") or 0
-            ops += (SplitLatent(heads, keys),)
+            ops += (_split_latent(layout, name, config),)
             module = name.removesuffix("kv_b_proj.weight")
             targets = (f"{module}embed_q.weight", f"{module}unembed_out.weight")
         if ops or rename(row, name) != name:
             yield Build(targets[0], (name,), scales, ops, targets[1:])
+
+
+def _split_latent(layout: Layout, name: str, config: Mapping[str, Any]) -> SplitLatent:
+    """Return what splits ``kv_b_proj``, if its rows are so many heads of keys and values."""
+    heads = whole_number(config, "num_attention_heads") or 0
+    keys = whole_number(config, "qk_nope_head_dim") or 0
+    info = layout.tensors[name]
+    rows = info.shape[0] if len(info.shape) == 2 else 0
+    if not heads or not keys or rows % heads or rows // heads <= keys:
+        raise LayoutError(
+            f"{info.file or 'the checkpoint'}: {name} is {list(info.shape)}, where the rows of "
+            f"{heads} heads with more than {keys} each were expected, as num_attention_heads and "
+            "qk_nope_head_dim of config.json say; download the config again."
+        )
+    return SplitLatent(heads, keys)
 
 
 @lru_cache(maxsize=64)
