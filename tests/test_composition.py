@@ -137,6 +137,6 @@ def test_a_shim_that_takes_ours_out_with_it_is_made_good_at_the_next_load(
     rows = {row.module: row.state for row in vllm_moe_compat.status().rows}
     assert {rows[module] for module in shimmed} == {"displaced"}
     assert same_bits(parameters(load(checkpoint)), alone)
-    assert "active" in {row.state for row in vllm_moe_compat.status().rows}
+    assert "patched" in {row.state for row in vllm_moe_compat.status().rows}
     vllm_moe_compat.revert()
     assert stock_is_back()

@@ -97,10 +97,10 @@ def test_applied_inside_apply_leaves_it_applied():
     vllm_moe_compat.apply()
     with vllm_moe_compat.applied():
         pass
-    assert states() == {"qwen3_5": "active", "qwen3_5_moe": "active"}
+    assert states() == {"qwen3_5": "patched", "qwen3_5_moe": "patched"}
     with vllm_moe_compat.applied():
         vllm_moe_compat.revert()
-    assert states() == {"qwen3_5": "active", "qwen3_5_moe": "active"}
+    assert states() == {"qwen3_5": "patched", "qwen3_5_moe": "patched"}
 
 
 def test_a_failure_on_the_way_leaves_nothing_installed(monkeypatch):
@@ -115,10 +115,10 @@ def test_a_failure_on_the_way_leaves_nothing_installed(monkeypatch):
     with pytest.raises(RuntimeError, match="half-way"):
         vllm_moe_compat.apply()
     assert stock_is_back()
-    assert states() != {"qwen3_5": "active", "qwen3_5_moe": "active"}
+    assert states() != {"qwen3_5": "patched", "qwen3_5_moe": "patched"}
     monkeypatch.setattr(patching, "_install", real)
     vllm_moe_compat.apply()
-    assert states() == {"qwen3_5": "active", "qwen3_5_moe": "active"}
+    assert states() == {"qwen3_5": "patched", "qwen3_5_moe": "patched"}
 
 
 def test_switched_off_by_the_environment_nothing_is_patched(monkeypatch):
@@ -131,14 +131,14 @@ def test_switched_off_by_the_environment_nothing_is_patched(monkeypatch):
 def test_status_is_readable():
     vllm_moe_compat.apply()
     text = str(vllm_moe_compat.status())
-    assert "mlx_lm.models.qwen3_5_moe: active" in text
+    assert "mlx_lm.models.qwen3_5_moe: patched" in text
     assert "mlx-lm " in text
 
 
 def test_models_imported_later_are_wrapped_and_none_is_imported_to_look():
     code = """
 import sys, vllm_moe_compat as c
-assert {r.state for r in c.status().rows} == {"dormant"}
+assert {r.state for r in c.status().rows} == {"not applied"}
 c.apply()
 assert {r.state for r in c.status().rows} == {"waiting"}, c.status()
 assert not any(m.partition(".")[0] in ("mlx", "mlx_lm", "vllm", "torch") for m in sys.modules)
@@ -146,8 +146,8 @@ import mlx_lm.utils
 assert [h.name for h in c.status().hooks] == ["mlx_lm.utils.load_config"]
 import mlx_lm.models.qwen3_5_moe as m
 moe = "mlx_lm.models.qwen3_5_moe"
-assert [r.state for r in c.status().rows if r.module == moe] == ["active"], c.status()
-assert {r.state for r in c.status().rows} == {"active", "waiting"}, c.status()
+assert [r.state for r in c.status().rows if r.module == moe] == ["patched"], c.status()
+assert {r.state for r in c.status().rows} == {"patched", "waiting"}, c.status()
 c.revert()
 assert m.Model.sanitize.__module__ == "mlx_lm.models.qwen3_5_moe"
 assert not hasattr(m.Model.sanitize, "__wrapped__")

@@ -17,7 +17,7 @@ import vllm_moe_compat
 from support import shim
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import load, parameters, same_bits
-from vllm_moe_compat import arrays, memory, requantize
+from vllm_moe_compat import arrays, context, memory
 from vllm_moe_compat import execute as ex
 from vllm_moe_compat.context import last_report, serving_dtype_as
 from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpointError
@@ -342,4 +342,4 @@ def test_packing_again_what_was_unpacked_changes_little(setting: str):
     ],
 )
 def test_a_listed_name_means_the_module_its_parents_and_its_end(module, entries, listed):
-    assert requantize.is_listed(module, entries) == listed
+    assert context.is_listed(module, entries) == listed

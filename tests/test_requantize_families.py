@@ -30,6 +30,7 @@ CELLS = [
     ("kimi_vl", "block FP8"),
     ("qwen3", "per-channel FP8"),
     ("ministral3", "per-tensor FP8"),
+    ("falcon_h1", "block FP8"),
 ]
 
 

@@ -43,6 +43,7 @@ def carry_out(
     import mlx.core as mx
 
     from vllm_moe_compat import requantize
+    from vllm_moe_compat.choices import Choices, held, saved
     from vllm_moe_compat.execute import execute, packed_dtype, target_dtype
 
     start = time.perf_counter()
@@ -53,7 +54,8 @@ def carry_out(
     before = mx.get_active_memory()
     if works:
         mx.reset_peak_memory()
-    if load is None or setting == "none":
+    later = loads.deferred.get()
+    if load is None or (setting == "none" and later is None):
         # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
         dtype = target_dtype() if plan.dequantized else loads.serving_dtype.get()
         files = {name: info.file for name, info in tensors.items()}
@@ -61,17 +63,19 @@ def carry_out(
             execute(plan, weights, dtype or "bfloat16", files, done)
         seconds = time.perf_counter() - start
         sanitized = sanitize(weights)
-        choices = requantize.Choices()
+        choices = Choices()
         if not plan.dequantized:
             dtype = None
     else:
         spare = loads.spared(load.original_config, setting)
-        packing = QUANTIZE_SETTINGS[setting]
+        packing = QUANTIZE_SETTINGS.get(setting)
         job = requantize.Job(plan, tensors, packing, spare, target_dtype(), packed_dtype())
-        with bar(len(weights)) as done:
-            sanitized, choices = requantize.execute(job, weights, sanitize, model, done)
-        # ``load_model`` goes on with this very dict, and packs its modules by it.
-        load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
+        with bar(0 if later else len(weights)) as done:
+            run = later or requantize.execute
+            sanitized, choices = run(job, weights, sanitize, model, done)
+        if packing is not None:
+            # ``load_model`` goes on with this very dict, and packs its modules by it.
+            load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
         seconds = time.perf_counter() - start
         dtype = packed_dtype()
     return sanitized, LoadReport(
@@ -89,8 +93,8 @@ def carry_out(
         odd=len(choices.odd),
         spared=len(choices.spared),
         read=read,
-        held=requantize.held(sanitized, choices),
-        saved=requantize.saved(sanitized, choices),
+        held=held(sanitized, choices),
+        saved=saved(sanitized, choices),
         peak=mx.get_peak_memory() - before if works else 0,
     )
 

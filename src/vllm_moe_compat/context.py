@@ -9,7 +9,7 @@ second can tell that it was given that checkpoint and no other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,8 @@ from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
 from vllm_moe_compat.layout import Layout, TensorInfo, check_index, detect, fold, read_headers
 from vllm_moe_compat.layout.config import quantization_configs
-from vllm_moe_compat.layout.headers import INDEX, weight_files
+from vllm_moe_compat.layout.headers import weight_files
+from vllm_moe_compat.layout.index import INDEX
 from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Requantize, Row, make_plan
 from vllm_moe_compat.report import LoadReport
 
@@ -88,6 +89,12 @@ class LoadContext:
 
 current: ContextVar[LoadContext | None] = ContextVar("vllm_moe_compat_load", default=None)
 serving_dtype: ContextVar[str | None] = ContextVar("vllm_moe_compat_dtype", default=None)
+deferred: ContextVar[Callable[..., Any] | None] = ContextVar(
+    "vllm_moe_compat_deferred", default=None
+)
+"""Called in place of ``requantize.execute``, by who wants tensors one at a time."""
+
+aside: ContextVar[bool] = ContextVar("vllm_moe_compat_aside", default=False)
 
 _last: LoadReport | None = None
 _cached: tuple[object, LoadContext] | None = None
@@ -103,6 +110,28 @@ def serving_dtype_as(dtype: str) -> Iterator[None]:
         yield
     finally:
         serving_dtype.reset(token)
+
+
+@contextmanager
+def standing_aside() -> Iterator[None]:
+    """Have the hooks call on and do nothing inside, in this thread."""
+    token = aside.set(True)
+    try:
+        yield
+    finally:
+        aside.reset(token)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Leave no trace of the loads inside in ``last_report``, nor in the kept plan."""
+    global _last, _cached
+    before = _last, _cached, current.get()
+    try:
+        yield
+    finally:
+        _last, _cached = before[:2]
+        current.set(before[2])
 
 
 def last_report() -> LoadReport | None:
@@ -217,6 +246,29 @@ def spared(config: Mapping[str, Any], setting: str) -> tuple[str, ...]:
         if isinstance(entries := found.get("modules_to_not_convert"), list)
         for entry in entries
         if isinstance(entry, str)
+    )
+
+
+def spared_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], setting: str
+) -> set[str]:
+    """Return the tensors whose modules the setting leaves as they are.
+
+    A module that has no entry of its own in the list is spared with its parent.
+    """
+    entries = spared(config, setting)
+    return {
+        name
+        for name, info in tensors.items()
+        if entries and info.dtype != "F8_E4M3" and is_listed(name.removesuffix(".weight"), entries)
+    }
+
+
+def is_listed(module: str, entries: Collection[str]) -> bool:
+    """Whether an entry of ``modules_to_not_convert`` names the module, its parent or its end."""
+    return any(
+        module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")
+        for entry in entries
     )
 
 

@@ -8,19 +8,45 @@ Values are read at call time, so a test or a parent process can change them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vllm_moe_compat.errors import SettingError
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+_instead: ContextVar[Mapping[str, str]] = ContextVar("vllm_moe_compat_environment", default=_NONE)
+
+
+@contextmanager
+def reading(values: Mapping[str, str]) -> Iterator[None]:
+    """Have variables read as ``values`` inside, by this thread only; name → value."""
+    token = _instead.set({**_instead.get(), **values})
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One environment variable: its name, its choices or type, its default."""
+    """One environment variable.
+
+    Attributes:
+        name: of the variable.
+        default: what unset and empty mean.
+        doc: what it does, for the documentation.
+        choices: the values that mean something; none where any may.
+        kind: what a value is: ``switch``, ``choice``, ``folder`` or ``file``.
+    """
 
     name: str
     default: str
     doc: str
     choices: tuple[str, ...] = ()
+    kind: str = "choice"
 
     def read(self) -> str:
         """Return the value, or the default when unset or empty.
@@ -28,7 +54,8 @@ class Variable:
         Raises:
             SettingError: the value is none of the choices.
         """
-        value = os.environ.get(self.name, "").strip() or self.default
+        given = _instead.get().get(self.name, os.environ.get(self.name, ""))
+        value = given.strip() or self.default
         if self.choices and value not in self.choices:
             raise SettingError(
                 f"{self.name}={value!r} means nothing; set it to one of "
@@ -42,6 +69,7 @@ ENABLED = Variable(
     "1",
     "0 switches the whole plugin off: nothing is patched, no platform is offered.",
     ("0", "1"),
+    "switch",
 )
 BACKEND = Variable(
     "VLLM_MOE_COMPAT_BACKEND",
@@ -65,15 +93,33 @@ QUANTIZE = Variable(
     "model.",
     ("none", "8bit", "mxfp8", "6bit", "4bit"),
 )
+FORCE = Variable(
+    "VLLM_MOE_COMPAT_FORCE",
+    "0",
+    "1 keeps every workaround at work, also where the installed mlx-lm is recorded to have learnt "
+    "what it does.",
+    ("0", "1"),
+    "switch",
+)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
     "Tests only: the checkpoint folder on which tests/smoke runs; unset, they are not selected.",
+    kind="folder",
 )
 SMOKE_GOLDEN = Variable(
     "VLLM_MOE_COMPAT_SMOKE_GOLDEN",
     "",
     "Tests only: a JSON file {prompt, text, max_tokens} that the smoke tests expect.",
+    kind="file",
 )
 
-VARIABLES: tuple[Variable, ...] = (ENABLED, BACKEND, DTYPE, QUANTIZE, SMOKE_MODEL, SMOKE_GOLDEN)
+VARIABLES: tuple[Variable, ...] = (
+    ENABLED,
+    BACKEND,
+    DTYPE,
+    QUANTIZE,
+    FORCE,
+    SMOKE_MODEL,
+    SMOKE_GOLDEN,
+)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat import context as loads
-from vllm_moe_compat import guard, registry, repairs
+from vllm_moe_compat import dormancy, guard, registry, repairs
 from vllm_moe_compat.carry_out import carry_out
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
@@ -49,6 +49,8 @@ def load_config_hook(
     """
     loads.current.set(None)
     config = original(*args, **kwargs)
+    if loads.aside.get():
+        return config
     path = args[0] if args else kwargs.get("model_path")
     if not isinstance(config, dict) or path is None:
         return config
@@ -62,7 +64,7 @@ def load_config_hook(
     told = registry.row_of_config(config, utils.MODEL_REMAPPING)
     if config.get("model_file") is not None:
         told = None
-    changed = registry.fix_config(told, config) if told is not None else []
+    changed = registry.fix_config(dormancy.awake(told), config) if told is not None else []
     row, module, reason = _find_row(ensure, utils, config)
     if changed and not quiet:
         logger.info("%s: config.json put into mlx-lm's words: %s", model_dir, ", ".join(changed))
@@ -75,14 +77,19 @@ def load_config_hook(
         if module and not quiet:
             _judge_unmapped(model_dir, module, reason)
         return config
+    if not quiet and (learnt := dormancy.learnt(row)):
+        logger.info("%s: %s", model_dir, dormancy.words(row, learnt))
+    row = dormancy.awake(row)
     if quiet and QUANTIZE.read() != "none":
         return config
     from vllm_moe_compat.execute import target_dtype
 
-    exact = target_dtype() != "bfloat16"
+    later = loads.deferred.get() is not None
+    exact = later or target_dtype() != "bfloat16"
     load = loads.prepare(model_dir, config, row, setting, original=read_config, exact=exact)
     if not quiet:
-        _check_memory(load)
+        if not later:
+            _check_memory(load)
         loads.current.set(load)
     return config
 
@@ -93,21 +100,13 @@ def _check_memory(load: loads.LoadContext) -> None:
         return  # mlx-lm reads it as it likes, lazily if asked.
     from vllm_moe_compat.execute import packed_dtype, target_dtype
     from vllm_moe_compat.memory import check
-    from vllm_moe_compat.requantize import is_listed
 
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     tensors = {name: info for name, info in load.tensors.items() if name not in load.ignored}
-    # A module that has no row of its own in the list is spared with its parent.
-    spare: dict[str, set[str]] = {}
-    for setting in QUANTIZE_SETTINGS:
-        entries = loads.spared(load.original_config, setting)
-        spare[setting] = {
-            name
-            for name, info in tensors.items()
-            if entries
-            and info.dtype != "F8_E4M3"
-            and is_listed(name.removesuffix(".weight"), entries)
-        }
+    spare = {
+        setting: loads.spared_tensors(load.original_config, tensors, setting)
+        for setting in QUANTIZE_SETTINGS
+    }
     needs = estimate(load.plan, tensors, names[target_dtype()], names[packed_dtype()], spare)
     check(load.model_dir, needs, load.setting)
 
@@ -132,8 +131,9 @@ def sanitize_hook(
             kept; the guard's, with all of it made and nothing loaded.
     """
     row = registry.row_for(owner)
-    if row is None or _inside.get() or not _are_arrays(weights):
+    if row is None or _inside.get() or loads.aside.get() or not _are_arrays(weights):
         return original(model, weights, *args, **kwargs)
+    row = dormancy.awake(row)
     token = _inside.set(True)
     try:
         load = loads.current.get()

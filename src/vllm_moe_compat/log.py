@@ -9,7 +9,9 @@ one below vLLM's. Every line begins with
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +28,18 @@ class _Prefixed(_Adapter):
 
 
 logger = _Prefixed(logging.getLogger("vllm_moe_compat"), {})
+_silent: ContextVar[bool] = ContextVar("vllm_moe_compat_silent", default=False)
+logger.logger.addFilter(lambda record: not _silent.get())
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Log nothing inside, in this thread."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 def speak_through_vllm() -> None:

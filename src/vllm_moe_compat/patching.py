@@ -16,19 +16,23 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_moe_compat import registry
+from vllm_moe_compat import registry, state
 from vllm_moe_compat.context import last_report
 from vllm_moe_compat.envs import ENABLED
 from vllm_moe_compat.hooks import load_config_hook, sanitize_hook
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan import Row
-from vllm_moe_compat.state import HookStatus, RowStatus, Status, versions
+from vllm_moe_compat.state import HookStatus, RowStatus, Status
+from vllm_moe_compat.versions import packages, versions
+
+if TYPE_CHECKING:
+    from vllm_moe_compat.upstream.evidence import Examined
 
 LOADER = ("mlx_lm.utils", "load_config")
 
@@ -102,7 +106,17 @@ def apply() -> None:
                 if not before.get(key, False):
                     _uninstall(patch)
             raise
-        _applied = _ever_applied = True
+        first, _applied, _ever_applied = not _ever_applied, True, True
+    if first:
+        _announce()
+
+
+def _announce() -> None:
+    """Say once per process what the hooks are in for, and what may be wrong."""
+    found = status_of({})
+    logger.info("%s", found.headline)
+    for problem in found.problems:
+        logger.warning("%s", problem)
 
 
 def revert() -> None:
@@ -129,36 +143,78 @@ def applied() -> Iterator[None]:
             revert()
 
 
-def status() -> Status:
-    """Say what is patched, what is not and why; imports nothing."""
+def status(*, probe: bool = False) -> Status:
+    """Say what is patched, what is not and why.
+
+    Args:
+        probe: whether to try every row on tiny checkpoints, through upstream's class and
+            through ours, which takes the better part of a minute and imports mlx-lm's
+            models. Without it nothing is imported, and no row is called active.
+    """
+    examined: Mapping[str, Examined] = {}
+    if probe:
+        from vllm_moe_compat.upstream.evidence import examine_all
+
+        examined = examine_all(registry.TRANSFORMS_BY_MODULE.values(), patched=_applied)
+    return status_of(examined)
+
+
+def status_of(examined: Mapping[str, Examined]) -> Status:
+    """Say the same, with what probes have said of some modules; module → what was tried."""
+    # Not at the top: hooks that only serve need none of it.
+    from vllm_moe_compat.upstream import evidence
+
     with _LOCK:
         module = sys.modules.get(LOADER[0])
         loader = _PATCHES.get((module, LOADER[1])) if module is not None else None
         reason = _UNPATCHABLE.get(LOADER[0], "")
-        hooks = [HookStatus(".".join(LOADER), _state(module is not None, loader, reason), reason)]
+        first = HookStatus(".".join(LOADER), _state(module is not None, loader, reason), reason)
+        hooks = [first]
         rows = []
         for row in registry.TRANSFORMS_BY_MODULE.values():
             module = sys.modules.get(row.module)
             model = getattr(module, "Model", None)
             patch = _PATCHES.get((model, "sanitize")) if model is not None else None
             reason = _UNPATCHABLE.get(row.module, "")
-            state = _state(module is not None, patch, reason)
-            rows.append(RowStatus(row.module, "Model", state, reason))
-            hooks.append(HookStatus(f"{row.module}.Model.sanitize", state, reason))
-    active = tuple(hook for hook in hooks if hook.state == "active")
-    return Status(tuple(rows), active, versions(), last_report())
+            found = _state(module is not None, patch, reason)
+            hooks.append(HookStatus(f"{row.module}.Model.sanitize", found, reason))
+            tried = examined.get(row.module)
+            entries = evidence.workarounds(row, tried)
+            if found in (state.PATCHED, state.WAITING) and tried is not None:
+                judged, reason = evidence.state_of(tried, entries)
+                found = judged or found
+            probes = () if tried is None else tried.probes
+            shim = _other_wrapper(model, patch)
+            rows.append(RowStatus(row.module, "Model", found, reason, shim, entries, probes))
+    installed = tuple(hook for hook in hooks if hook.state == state.PATCHED)
+    return Status(tuple(rows), installed, versions(), packages(), last_report(), first)
+
+
+def _other_wrapper(model: Any, patch: Patch | None) -> str:
+    """Return the module of another library's wrapper round ``sanitize``; empty for none."""
+    here = None if model is None else vars(model).get("sanitize")
+    for function in (here, None if patch is None else patch.original):
+        ours = patch is not None and function is patch.wrapper
+        code = getattr(function, "__code__", None)
+        if function is None or ours or code is None:
+            continue
+        home = sys.modules.get(model.__module__)
+        if code.co_filename != getattr(home, "__file__", code.co_filename):
+            return str(function.__globals__.get("__name__", code.co_filename))
+    return ""
 
 
 def _state(imported: bool, patch: Patch | None, reason: str) -> str:
     if ENABLED.read() == "0":
-        return "off"
+        return state.OFF
     if not _applied:
-        return "reverted" if _ever_applied else "dormant"
+        return state.REVERTED if _ever_applied else state.UNAPPLIED
     if reason:
-        return "unpatchable"
+        return state.UNPATCHABLE
     if not imported:
-        return "waiting"
-    return "active" if patch is not None and patch.active and patch.in_place else "displaced"
+        return state.WAITING
+    in_place = patch is not None and patch.active and patch.in_place
+    return state.PATCHED if in_place else state.DISPLACED
 
 
 def ensure(row: Row) -> str | None:

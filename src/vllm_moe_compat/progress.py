@@ -30,7 +30,7 @@ def wanted_as(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def bar(total: int) -> Iterator[Callable[[int], object]]:
+def bar(total: int, words: str = "Loading checkpoint tensors") -> Iterator[Callable[[int], object]]:
     """Show how many of ``total`` tensors are done; yields what to tell of each step."""
     if not total or not wanted.get() or not sys.stderr.isatty():
         yield lambda count: None
@@ -39,7 +39,7 @@ def bar(total: int) -> Iterator[Callable[[int], object]]:
 
     with tqdm(
         total=total,
-        desc="Loading checkpoint tensors",
+        desc=words,
         unit="tensor",
         bar_format=FORMAT,
         delay=DELAY_SECONDS,

@@ -2,87 +2,36 @@
 
 mlx-lm's ``sanitize`` renames tensors and reshapes some, and only the names that come
 out of it say which module a tensor is for. So ``sanitize`` runs first, over
-*stand-ins*: arrays of the right shape that are never evaluated, one for each tensor
-that the plan makes, beside the tensors that are still unread. A stand-in that comes
-out is known by identity, and the name that it came out under is the tensor's module.
+*stand-ins*: arrays of the right shape and of no size, one for each tensor that the plan
+makes, beside the tensors that are still unread. A stand-in that comes out as it went in
+is known by identity, and the name that it came out under is the tensor's module.
 Then each tensor is read, dequantised and packed, a few experts at a time. The few that
 ``sanitize`` computes with (latent attention's ``kv_b_proj``) do not come out as they
 went in; they are made before, and ``sanitize`` runs once more.
 
-Which module is packed how is mlx-lm's own decision, as in ``mlx_lm.utils.
-quantize_model``: modules that have a packed form and whole groups, as the class's
-``quant_predicate`` says. The result is bit for bit what that function would make of
-the dequantised model; without ever holding the dequantised model.
+Which module is packed how, ``choices`` says. The result is bit for bit what mlx-lm's
+``quantize_model`` would make of the dequantised model, without ever holding that.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import io
 from collections.abc import Callable, Collection, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from vllm_moe_compat import execute as ex
 from vllm_moe_compat.arrays import Arrays
+from vllm_moe_compat.choices import Choices, choose
+from vllm_moe_compat.context import is_listed
+from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.fill import make, take
 from vllm_moe_compat.layout import TensorInfo
 from vllm_moe_compat.plan import Build, Plan, Requantize
 
 Weights = MutableMapping[str, mx.array]
-
-
-@dataclass(slots=True)
-class Choices:
-    """Which modules are packed, and how.
-
-    Attributes:
-        formats: module path → its format.
-        overrides: those whose format is not the setting's own.
-        odd: modules that stay as they are because a row is no whole number of groups.
-        spared: modules that stay as they are because the checkpoint lists them.
-    """
-
-    formats: dict[str, Requantize] = field(default_factory=dict)
-    overrides: dict[str, Requantize] = field(default_factory=dict)
-    odd: list[str] = field(default_factory=list)
-    spared: list[str] = field(default_factory=list)
-
-
-def choose(model: Any, setting: Requantize, listed: Callable[[str], bool]) -> Choices:
-    """Decide for every module of the model.
-
-    Args:
-        model: the instance, its weights still unread.
-        setting: the format wanted.
-        listed: whether the checkpoint asks for a module, by its path, to be spared.
-    """
-    choices = Choices()
-    predicate = getattr(model, "quant_predicate", None)
-    for path, module in model.named_modules():
-        if not hasattr(module, "to_quantized"):
-            continue
-        shape = tuple(module.weight.shape)
-        verdict = True if predicate is None else predicate(path, module)
-        chosen = setting
-        if isinstance(verdict, Mapping):
-            chosen = Requantize(
-                verdict.get("bits", setting.bits),
-                verdict.get("group_size", setting.group),
-                verdict.get("mode", "affine"),
-            )
-        if not verdict:
-            continue
-        if listed(path):
-            choices.spared.append(path)
-        elif not (setting.fits(shape) and chosen.fits(shape)):
-            choices.odd.append(path)
-        else:
-            choices.formats[path] = chosen
-            if chosen != setting:
-                choices.overrides[path] = chosen
-    return choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +41,7 @@ class Job:
     Attributes:
         plan: how its tensors are made, combined FP8 experts split.
         tensors: their descriptions, FP8 by its name.
-        setting: the format wanted.
+        setting: the format wanted; None for floats.
         spare: modules, by the checkpoint's names, that are to stay as they are.
         float_dtype: of tensors that are dequantised and not packed.
         packed_dtype: of the values that are packed, and so of their scales.
@@ -100,10 +49,125 @@ class Job:
 
     plan: Plan
     tensors: Mapping[str, TensorInfo]
-    setting: Requantize
+    setting: Requantize | None
     spare: Collection[str]
     float_dtype: str
     packed_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is made at once: a build's targets, or one tensor that is only packed.
+
+    Attributes:
+        build: how; the first of its weights says where a packed tensor comes from.
+        names: what ``sanitize`` calls the targets.
+        formats: how each is packed; None for not at all.
+        dtype: of what is dequantised; empty where nothing is.
+    """
+
+    build: Build
+    names: tuple[str, ...]
+    formats: tuple[Requantize | None, ...]
+    dtype: str = ""
+
+
+@dataclass(slots=True)
+class Pending:
+    """Tensors that ``sanitize`` has named and nobody has read yet.
+
+    Attributes:
+        job: what they are made by.
+        pieces: what is to be made.
+        rest: what ``sanitize`` gave back ready, unread too.
+        choices: what is packed how.
+        sources: what pieces with operations are made of.
+        waiting: what the others pack, by name.
+    """
+
+    job: Job
+    pieces: list[Piece]
+    rest: dict[str, mx.array]
+    choices: Choices
+    sources: dict[str, mx.array]
+    waiting: dict[str, mx.array]
+
+    def make(self, piece: Piece) -> dict[str, mx.array]:
+        """Read a piece's sources, which are gone then, and return its tensors, evaluated.
+
+        Raises:
+            CheckpointFileError: it could not be made; nothing is held any more.
+            InsufficientMemoryError: likewise, for want of memory.
+        """
+        try:
+            if piece.names[0] in self.waiting:
+                operand = Arrays([self.waiting.pop(piece.names[0])])
+                return make((), operand, piece.names, "", piece.formats)
+            operand = take(piece.build, self.sources)
+            return make(piece.build.ops, operand, piece.names, piece.dtype, piece.formats)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            self.clear()
+            files = {name: info.file for name, info in self.job.tensors.items()}
+            raise ex.failure(piece.build, error.with_traceback(None), files) from error
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for held in (self.rest, self.sources, self.waiting):
+            held.clear()
+
+
+def prepare(
+    job: Job,
+    weights: Weights,
+    sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
+    model: Any,
+) -> Pending:
+    """Sanitize, and say what has to be made, reading only what ``sanitize`` computes with.
+
+    Args:
+        job: what to do.
+        weights: the loader's dict; emptied.
+        sanitize: upstream's, of ``model``.
+        model: the instance.
+    """
+    real: tuple[Build, ...] = ()
+    # Twice at most: what sanitize computes with is no stand-in the second time.
+    for _ in range(2):
+        show = _show(job, weights, real)
+        sanitized = dict(sanitize(show.given))
+        places = {
+            show.stand_ins[id(a)]: n
+            for n, a in sanitized.items()
+            if id(a) in show.stand_ins and not _computed(a)
+        }
+        lost = [b for b in job.plan.builds if b not in real and not _all_out(b, places)]
+        if not lost:
+            break
+        real += tuple(lost)
+    came_from = {n: show.origin[id(a)] for n, a in sanitized.items() if id(a) in show.origin}
+    sources = show.sources
+    weights.clear()
+    del show
+
+    choices = Choices()
+    if job.setting is not None:
+        choices = choose(model, job.setting, _spared(job, came_from))
+    pieces: list[Piece] = []
+    for build in (b for b in job.plan.builds if b not in real):
+        names = tuple(places[build, index] for index in range(len(build.targets)))
+        formats = tuple(choices.formats.get(_module(name)) for name in names)
+        dtype = job.packed_dtype if any(formats) else job.float_dtype
+        pieces.append(Piece(build, names, formats, dtype))
+    for name in places.values():
+        del sanitized[name]
+    waiting: dict[str, mx.array] = {}
+    for name in list(sanitized):
+        packing = choices.formats.get(_module(name))
+        if packing is not None and name.endswith(".weight"):
+            waiting[name] = sanitized.pop(name)
+            build = Build(name, (came_from.get(name, name),), (), (packing,))
+            pieces.append(Piece(build, (name,), (packing,)))
+    return Pending(job, pieces, sanitized, choices, sources, waiting)
 
 
 def execute(
@@ -129,55 +193,20 @@ def execute(
         CheckpointFileError: a tensor could not be made; ``weights`` is empty then.
         InsufficientMemoryError: likewise, for want of memory.
     """
-    real: tuple[Build, ...] = ()
-    # Twice at most: what sanitize computes with is no stand-in the second time.
-    for _ in range(2):
-        show = _show(job, weights, real)
-        sanitized = dict(sanitize(show.given))
-        places = {show.stand_ins[id(a)]: n for n, a in sanitized.items() if id(a) in show.stand_ins}
-        lost = [b for b in job.plan.builds if b not in real and not _all_out(b, places)]
-        if not lost:
-            break
-        real += tuple(lost)
-    came_from = {n: show.origin[id(a)] for n, a in sanitized.items() if id(a) in show.origin}
-    sources = show.sources
-    weights.clear()
-    del show
-
-    listed = _spared(job, came_from)
-    choices = choose(model, job.setting, listed)
-    for name in places.values():
-        del sanitized[name]
+    pending = prepare(job, weights, sanitize, model)
     result: dict[str, mx.array] = {}
     try:
-        for build in (b for b in job.plan.builds if b not in real):
-            names = [places[build, index] for index in range(len(build.targets))]
-            formats = [choices.formats.get(_module(name)) for name in names]
-            current = build
-            dtype = job.packed_dtype if any(formats) else job.float_dtype
-            result |= make(build.ops, take(build, sources), names, dtype, formats)
+        for piece in pending.pieces:
+            result |= pending.make(piece)
             mx.clear_cache()
-            done(len(build.weights) + len(build.scales))
-        for name in list(sanitized):
-            array = sanitized.pop(name)
-            packing = choices.formats.get(_module(name))
-            if packing is None or not name.endswith(".weight"):
-                result[name] = array
-            else:
-                current = Build(name, (came_from.get(name, name),), (), (packing,))
-                operand = Arrays([array])
-                del array
-                result |= make((), operand, [name], "", [packing])
-                mx.clear_cache()
-            done(1)
-    except (RuntimeError, ValueError, MemoryError) as error:
-        for held in (result, sanitized, sources):
-            held.clear()
-        files = {name: info.file for name, info in job.tensors.items()}
-        raise ex.failure(current, error.with_traceback(None), files) from error
+            done(len(piece.build.weights) + len(piece.build.scales))
+    except CompatError:
+        result.clear()
+        raise
     finally:
         mx.clear_cache()
-    return result, choices
+    done(len(pending.rest))
+    return result | pending.rest, pending.choices
 
 
 def _module(name: str) -> str:
@@ -205,7 +234,8 @@ class _Show:
 
 def _show(job: Job, weights: Mapping[str, mx.array], real: Collection[Build]) -> _Show:
     """Put stand-ins for all that the plan makes, and the tensors themselves for ``real``."""
-    given = dict(weights)
+    # Handles of their own: `param *= x` in a sanitize changes the very array that it is given.
+    given = {name: array.astype(array.dtype) for name, array in weights.items()}
     ex.prepare(job.plan, given, job.float_dtype)
     stand_ins: dict[int, tuple[Build, int]] = {}
     sources: dict[str, mx.array] = {}
@@ -216,11 +246,20 @@ def _show(job: Job, weights: Mapping[str, mx.array], real: Collection[Build]) ->
         for name in (*build.weights, *build.scales):
             sources[name] = given.pop(name)
         for index, spec in enumerate(build.results(job.tensors, "BF16")):
-            stand_in = mx.zeros(spec.shape, dtype=mx.bfloat16)
+            # Of one number that is there: an operation on it would show.
+            stand_in = mx.broadcast_to(mx.array(0, dtype=mx.bfloat16), spec.shape)
+            mx.eval(stand_in)
             given[build.targets[index]] = stand_in
             stand_ins[id(stand_in)] = build, index
     origin = {id(array): name for name, array in given.items()}
     return _Show(given, stand_ins, origin, sources, list(given.values()))
+
+
+def _computed(array: mx.array) -> bool:
+    """Whether something is still to be done to an array that was evaluated once."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    return "label" in graph.getvalue()
 
 
 def _all_out(build: Build, places: Mapping[tuple[Build, int], str]) -> bool:
@@ -238,34 +277,3 @@ def _spared(job: Job, came_from: Mapping[str, str]) -> Callable[[str], bool]:
         return any(is_listed(_module(n), job.spare) for n in (name, *made_of.get(name, ())[:1]))
 
     return listed
-
-
-def is_listed(module: str, entries: Collection[str]) -> bool:
-    """Whether an entry of ``modules_to_not_convert`` names the module, its parent or its end."""
-    return any(
-        module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")
-        for entry in entries
-    )
-
-
-def held(weights: Mapping[str, mx.array], choices: Choices) -> dict[str, int]:
-    """Return the bytes held in each format, the largest share first."""
-    count: Counter[str] = Counter()
-    for name, array in weights.items():
-        path = name.rpartition(".")[0]
-        packing = choices.formats.get(path)
-        form = str(packing) if packing else str(array.dtype).rpartition(".")[2]
-        count[form] += array.nbytes
-    return dict(count.most_common())
-
-
-def saved(weights: Mapping[str, mx.array], choices: Choices) -> int:
-    """Return how many bytes fewer the packed modules take than their values would."""
-    bytes_saved = 0
-    for path, packing in choices.formats.items():
-        parts = [weights.get(f"{path}.{kind}") for kind in ("weight", "scales", "biases")]
-        if parts[0] is not None and parts[1] is not None:
-            item = parts[1].dtype.size if packing.mode == "affine" else 2
-            values = parts[0].size * 32 // packing.bits * item
-            bytes_saved += values - sum(part.nbytes for part in parts if part is not None)
-    return bytes_saved

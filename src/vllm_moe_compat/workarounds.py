@@ -1,8 +1,15 @@
-"""What upstream does not do yet, each said once and shared by the rows that need it."""
+"""What upstream does not do yet, each said once and shared by the rows that need it.
+
+``proofs`` are the forms of checkpoint in which upstream fails as long as that is so:
+``vllm-moe-compat status`` and the tests marked ``compat`` try them. A release of mlx-lm
+that does it is recorded in ``fixed_in``, per module and form; from that version on, rows
+step aside. What to delete in the end is listed in docs/removal.md.
+"""
 
 from __future__ import annotations
 
-from vllm_moe_compat.plan.row import Workaround
+from vllm_moe_compat.layout import Extras
+from vllm_moe_compat.plan.row import ALL, ANY, Workaround
 
 _PR = "https://github.com/ml-explore/mlx-lm/pull/1224 (closed unmerged)"
 
@@ -12,6 +19,8 @@ FP8 = Workaround(
     upstream=_PR,
     remove_when="the module's own sanitize multiplies scales in, per block, channel and tensor",
     form="FP8",
+    proofs=("block FP8 128", "block FP8", "per-channel FP8"),
+    then=(("fp8", (ALL,)),),
 )
 FP8_FORMS = Workaround(
     id="fp8-forms",
@@ -20,6 +29,8 @@ FP8_FORMS = Workaround(
     upstream="mlx_lm/models/deepseek_v3.py, Model.sanitize",
     remove_when="the module's own sanitize takes every form of scale",
     form="FP8 other than blocks of 128x128",
+    proofs=("block FP8", "per-channel FP8"),
+    then=(("fp8", (ALL,)),),
 )
 MINISTRAL_FP8 = Workaround(
     id="ministral-fp8",
@@ -28,6 +39,8 @@ MINISTRAL_FP8 = Workaround(
     upstream="mlx_lm/models/ministral3.py, Model.sanitize",
     remove_when="the module's own sanitize calls from_fp8",
     form="per-tensor FP8",
+    proofs=("per-tensor FP8", "block FP8 128"),
+    then=(("fp8", (ALL,)),),
 )
 STACK_EXPERTS = Workaround(
     id="stack-experts",
@@ -35,6 +48,8 @@ STACK_EXPERTS = Workaround(
     upstream=_PR,
     remove_when="the module's own sanitize stacks per-expert tensors",
     form="per-expert",
+    proofs=("per-expert",),
+    then=(("reads", (ANY,)),),
 )
 OTHER_LAYOUTS = Workaround(
     id="other-layouts",
@@ -42,6 +57,8 @@ OTHER_LAYOUTS = Workaround(
     upstream="mlx_lm/models/*.py, Model.sanitize",
     remove_when="the module's own sanitize takes per-expert and combined experts",
     form="experts in another layout than the release's",
+    proofs=("per-expert", "per-expert w1/w2/w3", "combined", "combined transposed"),
+    then=(("reads", (ANY,)),),
 )
 NESTED_VISION = Workaround(
     id="nested-vision",
@@ -49,6 +66,8 @@ NESTED_VISION = Workaround(
     upstream="mlx_lm/models/qwen3_5.py, Model.sanitize",
     remove_when="the module's own sanitize drops `model.language_model.visual.*`",
     form="vision tower nested in the language model",
+    proofs=("nested vision tower",),
+    then=(("drops", Extras()),),
 )
 NORM_SHIFT = Workaround(
     id="norm-shift",
@@ -57,6 +76,8 @@ NORM_SHIFT = Workaround(
     upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
     remove_when="the module's own sanitize shifts norms in float32",
     form="bfloat16 norms, served in float32",
+    proofs=("bfloat16 norms",),
+    then=(("widens", False),),
 )
 NORM_MARK = Workaround(
     id="norm-mark",
@@ -64,6 +85,9 @@ NORM_MARK = Workaround(
     upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
     remove_when="the shift no longer depends on conv1d",
     form="no linear attention",
+    proofs=("release",),
+    then=(("marks", False),),
+    families=("qwen3_5 softmax",),
 )
 EARLY_RETURN = Workaround(
     id="early-return",
@@ -72,6 +96,8 @@ EARLY_RETURN = Workaround(
     upstream="mlx_lm/models/qwen3_next.py, Model.sanitize",
     remove_when="the rest of sanitize no longer depends on the experts",
     form="combined or FP8 experts",
+    proofs=("combined", "block FP8"),
+    then=(("marks", False),),
 )
 LAYER_61 = Workaround(
     id="layer-61",
@@ -79,6 +105,9 @@ LAYER_61 = Workaround(
     upstream="mlx_lm/models/deepseek_v3.py, Model.sanitize",
     remove_when="the module's own sanitize drops layers from num_hidden_layers on",
     form="another depth than 61 layers",
+    proofs=("release",),
+    then=(("around", None),),
+    families=("deepseek_v3 deep", "kimi_k25 deep"),
 )
 ERNIE_BIAS = Workaround(
     id="ernie-bias",
@@ -86,6 +115,8 @@ ERNIE_BIAS = Workaround(
     upstream="mlx_lm/models/ernie4_5_moe.py, Model.sanitize and Ernie4_5_MoeMLP",
     remove_when="Ernie4_5_MoeMLP has the bias",
     form="every form",
+    proofs=("release",),
+    then=(("around", None),),
 )
 JAMBA_ROUTER = Workaround(
     id="jamba-router",
@@ -93,6 +124,8 @@ JAMBA_ROUTER = Workaround(
     upstream="mlx_lm/models/jamba.py, JambaSparseMoeBlock",
     remove_when="JambaSparseMoeBlock takes the softmax first",
     form="every form",
+    proofs=("release",),
+    then=(("around", None),),
 )
 HUNYUAN_ROUTER = Workaround(
     id="hunyuan-router",
@@ -101,6 +134,8 @@ HUNYUAN_ROUTER = Workaround(
     upstream="mlx_lm/models/hunyuan.py, MoeBlock",
     remove_when="mlx-lm has a module for hunyuan_v1_moe",
     form="model_type hunyuan_v1_moe",
+    proofs=("release",),
+    then=(("around", None),),
 )
 TIED_HEAD = Workaround(
     id="tied-head",
@@ -108,6 +143,9 @@ TIED_HEAD = Workaround(
     upstream="mlx_lm/models/qwen3_vl_moe.py, Model.sanitize",
     remove_when="the module's own sanitize loads tied checkpoints",
     form="tied embeddings",
+    proofs=("release",),
+    then=(("around", None),),
+    families=("qwen3_vl_moe tied",),
 )
 LATENT = Workaround(
     id="latent-split",
@@ -115,6 +153,8 @@ LATENT = Workaround(
     upstream="mlx_lm/models/kimi_vl.py, Model.sanitize",
     remove_when="the module's own sanitize splits kv_b_proj",
     form="every published form",
+    proofs=("release",),
+    then=(("latent", False),),
 )
 GPT_OSS_BF16 = Workaround(
     id="gpt-oss-bf16",
@@ -122,6 +162,8 @@ GPT_OSS_BF16 = Workaround(
     upstream="mlx_lm/models/gpt_oss.py, Model.sanitize",
     remove_when="the module's own sanitize loads what transformers saves",
     form="unquantised or FP8",
+    proofs=("release",),
+    then=(("reads", (ANY,)),),
 )
 NAMES = Workaround(
     id="names",
@@ -129,6 +171,8 @@ NAMES = Workaround(
     upstream="https://github.com/huggingface/transformers (src/transformers/conversion_mapping.py)",
     remove_when="the module's own sanitize knows the names",
     form="saved with save_original_format=False",
+    proofs=("in-library",),
+    then=(("renames", ()), ("splits", ())),
 )
 CONFIG = Workaround(
     id="config",
@@ -136,4 +180,6 @@ CONFIG = Workaround(
     upstream="https://github.com/huggingface/transformers (v5 configurations)",
     remove_when="the module's ModelArgs read them",
     form="config.json written by transformers 5",
+    proofs=("saved config",),
+    then=(("config", ()),),
 )

@@ -26,6 +26,7 @@ from parity.reference import GRAIN, Reference, State, reference
 from parity.release import release_config, release_names
 from parity.verdict import stock
 from support.checkpoints import Checkpoint
+from vllm_moe_compat.upstream.forms import LINEAR
 
 
 @dataclass(frozen=True)
@@ -184,16 +185,9 @@ def _mtp(family: Family, found: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-_LINEAR = re.compile(
-    r"(?!.*(vis|lm_head|embed|router|projector|index_))"
-    r".*\.((q|k|v|o|out|qkv|gate|up|down|gate_up|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa"
-    r"|in_proj_(qkvz|qkv|z)|c_fc|c_proj|w1|w2|w3|wq_b|wk|(input|output)_linear)\.weight"
-)
-
-
 def _is_linear(name: str, value: torch.Tensor) -> bool:
     """Whether FP8 releases convert it: attention's and feed-forward's projections."""
-    return value.ndim == 2 and _LINEAR.fullmatch(name) is not None
+    return value.ndim == 2 and LINEAR.fullmatch(name) is not None
 
 
 def _to_fp8(

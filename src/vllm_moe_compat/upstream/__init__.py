@@ -1,0 +1,1 @@
+"""What upstream does by itself, found out by trying."""

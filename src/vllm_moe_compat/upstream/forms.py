@@ -1,0 +1,283 @@
+"""The forms in which a probe's checkpoint is written, and the writing.
+
+A form takes what a family publishes, with its experts in another layout, with its linear
+layers in FP8, with the config or the names that transformers 5 saves, or with what some
+checkpoints have besides. What comes out is a folder that any loader reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_moe_compat.layout import TensorInfo, detect
+from vllm_moe_compat.plan import Form, Row
+from vllm_moe_compat.plan.row import COMBINED, PER_EXPERT, TRANSPOSED, W123
+from vllm_moe_compat.registry import fix_config
+from vllm_moe_compat.upstream.families import Array, Family, Recipe
+
+Config = dict[str, Any]
+LINEAR = re.compile(
+    r"(?!.*(vis|lm_head|embed|router|projector|index_))"
+    r".*\.((q|k|v|o|out|qkv|gate|up|down|gate_up|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa"
+    r"|in_proj_(qkvz|qkv|z)|c_fc|c_proj|w1|w2|w3|wq_b|wk|(input|output)_linear)\.weight"
+)
+"""What FP8 releases convert: attention's and feed-forward's projections ``[O, I]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor as it lies in a file.
+
+    Attributes:
+        dtype: safetensors' name.
+        shape: its own.
+        data: its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+Tensors = dict[str, Array]
+
+
+def write(folder: Path, family: Family, row: Row, form: str) -> Recipe | None:
+    """Write the family's checkpoint in the form.
+
+    Args:
+        folder: an empty one.
+        family: which.
+        row: of its module.
+        form: a key of ``FORMS``.
+
+    Returns:
+        The recipe whose logits are expected; None where the family has no such form.
+    """
+    made = FORMS[form](family, row)
+    if made is None:
+        return None
+    recipe, stored, config = made
+    _save(folder / "model.safetensors", stored)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return recipe
+
+
+Made = tuple[Recipe, dict[str, Stored], Config] | None
+
+
+def _release(family: Family, row: Row) -> Made:
+    recipe = family.release
+    return recipe, _floats(dict(recipe.values())), _config(recipe)
+
+
+def _saved(family: Family, row: Row) -> Made:
+    if family.saved is None:
+        return None
+    return family.release, _floats(dict(family.release.values())), copy.deepcopy({**family.saved})
+
+
+def _library(family: Family, row: Row) -> Made:
+    recipe = family.library
+    return None if recipe is None else (recipe, _floats(dict(recipe.values())), _config(recipe))
+
+
+def _layout(layout: str, spelling: tuple[str, ...] = ()) -> Callable[[Family, Row], Made]:
+    def make(family: Family, row: Row) -> Made:
+        tensors = _laid_out(family, row, Form(layout, spelling))
+        if tensors is None:
+            return None
+        return family.release, _floats(tensors), _config(family.release)
+
+    return make
+
+
+def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Family, Row], Made]:
+    """Linear layers in E4M3; a block of ``(1, 0)`` is a row, none the whole tensor."""
+
+    def make(family: Family, row: Row) -> Made:
+        tensors = dict(family.release.values())
+        experts = _expert_names(tensors, family, row)
+        if experts and not all(tensors[name].ndim == 2 for name in experts):
+            laid_out = _laid_out(family, row, Form(PER_EXPERT))
+            assert laid_out is not None, "what has experts has them one by one, too"
+            tensors = laid_out
+            experts = _expert_names(tensors, family, row)
+        stored = _floats(tensors)
+        chosen = [
+            name
+            for name, value in tensors.items()
+            if value.ndim == 2 and (name in experts or LINEAR.fullmatch(name))
+        ]
+        for name in chosen:
+            values, scales = _quantize(tensors[name], block)
+            stored[name] = values
+            stored[name.removesuffix("weight") + suffix] = _encode(scales, dtype)
+        if not chosen:
+            return None
+        config = _config(family.release)
+        kept = sorted(n.removesuffix(".weight") for n in tensors if n not in chosen)
+        config["quantization_config"] = _described(block, kept)
+        return family.release, stored, config
+
+    return make
+
+
+def _nested_vision(family: Family, row: Row) -> Made:
+    """A vision tower below the language model."""
+    stored = _floats(dict(family.release.values()))
+    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+        stored[f"model.language_model.visual.{name}"] = _encode(np.ones((8, 8), np.float32), "F32")
+    return family.release, stored, _config(family.release)
+
+
+def _narrow_norms(family: Family, row: Row) -> Made:
+    """Norms in bfloat16, the rest in float32."""
+    if row.arithmetic is None:
+        return None
+    tensors = dict(family.release.values())
+    stored = _floats(tensors)
+    for name, value in tensors.items():
+        if name.endswith(row.arithmetic.suffixes):
+            stored[name] = _encode(value, "BF16")
+    return family.release, stored, _config(family.release)
+
+
+FORMS: dict[str, Callable[[Family, Row], Made]] = {
+    "release": _release,
+    "saved config": _saved,
+    "in-library": _library,
+    "per-expert": _layout(PER_EXPERT),
+    "per-expert w1/w2/w3": _layout(PER_EXPERT, W123),
+    "combined": _layout(COMBINED),
+    "combined transposed": _layout(TRANSPOSED),
+    "block FP8 128": _fp8((128, 128), "weight_scale_inv", "BF16"),
+    "block FP8": _fp8((32, 32), "weight_scale_inv", "F32"),
+    "per-channel FP8": _fp8((1, 0), "weight_scale", "F32"),
+    "per-tensor FP8": _fp8(None, "weight_scale_inv", "F32"),
+    "nested vision tower": _nested_vision,
+    "bfloat16 norms": _narrow_norms,
+}
+"""Form → what writes it; the first three have expected numbers of their own."""
+
+
+def _config(recipe: Recipe) -> Config:
+    return copy.deepcopy({**recipe.config})
+
+
+def _described(block: tuple[int, int] | None, kept: list[str]) -> Config:
+    """Return the ``quantization_config`` of such a release; ``kept`` are no FP8."""
+    if block == (1, 0):
+        shared = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
+        group = {
+            "format": "float-quantized",
+            "targets": ["Linear"],
+            "weights": shared | {"strategy": "channel", "dynamic": False, "observer": "minmax"},
+            "input_activations": shared | {"strategy": "token", "dynamic": True, "observer": None},
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": kept,
+        }
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic" if block else "static",
+        "weight_block_size": list(block) if block else None,
+        "modules_to_not_convert": kept,
+    }
+
+
+def _infos(tensors: Mapping[str, Array]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo("F32", value.shape, "") for name, value in tensors.items()}
+
+
+def _expert_names(tensors: Mapping[str, Array], family: Family, row: Row) -> set[str]:
+    if row.moe is None:
+        return set()
+    layout = detect(_infos(tensors), family.release.config, row.ignored)
+    return {name for block in layout.experts for name in block.names()}
+
+
+def _laid_out(family: Family, row: Row, form: Form) -> Tensors | None:
+    """Return the tensors with the routed experts in another layout."""
+    import mlx.core as mx
+
+    from vllm_moe_compat.errors import SettingError, UnsupportedCheckpointError
+    from vllm_moe_compat.rewrite import rewrite
+
+    tensors = dict(family.release.values())
+    if not _expert_names(tensors, family, row):
+        return None
+    config = _config(family.release)
+    fix_config(row, config)
+    weights = {name: mx.array(value) for name, value in tensors.items()}
+    try:
+        made = rewrite(weights, row, config, form, tensors=_infos(tensors), dtype="float32")
+        found = {name: np.array(value) for name, value in made}
+    except (SettingError, UnsupportedCheckpointError):
+        return None
+    # What no module reads is left in the dict.
+    return found | {name: np.array(value) for name, value in weights.items()}
+
+
+def _quantize(matrix: Array, block: tuple[int, int] | None) -> tuple[Stored, Array]:
+    """Return E4M3 and scales whose product is the matrix ``[O, I]``, exactly.
+
+    Scales are powers of two, and differ from block to block.
+    """
+    import mlx.core as mx
+
+    rows, columns = matrix.shape
+    height, width = block or (rows, columns)
+    width = width or columns
+    grid = (-(-rows // height), -(-columns // width))
+    largest = np.frexp(np.abs(matrix).max())[1] - 1
+    shift = 7 - (np.arange(grid[0] * grid[1]) * 3 % 8).reshape(grid)
+    scale = np.ldexp(np.float32(1), largest - shift).astype(np.float32)
+    wide = scale.repeat(height, 0).repeat(width, 1)[:rows, :columns]
+    values = mx.to_fp8(mx.array(matrix / wide))
+    assert mx.array_equal(mx.from_fp8(values, mx.float32) * mx.array(wide), mx.array(matrix))
+    stored = Stored("F8_E4M3", matrix.shape, np.array(values).tobytes())
+    return stored, scale if block else scale.reshape(())
+
+
+def _floats(tensors: Mapping[str, Array]) -> dict[str, Stored]:
+    return {name: _encode(value, "F32") for name, value in tensors.items()}
+
+
+def _encode(value: NDArray[Any], dtype: str) -> Stored:
+    """Encode numbers that the dtype, ``F32`` or ``BF16``, represents."""
+    data = np.ascontiguousarray(value, np.float32)
+    if dtype == "BF16":
+        bits = data.view(np.uint32)
+        assert not (bits & 0xFFFF).any(), "bfloat16 must hold the values"
+        return Stored(dtype, value.shape, (bits >> 16).astype(np.uint16).tobytes())
+    return Stored(dtype, value.shape, data.tobytes())
+
+
+def _save(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write a safetensors file: the header's length, the header, the bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, stored in tensors.items():
+        span = [offset, offset := offset + len(stored.data)]
+        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": span}
+    head = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for stored in tensors.values():
+            file.write(stored.data)

@@ -1,0 +1,219 @@
+"""What mlx-lm does not do by itself; on the day that it does, a workaround may go."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+import vllm_moe_compat
+from vllm_moe_compat import context, envs, state
+from vllm_moe_compat import workarounds as w
+from vllm_moe_compat.plan.row import Row, Workaround
+from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.upstream import evidence
+from vllm_moe_compat.upstream.evidence import Examined, examine
+from vllm_moe_compat.upstream.families import expand, families, families_of, fold, values
+from vllm_moe_compat.upstream.forms import FORMS
+from vllm_moe_compat.upstream.probe import probe
+
+ROWS = list(TRANSFORMS_BY_MODULE.values())
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts" / "docs"
+# Of these modules nothing is recorded.
+UNRECORDED = {
+    "deepseek_v41": "its FP8 is none of our business: no workarounds",
+    "gemma4_text": "part of gemma4, and no release by itself",
+    "muse_spark": "its forward pass wants Metal",
+    "youtu_llm": "transformers has no class for it",
+}
+# And nothing that shows these.
+UNPROVED = {
+    ("qwen3_5_moe", "norm-mark"): "released with linear attention only; qwen3_5 shows it",
+    ("jamba", "config"): "releases have the layout that mlx-lm expects; tests/test_configs.py",
+    ("longcat_flash_ngram", "config"): "transformers has no class for it",
+}
+
+
+def name(row: Row) -> str:
+    return row.module.rpartition(".")[2]
+
+
+RECORDED = [row for row in ROWS if families_of(row.module)]
+
+
+@pytest.fixture
+def applied() -> Iterator[None]:
+    vllm_moe_compat.apply()
+    yield
+    vllm_moe_compat.revert()
+
+
+@cache
+def examined(module: str) -> Examined:
+    with vllm_moe_compat.applied():
+        return examine(TRANSFORMS_BY_MODULE[module])
+
+
+def needless(workaround: Workaround, row: Row, words: str) -> str:
+    """Return what to do about a workaround that a row does not need any more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        references = importlib.import_module("_references")
+    variable = references.name_of(workaround)
+    users = [other for other in ROWS if workaround.id in {u.id for u in other.workarounds}]
+    lines = "\n  ".join(references.lines(variable))
+    tests = ", ".join(references.named_in(variable)) or "no test"
+    return (
+        f"mlx-lm {mlx_lm.__version__} does without {workaround.id!r} in {row.module}: {words}. "
+        f'Record it in {variable}: fixed_in=(Fixed("{name(row)}", "{mlx_lm.__version__}"),). '
+        f"It may go when {workaround.remove_when}, in all of "
+        f"{', '.join(map(name, users))}. Then delete:\n  {lines}\n"
+        f"look at {tests}, and run scripts/docs/removal."
+    )
+
+
+def demand(workaround: Workaround, row: Row, found: Examined) -> None:
+    """Fail with the lines to delete if upstream gets every proof right."""
+    entries = evidence.workarounds(replace(row, workarounds=(workaround,)), found)
+    assert entries[0].state != state.DORMANT, needless(workaround, row, entries[0].evidence)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("row", RECORDED, ids=name)
+def test_the_row_still_needs_its_workarounds(row: Row):
+    for workaround in row.workarounds:
+        demand(workaround, row, examined(row.module))
+
+
+@pytest.mark.parametrize("row", RECORDED, ids=name)
+def test_every_probe_through_the_patched_class_is_right(row: Row):
+    found = examined(row.module)
+    assert found.probes
+    for made in found.probes:
+        assert made.patched is not None
+        assert made.patched.word == state.RIGHT, made
+
+
+@pytest.mark.parametrize("row", RECORDED, ids=name)
+def test_every_workaround_is_proved_or_listed(row: Row):
+    entries = evidence.workarounds(row, examined(row.module))
+    unproved = {(name(row), e.id) for e in entries if e.state == state.NOT_PROBED}
+    assert unproved == {key for key in UNPROVED if key[0] == name(row)}
+
+
+def test_every_row_is_recorded_or_listed():
+    assert {name(row) for row in ROWS if row not in RECORDED} == UNRECORDED.keys()
+
+
+def test_every_workaround_is_in_use_and_its_proofs_are_forms():
+    used = {workaround for row in ROWS for workaround in row.workarounds}
+    assert used == {found for found in vars(w).values() if isinstance(found, Workaround)}
+    for workaround in used:
+        assert workaround.proofs
+        assert set(workaround.proofs) <= FORMS.keys()
+        assert set(workaround.families) <= families().keys()
+        assert workaround.then
+
+
+def test_a_needless_workaround_fails_with_the_lines_to_delete():
+    row = TRANSFORMS_BY_MODULE["mlx_lm.models.jamba"]
+    olmoe = TRANSFORMS_BY_MODULE["mlx_lm.models.olmoe"]
+    learnt = replace(w.JAMBA_ROUTER, proofs=("release",))
+    with pytest.raises(AssertionError) as caught:
+        demand(learnt, olmoe, examined(olmoe.module))
+    text = str(caught.value)
+    assert "does without 'jamba-router' in mlx_lm.models.olmoe: release: mlx-lm is right" in text
+    assert 'fixed_in=(Fixed("olmoe", "' in text
+    package = Path(vllm_moe_compat.__file__).parent
+    for file, line in (
+        ("workarounds.py", "JAMBA_ROUTER = Workaround("),
+        ("registry.py", "w.JAMBA_ROUTER,"),
+        ("registry.py", "around=repairs.jamba_router,"),
+        ("repairs.py", "def jamba_router("),
+    ):
+        lines = (package / file).read_text().splitlines()
+        number = next(n for n, found in enumerate(lines, 1) if line in found)
+        assert f"src/vllm_moe_compat/{file}:{number}" in text
+    demand(w.JAMBA_ROUTER, row, examined(row.module))
+
+
+def test_probing_leaves_the_process_alone(
+    applied: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(envs.QUANTIZE.name, "4bit")
+    monkeypatch.setenv(envs.DTYPE.name, "bfloat16")
+    row = TRANSFORMS_BY_MODULE["mlx_lm.models.olmoe"]
+    before = context.last_report()
+    caplog.clear()
+    made = probe(families()["olmoe"], row, "block FP8", patched=True)
+    assert made is not None
+    assert made.patched == state.Verdict(state.RIGHT, distance=made.patched.distance)
+    assert made.upstream.word == state.REFUSED
+    assert "Received" in made.upstream.why
+    assert context.last_report() is before
+    assert not caplog.records
+    model = sys.modules[row.module].Model
+    assert model.sanitize.__wrapped__.__module__ == row.module
+    states = {r.module: r.state for r in vllm_moe_compat.status().rows}
+    assert states[row.module] == state.PATCHED
+
+
+def test_a_probe_that_the_patched_class_gets_wrong_breaks_the_row(
+    applied: None, monkeypatch: pytest.MonkeyPatch
+):
+    """A row that claims that upstream stacks what it does not."""
+    module = "mlx_lm.models.olmoe"
+    row = TRANSFORMS_BY_MODULE[module]
+    assert row.moe is not None
+    wrong = replace(row, moe=replace(row.moe, reads=("any",)))
+    monkeypatch.setitem(TRANSFORMS_BY_MODULE, module, wrong)
+    from vllm_moe_compat.patching import status_of
+
+    found = status_of({module: examine(wrong)})
+    entry = next(r for r in found.rows if r.module == module)
+    assert entry.state == state.BROKEN
+    assert "per-expert w1/w2/w3: refused (ValueError" in entry.reason
+    assert any(module in problem for problem in found.problems)
+
+
+def test_a_row_that_upstream_gets_right_is_dormant(applied: None):
+    """Upstream takes OLMoE's release, so a row that served it alone would be dormant."""
+    row = TRANSFORMS_BY_MODULE["mlx_lm.models.olmoe"]
+    alone = replace(row, workarounds=(replace(w.OTHER_LAYOUTS, proofs=("per-expert",)),))
+    found = examine(alone)
+    entries = evidence.workarounds(alone, found)
+    assert entries[0].state == state.DORMANT
+    assert entries[0].evidence == "per-expert: mlx-lm is right"
+    assert evidence.state_of(found, entries) == (state.DORMANT, "")
+
+
+def test_what_is_not_in_time_is_not_probed():
+    rows = RECORDED[:3]
+    found = evidence.examine_all(rows, seconds=-1.0)
+    assert {f.reason for f in found.values()} == {evidence.NO_TIME}
+    entries = evidence.workarounds(rows[0], found[rows[0].module])
+    assert {e.state for e in entries} == {state.NOT_PROBED}
+    assert {e.evidence for e in entries} - {"only qwen3_5 softmax shows it"} == {evidence.NO_TIME}
+
+
+def test_names_are_folded_and_unfolded():
+    names = {f"a.{layer}.b.{e}.c": (2, 3) for layer in range(2) for e in range(4)}
+    names |= {"a.0.d": (1,), "a.2.d": (1,), "e": ()}
+    folded = fold(names)
+    assert folded == {"a.{0..1}.b.{0..3}.c": [2, 3], "a.0.d": [1], "a.2.d": [1], "e": []}
+    assert expand(folded) == names
+
+
+def test_values_are_the_same_everywhere():
+    """Recorded logits are the answer to these; numpy promises PCG64's raw numbers."""
+    assert values(7, "x.weight", (2, 3)).tolist() == [
+        [0.6875, 0.8125, -0.0390625],
+        [-0.0390625, -0.40625, -0.375],
+    ]
+    assert values(7, "x.norm.weight", (2,)).tolist() == [0.54296875, 0.58203125]
