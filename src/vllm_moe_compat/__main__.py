@@ -1,0 +1,7 @@
+"""``python -m vllm_moe_compat`` is the command ``vllm-moe-compat``."""
+
+import sys
+
+from vllm_moe_compat.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,143 @@
+"""Say what is installed, which workarounds are at work, and what ends them.
+
+Every mapped module is tried on tiny checkpoints, through mlx-lm's own class and through
+the patched one, and compared with recorded numbers: a module is active only if ours come
+out right, and dormant if mlx-lm's do without us. That takes the better part of a minute;
+``--quick`` leaves it out, and then nothing is called active.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_moe_compat.plan.row import Row
+    from vllm_moe_compat.state import Status
+    from vllm_moe_compat.upstream.evidence import Examined
+
+SCHEMA = "vllm-moe-compat/status/1"
+SECONDS = 50.0
+"""How long probing all modules goes on; the row that is begun last may take a second more."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--quick", action="store_true", help="probe nothing")
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this module of mlx-lm, in every form that is recorded of it; repeatable",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        metavar="N",
+        help=f"begin no further module after so many seconds (default {SECONDS:g})",
+    )
+    parser.add_argument(
+        "--plugins",
+        action="store_true",
+        help="load vLLM's other general plugins first, whose shims may displace our hooks",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the status; return 1 if something is unpatchable, broken or out of range."""
+    from vllm_moe_compat import patching, registry
+    from vllm_moe_compat.plugin import mlx_installed
+
+    rows = [_row(name) for name in args.module] or list(registry.TRANSFORMS_BY_MODULE.values())
+    patching.apply()
+    if args.plugins:
+        _load_plugins()
+    examined: Mapping[str, Examined] = {}
+    if not args.quick and mlx_installed():
+        examined = _examine(rows, bool(args.module), args.seconds)
+    status = patching.status_of(examined)
+    if args.module:
+        wanted = {row.module for row in rows}
+        status = dataclasses.replace(
+            status, rows=tuple(row for row in status.rows if row.module in wanted)
+        )
+    if args.format == "json":
+        print(json.dumps(as_json(status), indent=2))
+    else:
+        from vllm_moe_compat.cli.status_text import show
+
+        show(status, detailed=bool(args.module))
+    return 1 if status.problems else 0
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """Return the status as JSON has it; ``schema`` changes when a field changes its meaning."""
+    from vllm_moe_compat import __version__
+
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "headline": status.headline,
+        "problems": list(status.problems),
+        **{
+            key: value
+            for key, value in dataclasses.asdict(status).items()
+            if key not in ("hooks", "versions")
+        },
+    }
+
+
+def _row(name: str) -> Row:
+    from vllm_moe_compat.errors import SettingError
+    from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+
+    module = name if name.startswith("mlx_lm.") else f"mlx_lm.models.{name}"
+    if module not in TRANSFORMS_BY_MODULE:
+        known = ", ".join(m.rpartition(".")[2] for m in TRANSFORMS_BY_MODULE)
+        raise SettingError(f"--module is {name!r}, where one of {known} was expected.")
+    return TRANSFORMS_BY_MODULE[module]
+
+
+def _examine(rows: list[Row], every: bool, seconds: float) -> dict[str, Examined]:
+    from vllm_moe_compat import envs
+    from vllm_moe_compat.upstream.evidence import examine_all
+
+    patched = envs.ENABLED.read() != "0"
+    with _progress(len(rows)) as tick:
+        return examine_all(rows, patched=patched, every=every, seconds=seconds, progress=tick)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[Row], None]]:
+    """Show a bar on a terminal's stderr."""
+    if not sys.stderr.isatty():
+        yield lambda row: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="probing", leave=False, file=sys.stderr) as bar:
+
+        def tick(row: Row) -> None:
+            bar.set_postfix_str(row.module.rpartition(".")[2], refresh=False)
+            bar.update()
+
+        yield tick
+
+
+def _load_plugins() -> None:
+    """Have vLLM load its plugins, as every process of a server does."""
+    try:
+        from vllm.plugins import load_general_plugins
+    except ImportError as error:
+        from vllm_moe_compat.errors import SettingError
+
+        raise SettingError(f"--plugins needs vLLM, which cannot be imported ({error}).") from error
+    load_general_plugins()

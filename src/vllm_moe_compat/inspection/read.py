@@ -1,0 +1,127 @@
+"""Config, headers and index of a checkpoint, as far as they can be read.
+
+In goes a ``Place``, out comes a ``Given``: what was read, and findings for what was not.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_moe_compat.errors import LayoutError
+from vllm_moe_compat.inspection import modules
+from vllm_moe_compat.inspection.locate import Place, leaves
+from vllm_moe_compat.inspection.model import Problem
+from vllm_moe_compat.inspection.problems import of_fault, problem
+from vllm_moe_compat.layout import DEFAULT_EXTRAS, TensorInfo, fold
+from vllm_moe_compat.layout.files import FileFault, UnreadableError, read_json
+from vllm_moe_compat.layout.headers import scan_headers, weight_files
+from vllm_moe_compat.layout.index import INDEX, contradictions, read_index
+
+MAX_CONFIG = 16 * 2**20
+"""Bytes of the largest config that is read; real ones have a few thousand."""
+
+
+@dataclass(slots=True)
+class Given:
+    """What was read, and what is found as it is looked at.
+
+    Attributes:
+        place: where.
+        config: its config.json; None where there is none that can be read.
+        extern: what its hf_quant_config.json holds.
+        tensors: all of them.
+        shards: the files that they are in.
+        problems: findings so far, in the order in which they were made.
+    """
+
+    place: Place
+    config: dict[str, Any] | None = None
+    extern: Any = None
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    shards: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, id: str, message: object, remedy: str = "") -> None:
+        """Add a finding."""
+        self.problems.append(problem(id, message, remedy))
+
+    def fault(self, fault: FileFault) -> None:
+        """Add what is wrong with a file."""
+        self.problems.append(of_fault(fault))
+
+
+def read(place: Place) -> Given:
+    """Read config, headers and index, as far as they can be."""
+    shards = weight_files(place.folder)
+    if place.shard is not None and [os.fspath(s) for s in shards] == [os.fspath(place.shard)]:
+        place = Place(place.folder, None, place.repository)
+    given = Given(place)
+    _read_config(given)
+    if place.shard is not None:
+        shards = [place.shard]
+        given.add("single-file", f"{place.shard.name} is described by itself; nothing is planned")
+    elif not shards:
+        others = sorted(p.name for p in place.folder.glob("*.safetensors"))[:3]
+        found = f"found {', '.join(others)}" if others else "no file of that name"
+        given.add(
+            "no-weights",
+            f"model*.safetensors was expected, {found}",
+            "rename the files, or download the safetensors form of the checkpoint",
+        )
+    given.shards = len(shards)
+    for path in shards:
+        if (target := leaves(path, place.folder)) is not None:
+            given.add(
+                "link-outside",
+                f"{path.name} is a link to {target}, outside the folder",
+                "nothing has to be done if you have put it there",
+            )
+    given.tensors = scan_headers(shards, given.fault)
+    if place.shard is None and shards:
+        _read_index(given)
+    return given
+
+
+def _read_config(given: Given) -> None:
+    path = given.place.folder / "config.json"
+    single = given.place.shard is not None
+    if not os.path.lexists(path):
+        if not single:
+            given.add("config-missing", "there is no config.json", "download it too")
+        return
+    try:
+        config, _ = read_json(path, MAX_CONFIG)
+        if not isinstance(config, dict):
+            raise UnreadableError(f"it is a {type(config).__name__}, where an object was expected")
+    except UnreadableError as error:
+        given.add("config-unreadable", f"config.json: {error}", "download the config again")
+        return
+    given.config = config
+    extern = given.place.folder / "hf_quant_config.json"
+    if os.path.lexists(extern):
+        try:
+            given.extern, _ = read_json(extern, MAX_CONFIG)
+        except UnreadableError as error:
+            given.add("config-unreadable", f"{extern.name}: {error}", "download it again")
+
+
+def _read_index(given: Given) -> None:
+    index = read_index(given.place.folder, given.fault)
+    if index is None:
+        return
+    row = modules.find(given.config or {})[1]
+    extras = row.ignored if row is not None else DEFAULT_EXTRAS
+    try:
+        ignored = extras.of(given.config or {})
+    except LayoutError:
+        ignored = DEFAULT_EXTRAS.of({})
+    for fault in contradictions(given.place.folder, index, given.tensors, ignored):
+        given.fault(fault)
+    if index and (unnamed := given.tensors.keys() - index.keys()):
+        given.add(
+            "index-extra",
+            f"{INDEX} does not name {fold(sorted(unnamed))}, which the shards hold",
+            "remove shards that are not part of the checkpoint: mlx-lm loads them all",
+        )

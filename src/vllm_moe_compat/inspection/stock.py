@@ -1,0 +1,156 @@
+"""What mlx-lm does with a checkpoint by itself, as far as the registry tells.
+
+A row says what upstream's ``sanitize`` reads and digests; whatever the plan has to do
+beyond that is what upstream lacks. Where the module then has no parameter for a tensor,
+its strict load refuses; where a setting is not read or a repair is needed, it loads and
+computes something else, or refuses, and which of the two only the module's code says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_moe_compat.inspection.describe import dropped_by_us
+from vllm_moe_compat.inspection.model import Stock
+from vllm_moe_compat.layout import Layout
+from vllm_moe_compat.layout.config import layer_count, quantization_configs
+from vllm_moe_compat.plan.digests import digests_block, digests_fp8, is_foreign
+from vllm_moe_compat.plan.ops import Add
+from vllm_moe_compat.plan.planner import Plan, rename
+from vllm_moe_compat.plan.row import Row
+
+LOADS, REFUSES, WRONG, EITHER = "loads", "refuses", "wrong", "refuses or wrong"
+UNSURE, UNKNOWN = "unsure", "unknown"
+
+
+def stock(
+    plan: Plan,
+    layout: Layout,
+    row: Row,
+    config: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    changed: Sequence[str],
+    *,
+    known: bool,
+    extern: Any = None,
+) -> Stock:
+    """Say what upstream does.
+
+    Args:
+        plan: ours.
+        layout: of the checkpoint.
+        row: of the module.
+        config: as it was read.
+        fixed: the same in mlx-lm's words.
+        changed: ids of what we put right in it.
+        known: whether mlx-lm has a module for the model type as it was read.
+        extern: what its hf_quant_config.json holds, where there is one.
+    """
+    if not known:
+        kind = config.get("model_type")
+        return Stock(REFUSES, [f"mlx-lm has no module of the name {kind!r}"])
+    refusals, doubts, wrongs = _quantization(config, layout, row, extern), [], []
+    unexpected = _unexpected(plan, layout, row)
+    if unexpected:
+        refusals.append(
+            f"{len(unexpected):,} tensors have no parameter in its module, or are in a form that "
+            "its sanitize does not expect"
+        )
+    hints = []
+    if settings := [id for id in changed if id != "model_type"]:
+        hints.append(
+            "config.json is not in its words, so it may refuse, or take defaults that are other "
+            f"than what is meant: {', '.join(settings)}"
+        )
+    if _scaled(fixed):
+        hints.append("whether it scales rotary embeddings is seen only once it is built")
+    knows = row.fp8 or _has(row, "ministral-fp8")
+    foreign = is_foreign(row, layout) or digests_fp8(row, layout)
+    if layout.fp8.pairs and knows and not foreign:
+        doubts.append("its sanitize knows FP8, but not in this form")
+    if any(isinstance(op, Add) for build in plan.builds for op in build.ops):
+        wrongs.append("norms that are stored less 1 stay so")
+    _repairs(layout, row, config, refusals, doubts, wrongs)
+    reasons = [*refusals, *doubts, *wrongs, *hints]
+    if doubts:
+        return Stock(EITHER, reasons, len(unexpected))
+    if refusals:
+        return Stock(REFUSES, reasons, len(unexpected))
+    if wrongs:
+        return Stock(EITHER if hints else WRONG, reasons)
+    if hints:
+        return Stock(UNSURE, reasons)
+    return Stock(LOADS, ["everything in it is in a form that its module takes"])
+
+
+def _scaled(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    scaling = (text if isinstance(text, Mapping) else config).get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return False
+    return scaling.get("type", scaling.get("rope_type")) not in (None, "default", "mrope")
+
+
+def _has(row: Row, id: str) -> bool:
+    return any(workaround.id == id for workaround in row.workarounds)
+
+
+def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:
+    """Return the tensors that the module's own ``sanitize`` cannot place."""
+    if is_foreign(row, layout):
+        return set()
+    found = set(dropped_by_us(plan, layout))
+    if layout.fp8.pairs and not digests_fp8(row, layout):
+        found |= layout.fp8_scales
+    for block in layout.experts:
+        ours = block.per_expert or (block.combined and not block.packed)
+        if row.moe is not None and ours and not digests_block(row.moe, block, layout):
+            found |= set(block.names())
+    for name in layout.tensors if row.renames or row.splits or row.latent else ():
+        split = any(name.endswith(end) for end, _ in row.splits)
+        latent = row.latent and name.endswith(".kv_b_proj.weight")
+        if split or latent or rename(row, name) != name:
+            found.add(name)
+    return found
+
+
+def _quantization(config: Mapping[str, Any], layout: Layout, row: Row, extern: Any) -> list[str]:
+    """Say whether ``load_model`` refuses the ``quantization_config``."""
+    if config.get("quantization") is not None or not layout.fp8.pairs:
+        return []
+    entry = next(iter(quantization_configs(config)), None)
+    if entry is None and isinstance(extern, dict):
+        return ["hf_quant_config.json names FP8, and of ModelOpt's it takes only NVFP4"]
+    method = entry.get("quant_method") if entry is not None else None
+    if method in ("compressed-tensors", "modelopt"):
+        return [f"quant_method {method} is taken for packed 4-bit formats only"]
+    return []
+
+
+def _repairs(
+    layout: Layout,
+    row: Row,
+    config: Mapping[str, Any],
+    refusals: list[str],
+    doubts: list[str],
+    wrongs: list[str],
+) -> None:
+    """Add what a row's repairs are for, where this checkpoint needs them."""
+    for workaround in row.workarounds:
+        match workaround.id:
+            case "jamba-router":
+                if layout.experts:
+                    wrongs.append(workaround.why)
+            case "ernie-bias":
+                if any(name.endswith("e_score_correction_bias") for name in layout.tensors):
+                    wrongs.append(workaround.why)
+            case "layer-61":
+                if (layer_count(config) or 0) > 61:
+                    refusals.append(workaround.why)
+            case "tied-head":
+                if not any(name.endswith("lm_head.weight") for name in layout.tensors):
+                    refusals.append(workaround.why)
+            case "hunyuan-router":
+                if config.get("model_type") == "hunyuan_v1_moe":
+                    wrongs.append(workaround.why)

@@ -1,0 +1,157 @@
+"""An inspection as titled lists of lines, which text and Markdown both write down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.inspection.model import CacheKind, Extra, Inspection, Memory
+from vllm_moe_compat.report import size
+
+VERDICTS = {
+    "loads": "loads: everything that is not a warning is in order",
+    "refuses": "refused: see the errors",
+    "unknown": "not planned",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under column names; numbers are on the right."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A title, pairs of a label and its text, and a table."""
+
+    title: str
+    pairs: list[tuple[str, str]]
+    table: Table | None = None
+
+
+def amount(count: int) -> str:
+    """Write bytes for people, whatever a header has made of them."""
+    return size(count) if count < 2**70 else "more than any machine has"
+
+
+def sections(found: Inspection) -> Iterator[Section]:
+    """Yield what there is to say, in the order of a load."""
+    yield Section("Checkpoint", list(_checkpoint(found)))
+    if found.experts is not None:
+        runs = Table(
+            ("layers", "experts", "form", "dtype"),
+            [(r.layers, f"{r.experts:,}", r.form, ", ".join(r.dtypes)) for r in found.experts.runs],
+        )
+        yield Section("Experts", list(_experts(found)), runs)
+    if found.stock is not None:
+        pairs = [("verdict", found.stock.verdict)]
+        pairs += [("because", reason) for reason in found.stock.reasons]
+        yield Section("mlx-lm by itself", pairs)
+    if found.ours is not None:
+        steps = Table(
+            ("step", "what", "tensors", "layers", "which"),
+            [
+                (
+                    str(number),
+                    step.action,
+                    f"{step.made:,}" if step.made else "",
+                    f"{step.layers:,}" if step.layers else "",
+                    step.targets,
+                )
+                for number, step in enumerate(found.ours.steps, start=1)
+            ],
+        )
+        verdict = found.ours.verdict
+        if verdict == "loads" and not steps.rows:
+            verdict = "loads, and is left exactly as it is"
+        yield Section("With this package", [("verdict", verdict)], steps if steps.rows else None)
+    if found.memory is not None:
+        yield from _memory(found.memory)
+
+
+def _checkpoint(found: Inspection) -> Iterator[tuple[str, str]]:
+    if found.repository is not None:
+        yield "repository", found.repository
+    if (known := found.architecture) is not None:
+        names = f" ({', '.join(known.architectures)})" if known.architectures else ""
+        yield "model", f"{known.model_type or 'unknown'}{names}"
+        by = f"mlx-lm {known.mlx_lm}" if known.mlx_lm else "mlx-lm is not installed here"
+        row = "" if known.mapped or known.module is None else "; no row in the registry"
+        yield "module", f"{known.module or 'none'}{row} ({by})"
+    if (files := found.files) is not None:
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in files.dtypes.items())
+        shards = f"{files.shards:,} shard{'s' if files.shards != 1 else ''}"
+        yield "tensors", f"{files.tensors:,} in {shards}, {amount(files.tensor_bytes)} ({dtypes})"
+    if (numbers := found.quantization) is not None:
+        parts = [numbers.form]
+        if numbers.blocks:
+            parts.append("blocks of " + ", ".join(f"{r}x{c}" for r, c in numbers.blocks))
+        if numbers.scale_dtypes:
+            parts.append("scales in " + ", ".join(numbers.scale_dtypes))
+        if numbers.weights:
+            parts.append(f"{numbers.weights:,} weights")
+        if numbers.method is not None:
+            parts.append(f"quant_method {numbers.method}")
+        yield "numbers", ", ".join(parts)
+    for extra in found.extras:
+        yield extra.kind, _extra(extra)
+
+
+def _extra(extra: Extra) -> str:
+    parts = [f"{extra.tensors:,} tensors, {amount(extra.bytes)}"]
+    if extra.tensors:
+        parts.append(f"{extra.loaded:,} loaded" if extra.loaded else "not loaded")
+    if extra.agree is not None:
+        parts.append("as the config says" if extra.agree else "the config says otherwise")
+    return ", ".join(parts)
+
+
+def _experts(found: Inspection) -> Iterator[tuple[str, str]]:
+    experts = found.experts
+    assert experts is not None
+    yield "layout", " and ".join(experts.forms) or "unknown"
+    if experts.expected is not None:
+        yield "by the config", f"{experts.expected:,} in a layer"
+    if experts.projections:
+        yield "projections", ", ".join(experts.projections)
+
+
+def _memory(memory: Memory) -> Iterator[Section]:
+    needs = Table(
+        (QUANTIZE.name, "weights", "loading", "fits"),
+        [
+            (n.setting, amount(n.weights), amount(n.loading), _fits(n.fits, n.fits_now))
+            for n in memory.needs
+        ],
+    )
+    machine = f"{amount(memory.machine_total)}, {amount(memory.machine_free)} free"
+    pairs = [("weights", memory.dtype), ("machine", f"{machine} ({memory.machine_note})")]
+    yield Section("Memory", pairs, needs)
+    kinds = Table(
+        ("layers", "kind", "1,000 tokens", "a sequence"),
+        [(f"{kind.layers:,}", kind.kind, _tokens(kind), _state(kind)) for kind in memory.cache],
+    )
+    yield Section("Cache", [("assumed", memory.cache_note)], kinds if memory.cache else None)
+
+
+def _fits(ever: bool | None, now: bool | None) -> str:
+    return "now" if now else "once memory is freed" if ever else "no"
+
+
+def _tokens(kind: CacheKind) -> str:
+    if kind.bytes_per_1000_tokens is None:
+        return "unknown"
+    if not kind.bytes_per_1000_tokens:
+        return "none"
+    up_to = f", {kind.window:,} tokens at most" if kind.window else ""
+    return amount(kind.bytes_per_1000_tokens) + up_to
+
+
+def _state(kind: CacheKind) -> str:
+    if kind.state_bytes is not None:
+        return amount(kind.state_bytes)
+    return "unknown" if kind.bytes_per_1000_tokens is None else ""
