@@ -1,0 +1,139 @@
+"""Write a checkpoint in another layout, one tensor after the other.
+
+By default DST becomes a checkpoint in MLX form, which stock mlx-lm loads without this
+plugin; --quantize packs its weights. With --layout or --fp8 it becomes one in a form that
+authors publish. Nothing is ever written over: DST is there as a whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from vllm_moe_compat.plan.forms import Form
+
+SETTINGS = ("none", "8bit", "mxfp8", "6bit", "4bit")
+LAYOUTS = {
+    "per-expert": "per-expert",
+    "combined": "combined",
+    "combined-transposed": "combined, transposed",
+    "stacked": "stacked",
+}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint's folder")
+    parser.add_argument("target", metavar="DST", type=Path, help="a folder that is new or empty")
+    parser.add_argument(
+        "--quantize", choices=SETTINGS, help="MLX form: pack the weights (default: none)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="what floats become (default: FP8 becomes bfloat16, the rest stays)",
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, help="published form: how experts lie")
+    parser.add_argument(
+        "--fp8",
+        metavar="BLOCK",
+        help="published form: FP8 with a scale per block such as 128x128, per row, per tensor, "
+        "or none for floats",
+    )
+    parser.add_argument(
+        "--scale-dtype", choices=("float32", "e8m0"), help="of FP8 scales (default: float32)"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="of one file, such as 5GB or 500MiB (default: 5GB)",
+    )
+    parser.add_argument(
+        "--replace-partial",
+        action="store_true",
+        help="remove what a conversion that was killed has left, and start over",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every byte back and compare before the end"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was done."""
+    form = _form(args)
+    from vllm_moe_compat.conversion import Options, convert
+
+    options = Options(
+        form=form,
+        setting=args.quantize or "none",
+        dtype=args.dtype or "",
+        shard_bytes=args.max_shard_size,
+        replace_partial=args.replace_partial,
+        verify=args.verify,
+    )
+    if threading.current_thread() is threading.main_thread():
+        # So that the partial folder goes here, too.
+        signal.signal(signal.SIGTERM, _ended)
+    report = convert(args.source, args.target, options)
+    print(report)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def _ended(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _form(args: argparse.Namespace) -> Form | None:
+    """Return the published form that is asked for; None for MLX's."""
+    from vllm_moe_compat.errors import SettingError
+
+    if args.layout is None and args.fp8 is None:
+        if args.scale_dtype is not None:
+            raise SettingError("--scale-dtype is about FP8 scales; say --fp8 128x128 too.")
+        return None
+    if args.quantize not in (None, "none"):
+        raise SettingError(
+            f"--quantize {args.quantize} is MLX's own packed form, which has no "
+            f"{'--layout' if args.layout else '--fp8'}; leave one of them out."
+        )
+    from vllm_moe_compat.plan.forms import Form
+
+    block = _block(args.fp8 or "none")
+    if block is None and args.scale_dtype is not None:
+        raise SettingError("--scale-dtype is about FP8 scales; say --fp8 128x128 too.")
+    layout = LAYOUTS[args.layout or "per-expert"]
+    return Form(layout, block=block, e8m0=args.scale_dtype == "e8m0")
+
+
+def _block(words: str) -> tuple[int, int] | None:
+    from vllm_moe_compat.errors import SettingError
+
+    known = {"none": None, "row": (1, 0), "tensor": (0, 0)}
+    if words in known:
+        return known[words]
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", words)
+    if match is None:
+        raise SettingError(
+            f"--fp8 is {words!r}, where a block such as 128x128, or row, tensor or none was "
+            "expected."
+        )
+    return int(match[1]), int(match[2])
+
+
+def _bytes(words: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?I?)B?", words.upper())
+    if match is None or match[2] not in _UNITS or not (size := float(match[1])):
+        raise argparse.ArgumentTypeError(f"{words!r} is no size; write 5GB or 500MiB")
+    return int(size * _UNITS[match[2]])

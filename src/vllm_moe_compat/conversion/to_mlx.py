@@ -1,0 +1,298 @@
+"""A checkpoint in MLX form, which stock mlx-lm loads.
+
+mlx-lm's own ``load_model`` is called with our hooks in: it picks the class, applies
+``sanitize``, quantises its modules and compares every name and shape. Only, the hook
+hands it stand-ins: arrays of the right shape and dtype that nobody ever evaluates. A
+stand-in is known by identity among the model's parameters, and so is what it has to be
+made of. So the result is that of a load, bit for bit, and the model is never held.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from vllm_moe_compat import context as loads
+from vllm_moe_compat import patching, requantize
+from vllm_moe_compat.arrays import DTYPES
+from vllm_moe_compat.choices import Choices
+from vllm_moe_compat.conversion.source import Source
+from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
+from vllm_moe_compat.execute import describe
+from vllm_moe_compat.layout.headers import read_headers
+from vllm_moe_compat.layout.names import fold
+from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.plan.specs import Operand, Spec
+
+_LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_ARRAYS = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "U64": mx.uint64,
+    "I64": mx.int64,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F32": mx.float32,
+}
+
+
+class _Later:
+    """Called where a load would make its tensors; leaves stand-ins, and remembers.
+
+    Attributes:
+        pending: what has to be made; None where the class has no row.
+        pieces: id of a stand-in → its piece, and the name that it was given under.
+        keep: the stand-ins: an id is theirs only while they live.
+        ignored: tensors of the checkpoint that play no part in the model.
+    """
+
+    def __init__(self, cast: str) -> None:
+        self._cast = cast
+        self.pending: requantize.Pending | None = None
+        self.pieces: dict[int, tuple[requantize.Piece, str]] = {}
+        self.keep: list[mx.array] = []
+        self.ignored: frozenset[str] = frozenset()
+
+    def __call__(
+        self,
+        job: requantize.Job,
+        weights: Any,
+        sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
+        model: Any,
+        done: object,
+    ) -> tuple[dict[str, mx.array], Choices]:
+        """Do what ``requantize.execute`` would, with stand-ins."""
+        if (load := loads.current.get()) is not None:
+            self.ignored = load.ignored
+        pending = self.pending = requantize.prepare(job, weights, sanitize, model)
+        if self._cast:
+            kind, may = DTYPES[self._cast], _may_cast(model)
+            for piece in pending.pieces:
+                if piece.names[0] in pending.waiting:
+                    held, names = pending.waiting, piece.names
+                elif piece.build.scales:
+                    continue
+                else:
+                    held, names = pending.sources, piece.build.weights
+                for name in names:
+                    if may(piece.names[0]) and mx.issubdtype(held[name].dtype, mx.floating):
+                        held[name] = held[name].astype(kind)
+        result = dict(pending.rest)
+        for piece in pending.pieces:
+            for name, spec in _results(piece, pending).items():
+                stand_in = mx.zeros(spec.shape, dtype=_ARRAYS[spec.dtype])
+                self.pieces[id(stand_in)] = piece, name
+                self.keep.append(stand_in)
+                result[name] = stand_in
+        return result, pending.choices
+
+
+def _results(piece: requantize.Piece, pending: requantize.Pending) -> dict[str, Spec]:
+    """Return what a piece will give, by its operations' algebra."""
+    held = pending.waiting if piece.names[0] in pending.waiting else pending.sources
+    names = piece.names if held is pending.waiting else piece.build.weights
+    tensors = dict(pending.job.tensors)
+    if held is pending.waiting:
+        (given,) = describe({names[0]: held[names[0]]}).values()
+        specs: tuple[Spec, ...] = (Spec(given.dtype, given.shape),)
+    else:
+        if not piece.build.scales:  # An array may have been cast since its header was read.
+            tensors |= describe({name: held[name] for name in names})
+        specs = piece.build.results(tensors, _NAMES[piece.dtype])
+    found: dict[str, Spec] = {}
+    for name, spec, packing in zip(piece.names, specs, piece.formats, strict=True):
+        if packing is None:
+            found[name] = spec
+            continue
+        packed = packing.result(Operand((spec,)), "")
+        parts = (*packed.weights, *packed.scales, *packed.biases)
+        for kind, part in zip(("weight", "scales", "biases"), parts, strict=False):
+            found[f"{name.removesuffix('.weight')}.{kind}"] = part
+    return found
+
+
+def _may_cast(model: Any) -> Callable[[str], bool]:
+    may = getattr(model, "cast_predicate", None)
+    return (lambda name: True) if may is None else may
+
+
+@contextmanager
+def _deferred(later: _Later) -> Iterator[None]:
+    token = loads.deferred.set(later)
+    try:
+        yield
+    finally:
+        loads.deferred.reset(token)
+
+
+def prepare(folder: Path, setting: str, cast: str) -> Source:
+    """Plan the conversion; hooks are in, and the environment says what the load gives.
+
+    Args:
+        folder: the checkpoint.
+        setting: to what weights are quantised; ``none`` or a key of ``QUANTIZE_SETTINGS``.
+        cast: what every floating-point tensor becomes; empty for what a load gives.
+
+    Raises:
+        CompatError: the checkpoint cannot be loaded right.
+        UnsupportedCheckpointError: mlx-lm has no such model, or refuses it.
+    """
+    import mlx_lm.utils
+    from mlx.utils import tree_flatten
+
+    later = _Later(cast)
+    try:
+        with _deferred(later):
+            model, config = mlx_lm.utils.load_model(folder, lazy=True)
+    except CompatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refused(folder, error) from error
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    may = _may_cast(model)
+    keep_vision = "vision_tower" in getattr(model, "model", {})
+    kinds = {path: _settings(module) for path, module in model.named_modules()}
+    # Whoever else refers to an array keeps it once it is read.
+    del model
+    if later.pending is not None:
+        later.pending.rest.clear()
+    gc.collect()
+
+    pieces = later.pieces
+    if cast:
+        for name, array in arrays.items():
+            fits = may(name) and mx.issubdtype(array.dtype, mx.floating)
+            if id(array) not in pieces and fits and not _is_packed(name, arrays):
+                arrays[name] = array.astype(DTYPES[cast])
+    order = {name: n for n, name in enumerate(sorted(arrays, key=_layer))}
+    described = describe({name: arrays[name] for name in order})
+    specs = {name: Spec(info.dtype, info.shape) for name, info in described.items()}
+
+    def stream() -> Iterator[tuple[str, mx.array]]:
+        parts: dict[int, list[tuple[str, str]]] = {}
+        for name, array in arrays.items():
+            if id(array) in pieces:
+                piece, given = pieces[id(array)]
+                parts.setdefault(id(piece), []).append((name, given))
+        for name in order:
+            if name not in arrays:
+                continue
+            array = arrays.pop(name)
+            if id(array) not in pieces:
+                mx.eval(array)
+                yield name, array
+                del array
+                mx.clear_cache()
+                continue
+            assert later.pending is not None
+            piece, _ = pieces[id(array)]
+            found = later.pending.make(piece)
+            for there, given in parts[id(piece)]:
+                arrays.pop(there, None)
+                yield there, found.pop(given)
+            mx.clear_cache()
+
+    notes: list[str] = []
+    tensors = read_headers(folder)
+    source = Source(
+        specs=specs,
+        stream=stream,
+        save_config=_saver(config, cast, keep_vision=keep_vision),
+        kind="mlx",
+        form=f"MLX form, {'floats' if setting == 'none' else setting}",
+        read=sum(nbytes(info) for name, info in tensors.items() if name not in later.ignored),
+        notes=notes,
+    )
+
+    def check(written: Path) -> None:
+        try:
+            stock = _stock(written)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UnsupportedCheckpointError(
+                f"{folder}: mlx-lm without this plugin does not load what would be written "
+                f"({type(error).__name__}: {error}), so nothing was; keep serving the checkpoint "
+                "with the plugin."
+            ) from error
+        wrong = [path for path, kind in kinds.items() if stock.get(path, kind) != kind]
+        if wrong:
+            notes.append(
+                f"mlx-lm's own {fold(wrong)} computes otherwise than the model was trained: this "
+                "plugin corrects that at a load, and tensors alone cannot; without the plugin the "
+                "outputs will differ"
+            )
+
+    source.check = check
+    return source
+
+
+def _layer(name: str) -> tuple[int, int]:
+    """Order tensors by layer; those that are in none first."""
+    match = _LAYER.search(name)
+    return (1, int(match[1])) if match else (0, 0)
+
+
+def _is_packed(name: str, arrays: Mapping[str, mx.array]) -> bool:
+    """Whether the tensor is part of a packed weight, whose scales keep their dtype."""
+    path, _, kind = name.rpartition(".")
+    return kind in ("scales", "biases", "global_scale") and f"{path}.weight" in arrays
+
+
+def _settings(module: Any) -> tuple[Any, ...]:
+    """Return what a module is and its plain settings: what its forward pass depends on."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool))}
+    return type(module), tuple(sorted(plain.items()))
+
+
+def _stock(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Have mlx-lm load the folder without us, reading no value; return its modules."""
+    import mlx_lm.utils
+
+    patching.revert()
+    try:
+        model, _ = mlx_lm.utils.load_model(folder, lazy=True)
+    finally:
+        patching.apply()
+    return {path: _settings(module) for path, module in model.named_modules()}
+
+
+def _refused(folder: Path, error: Exception) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        f"{folder}: mlx-lm does not load this checkpoint ({type(error).__name__}: {error}), where "
+        "one that it loads was expected; `vllm-moe-compat inspect` says what it is."
+    )
+
+
+def _saver(config: dict[str, Any], cast: str, *, keep_vision: bool) -> Callable[[Path], None]:
+    """Return what writes ``config.json``: mlx-lm's ``save_config``, without our own marks."""
+    import mlx_lm.utils
+
+    written = dict(config)
+    sections = [written]
+    if isinstance(text := written.get("text_config"), dict):
+        written["text_config"] = dict(text)
+        sections.append(written["text_config"])
+    for section in sections:
+        entry = section.get("quantization_config")
+        if isinstance(entry, dict) and entry.get("quant_method") == loads.DEQUANTIZED:
+            del section["quantization_config"]
+        for key in ("dtype", "torch_dtype"):
+            if cast and key in section:
+                section[key] = cast
+
+    def save(folder: Path) -> None:
+        path = folder / "config.json"
+        mlx_lm.utils.save_config(written, path, keep_vision_config=keep_vision)
+
+    return save

@@ -1,0 +1,199 @@
+"""The links in order, each looked at if those that it needs hold."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_compat.diagnosis import surroundings
+from vllm_moe_compat.diagnosis.child import Outcome, run
+from vllm_moe_compat.diagnosis.link import BROKEN, OK, SKIPPED, WARNING, Diagnosis, Link
+from vllm_moe_compat.memory import host_memory
+from vllm_moe_compat.report import size
+
+SHORT_SECONDS = 120.0
+ENGINE_BYTES = 3 * 2**29
+"""What vLLM, torch and a small model take besides the weights."""
+
+_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+Check = Callable[[], Link]
+
+
+@dataclass(slots=True)
+class _Chain:
+    """What later links have to know of earlier ones."""
+
+    model: Path | None
+    timeout: float
+    golden: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+
+    def links(self) -> Iterator[tuple[str, str, tuple[str, ...], Check]]:
+        """Yield id, title, the ids of what is needed, and how to look."""
+        yield "python", "Python", (), surroundings.python
+        yield "settings", "Settings", (), surroundings.settings
+        yield "packages", "Packages", (), surroundings.packages
+        yield "mlx", "MLX", ("packages",), self.mlx
+        yield "compile", "MLX's compiler", ("mlx",), self.compile
+        yield "mlx-lm", "mlx-lm and our hooks", ("mlx", "settings"), self.mlx_lm
+        yield "vllm", "vLLM", (), surroundings.vllm
+        yield "entry-points", "Entry points", ("vllm",), surroundings.entry
+        yield "vllm-plugins", "VLLM_PLUGINS", ("vllm",), surroundings.allowed
+        needed = ("vllm", "settings", "packages", "entry-points", "vllm-plugins")
+        yield "platform", "Platform plugins", needed, self.platform
+        yield "checkpoint", "Checkpoint", ("mlx-lm",), self.checkpoint
+        yield "memory", "Memory", ("checkpoint",), self.memory
+        yield "load", "Load through mlx-lm", ("checkpoint", "compile", "memory"), self.load
+        yield "serve", "Serve with vLLM", ("load", "platform"), self.serve
+
+    def mlx(self) -> Link:
+        """MLX can be imported and computes, on the device that this machine is for."""
+        outcome = run("mlx", timeout=SHORT_SECONDS)
+        title = "MLX"
+        if outcome.error:
+            remedy = "Install MLX anew: pip install --force-reinstall 'vllm-moe-compat[mlx]'"
+            return Link("mlx", title, BROKEN, f"it cannot be used: {outcome.error}", remedy)
+        gpu = surroundings.wanted_gpu()
+        if gpu and not outcome.found["gpu"]:
+            return Link(
+                "mlx",
+                title,
+                BROKEN,
+                f"its device is {outcome.found['device']}, where {gpu} was expected",
+                "Install the MLX build for it, and see that its driver works.",
+            )
+        return Link("mlx", title, OK, f"computes on {outcome.found['device']}")
+
+    def compile(self) -> Link:
+        """MLX compiles kernels while it runs."""
+        outcome = run("compile", timeout=SHORT_SECONDS)
+        remedy = (
+            "On a CPU MLX needs g++ in PATH and a temporary folder that it may write to and run "
+            "from (TMPDIR)."
+        )
+        return _link("compile", "MLX's compiler", outcome, "a fused kernel was compiled", remedy)
+
+    def mlx_lm(self) -> Link:
+        """Our hooks go into mlx-lm."""
+        outcome = run("mlx_lm", timeout=SHORT_SECONDS)
+        remedy = "Install mlx-lm in a tested version: pip install 'vllm-moe-compat[mlx]'"
+        return _link("mlx-lm", "mlx-lm and our hooks", outcome, "load_config is hooked", remedy)
+
+    def platform(self) -> Link:
+        """Exactly one platform plugin offers itself."""
+        outcome = run("platforms", timeout=SHORT_SECONDS)
+        title = "Platform plugins"
+        if outcome.error:
+            return Link("platform", title, BROKEN, outcome.error, "See what the message names.")
+        found, (server, reason) = outcome.found["found"], outcome.found["serves"]
+        failed = "".join(f"; {n} failed ({w})" for n, w in outcome.found["failed"].items())
+        ours = surroundings.OURS["vllm.platform_plugins"]
+        if len(found) > 1:
+            others = " and ".join(f"{n}, {w}," for n, w in found.items() if n != ours)
+            return Link(
+                "platform",
+                title,
+                BROKEN,
+                f"vLLM takes one platform plugin, and {len(found)} offer themselves: {others} "
+                f"besides {ours}{failed}",
+                "Uninstall what you do not want to serve, name only the plugins that you want in "
+                "VLLM_PLUGINS, or leave serving to the other with VLLM_MOE_COMPAT_BACKEND=off.",
+            )
+        if server == "embedded" and ours not in found:
+            said = f"{ours} should serve here, since {reason}, and does not offer itself{failed}"
+            return Link("platform", title, BROKEN, said, "See what the message names.")
+        said = f"{server} serves, since {reason}{failed}"
+        return Link("platform", title, OK, said)
+
+    def checkpoint(self) -> Link:
+        """The demo checkpoint is there, or the named one can be planned for."""
+        title = "Checkpoint"
+        if self.model is None:
+            outcome = run("demo", timeout=self.timeout)
+            if "'vllm-moe-compat[demo]'" in outcome.error:
+                said = f"{outcome.error.partition(';')[0]}; name a MODEL to look at that instead"
+                return Link("checkpoint", title, SKIPPED, said)
+            if outcome.error:
+                remedy = "See what the message names, or name a MODEL to look at that instead."
+                said = f"the demo checkpoint cannot be built: {outcome.error}"
+                return Link("checkpoint", title, BROKEN, said, remedy)
+            self.golden = dict(outcome.found)
+            self.path = self.golden.pop("path")
+        else:
+            self.path = str(self.model)
+        outcome = run("plan", self.path, timeout=SHORT_SECONDS)
+        if outcome.error:
+            words, _, remedy = outcome.error.partition("; ")
+            remedy = surroundings.sentence(remedy) or "`vllm-moe-compat inspect` says more."
+            return Link("checkpoint", title, BROKEN, words, remedy)
+        return Link("checkpoint", title, OK, f"{self.path}: {outcome.found['words']}")
+
+    def memory(self) -> Link:
+        """There is room for the files' bytes, and for an engine."""
+        total, free = host_memory()
+        needed = ENGINE_BYTES
+        needed += sum(file.stat().st_size for file in Path(self.path).glob("model*.safetensors"))
+        said = f"{size(free)} of {size(total)} are free, and {size(needed)} at least are needed"
+        remedy = "Close other programs, quantise with VLLM_MOE_COMPAT_QUANTIZE, or use less."
+        if needed > total:
+            return Link("memory", "Memory", BROKEN, said, remedy)
+        state = WARNING if needed > free else OK
+        return Link("memory", "Memory", state, said, remedy if state == WARNING else "")
+
+    def load(self) -> Link:
+        """It loads strictly, and says twice the same."""
+        outcome = run("load", self.path, json.dumps(self.golden), timeout=self.timeout)
+        seen = "loaded, " + self._seen(outcome)
+        remedy = "See what the message names; `vllm-moe-compat inspect` says what the form is."
+        return _link("load", "Load through mlx-lm", outcome, seen, remedy)
+
+    def serve(self) -> Link:
+        """VLLM's engine serves it, and says twice the same."""
+        words = (self.path, json.dumps(self.golden))
+        outcome = run("serve", *words, timeout=self.timeout, **_IN_PROCESS)
+        seen = f"served by {outcome.found.get('platform')}, " + self._seen(outcome)
+        remedy = "See what the message names, and the troubleshooting of the serving guide."
+        return _link("serve", "Serve with vLLM", outcome, seen, remedy)
+
+    def _seen(self, outcome: Outcome) -> str:
+        text = " ".join(str(outcome.found.get("text", "")).split())
+        text = f"{text[:40]}…" if len(text) > 40 else text
+        return f"{'the golden text' if self.golden else 'the same answer twice'}: {text!r}"
+
+
+def _link(id: str, title: str, outcome: Outcome, seen: str, remedy: str) -> Link:
+    if outcome.error:
+        return Link(id, title, BROKEN, outcome.error, remedy)
+    return Link(id, title, OK, seen)
+
+
+def examine(
+    model: Path | None = None,
+    *,
+    timeout: float = 600.0,
+    tell: Callable[[Link], object] = lambda link: None,
+) -> Diagnosis:
+    """Look at the whole chain.
+
+    Args:
+        model: a checkpoint's folder; None for the demo checkpoint, built if need be.
+        timeout: seconds that building, loading and serving may take each.
+        tell: called with each link as soon as it is known.
+    """
+    links: dict[str, Link] = {}
+    for id, title, needs, check in _Chain(model, timeout).links():
+        missing = next((links[n] for n in needs if links[n].state in (BROKEN, SKIPPED)), None)
+        began = time.perf_counter()
+        if missing is None:
+            link = replace(check(), seconds=time.perf_counter() - began)
+        elif missing.state == SKIPPED:
+            link = Link(id, title, SKIPPED, missing.detail)
+        else:
+            link = Link(id, title, SKIPPED, f"{missing.title} is broken")
+        links[id] = link
+        tell(link)
+    return Diagnosis(list(links.values()))

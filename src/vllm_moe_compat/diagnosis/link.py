@@ -1,0 +1,81 @@
+"""What was found: one link, and all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+OK, WARNING, BROKEN, SKIPPED = "ok", "warning", "broken", "skipped"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One link of the chain.
+
+    Attributes:
+        id: for programs; stays the same.
+        title: for people.
+        state: ``ok``; ``warning``, for what may or may not matter; ``broken``;
+            ``skipped``, since it needs what is not there.
+        detail: what was seen.
+        remedy: what to do; empty where nothing is wrong.
+        seconds: how long looking took.
+    """
+
+    id: str
+    title: str
+    state: str
+    detail: str
+    remedy: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The whole chain, in order."""
+
+    links: Sequence[Link]
+
+    @property
+    def first_broken(self) -> Link | None:
+        """The link to mend first; None if none is broken."""
+        return next((link for link in self.links if link.state == BROKEN), None)
+
+    @property
+    def answer(self) -> str:
+        """One sentence or two: what is broken and what to do, or what was seen to work."""
+        broken = self.first_broken
+        warnings = [link for link in self.links if link.state == WARNING]
+        if broken is not None:
+            also = "".join(f" It may come of this: {link.detail}." for link in warnings)
+            return (
+                f"{broken.title} is the first broken link: {broken.detail}. {broken.remedy}{also}"
+            )
+        works = {link.id for link in self.links if link.state == OK}
+        skipped = [link for link in self.links if link.state == SKIPPED]
+        seen = "nothing is broken"
+        if "serve" in works:
+            seen = (
+                "the whole chain works: the checkpoint was loaded, served and gave the right text"
+            )
+        elif "load" in works:
+            seen = "the checkpoint loads through mlx-lm and generates"
+        not_seen = (
+            f"; not looked at: {', '.join(link.title for link in skipped)}" if skipped else ""
+        )
+        why = f", since {skipped[0].detail}" if skipped else ""
+        also = "".join(f" Note: {link.detail}. {link.remedy}" for link in warnings)
+        return f"{seen[0].upper()}{seen[1:]}{not_seen}{why}.{also}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data; ``schema`` is raised when its meaning changes."""
+        broken = self.first_broken
+        return {
+            "schema": SCHEMA,
+            "healthy": broken is None,
+            "first_broken": None if broken is None else broken.id,
+            "answer": self.answer,
+            "links": [asdict(link) for link in self.links],
+        }

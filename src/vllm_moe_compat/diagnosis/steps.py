@@ -1,0 +1,172 @@
+"""What is done in a process of its own. Each step returns what it saw, or raises."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TOKENS = 16
+PROMPT = "The quick brown fox"
+
+
+def mlx() -> dict[str, Any]:
+    """Import MLX and compute something on its device."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    total = mx.sum(mx.arange(5)).item()
+    if total != 10:
+        raise ArithmeticError(f"0+1+2+3+4 is {total} on {device}")
+    gpu = device.type == mx.DeviceType.gpu
+    return {"device": str(device), "gpu": gpu}
+
+
+def compile() -> dict[str, Any]:
+    """Have MLX compile a kernel: on its CPU device that takes g++ and a folder to write to."""
+    import mlx.core as mx
+
+    @mx.compile
+    def fused(x: Any) -> Any:
+        return mx.exp(x * 2.0 + 1.0) * x
+
+    # A shape and constants of no one else's, so that no cache answers.
+    found = fused(mx.full((3, 17), 0.0)).sum().item()
+    if found != 0.0:
+        raise ArithmeticError(f"a compiled kernel gives {found} where 0 was expected")
+    return {}
+
+
+def mlx_lm() -> dict[str, Any]:
+    """Import mlx-lm and put the hooks in."""
+    import mlx_lm.utils  # noqa: F401 - to be hooked
+
+    import vllm_moe_compat
+
+    vllm_moe_compat.apply()
+    hooks = [hook.name for hook in vllm_moe_compat.status().hooks]
+    if "mlx_lm.utils.load_config" not in hooks:
+        raise RuntimeError("mlx_lm.utils.load_config could not be hooked")
+    return {}
+
+
+def platforms() -> dict[str, Any]:
+    """Ask every platform plugin that vLLM would ask whether it serves here."""
+    from importlib.metadata import entry_points
+
+    allowed = os.environ.get("VLLM_PLUGINS")
+    found: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for entry in entry_points(group="vllm.platform_plugins"):
+        if allowed is not None and entry.name not in allowed.split(","):
+            continue
+        try:
+            answer = entry.load()()
+        except Exception as error:  # noqa: BLE001 - vLLM takes a plugin that fails for absent
+            failed[entry.name] = f"{type(error).__name__}: {error}"
+            continue
+        if answer is not None:
+            source = entry.dist.name if entry.dist is not None else entry.value
+            found[entry.name] = f"{answer} (of {source})"
+    from vllm_moe_compat.plugin import who_serves
+
+    return {"found": found, "failed": failed, "serves": who_serves()}
+
+
+def demo() -> dict[str, Any]:
+    """Build the demo checkpoint, unless it is there."""
+    from vllm_moe_compat import demo as package
+
+    checkpoint = package.build(package.default_path())
+    return {
+        "path": str(checkpoint.path),
+        "prompt": checkpoint.prompt,
+        "text": checkpoint.text,
+        "max_tokens": checkpoint.max_tokens,
+    }
+
+
+def plan(path: str) -> dict[str, Any]:
+    """Read config and headers and plan the load, as a load does."""
+    import mlx_lm.utils
+
+    import vllm_moe_compat
+    from vllm_moe_compat import context
+
+    vllm_moe_compat.apply()
+    mlx_lm.utils.load_config(Path(path))
+    load = context.current.get()
+    if load is None:
+        return {"words": "a model that mlx-lm loads without our help, if at all"}
+    return {"words": f"{load.plan.module}, {load.plan.words}"}
+
+
+def load(path: str, golden: str) -> dict[str, Any]:
+    """Load through mlx-lm, strictly, and generate greedily."""
+    import mlx.core as mx
+    import mlx_lm
+    from mlx_lm.generate import generate_step
+
+    import vllm_moe_compat
+    from vllm_moe_compat.context import last_report, serving_dtype_as
+
+    vllm_moe_compat.apply()
+    expected = json.loads(golden)
+    if expected:
+        # What the golden text was computed in, so that it is the very same.
+        with serving_dtype_as("float32"):
+            model, tokenizer = mlx_lm.load(path)
+        model.set_dtype(mx.float32)
+    else:
+        model, tokenizer = mlx_lm.load(path)
+    prompt = tokenizer.encode(expected.get("prompt", PROMPT), add_special_tokens=not expected)
+    count = expected.get("max_tokens", TOKENS)
+
+    def once() -> list[int]:
+        return [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+    tokens = once()
+    if once() != tokens:
+        raise ArithmeticError("the same prompt gave two different greedy answers")
+    _compare(tokenizer.decode(tokens), expected)
+    report = last_report()
+    return {"report": "" if report is None else str(report), "text": tokenizer.decode(tokens)}
+
+
+def serve(path: str, golden: str) -> dict[str, Any]:
+    """Serve with vLLM's engine in this process, and generate greedily."""
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    expected = json.loads(golden)
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 2, "seed": 0}
+    llm = LLM(path, **settings)
+    try:
+        count = expected.get("max_tokens", TOKENS)
+        greedy = SamplingParams(temperature=0, max_tokens=count)
+        asked = expected.get("prompt", PROMPT)
+        # With a bar, and TQDM_DISABLE set, vLLM divides by an elapsed time of zero.
+        answers = [
+            llm.generate(asked, greedy, use_tqdm=False)[0].outputs[0].text for _ in range(2)
+        ]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    if answers[0] != answers[1]:
+        raise ArithmeticError(f"one prompt gave two greedy answers, {answers[0]!r} first")
+    _compare(answers[0], expected)
+    return {"text": answers[0], "platform": type(current_platform).__name__}
+
+
+def _compare(text: str, expected: dict[str, Any]) -> None:
+    if expected and text != expected["text"]:
+        raise ArithmeticError(
+            f"the answer is {text!r}, where {expected['text']!r} was expected, which transformers "
+            "gives from the same weights"
+        )
+
+
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+    step.__name__: step for step in (mlx, compile, mlx_lm, platforms, demo, plan, load, serve)
+}

@@ -1,0 +1,145 @@
+"""The target is there as a whole or not at all, and nothing is written over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from support.checkpoints import Fp8, Sizes, build
+from support.loading import read, same_bits
+from vllm_moe_compat.cli.main import main
+from vllm_moe_compat.conversion import Options, convert
+from vllm_moe_compat.conversion.folder import partial_of
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(fp8=Fp8(), sizes=Sizes(64, 32)).write(tmp_path_factory.mktemp("source"))
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The one line that a refusal is."""
+    assert main(["convert", *words]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    return line
+
+
+def test_what_cannot_be_read_or_written_to_is_said_in_one_line(
+    source: Path, tmp_path: Path, capsys
+):
+    here, new = str(source), str(tmp_path / "new")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "plain").write_text("mine")
+    config_only = tmp_path / "config-only"
+    config_only.mkdir()
+    (config_only / "config.json").write_text("{}")
+    cases = {
+        (here, str(taken)): "exists already",
+        (here, str(tmp_path / "plain")): "exists already",
+        (here, here): "lies in",
+        (here, f"{here}/inside"): "lies in",
+        (str(tmp_path / "none"), new): "no such folder",
+        (str(empty), new): "no config.json",
+        (str(config_only), new): r"no model*.safetensors",
+        (here, new, "--layout", "combined", "--quantize", "8bit"): "leave one of them out",
+        (here, new, "--scale-dtype", "e8m0"): "say --fp8",
+        (here, new, "--layout", "combined", "--scale-dtype", "e8m0"): "say --fp8",
+        (here, new, "--fp8", "128"): "a block such as 128x128",
+    }
+    for words, part in cases.items():
+        assert part in refused(list(words), capsys), words
+    assert (taken / "file").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_refusal_in_the_middle_leaves_nothing(source: Path, tmp_path: Path, capsys, monkeypatch):
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    file = broken / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "not a readable safetensors" in refused([str(broken), str(tmp_path / "out")], capsys)
+    monkeypatch.setenv("VLLM_MOE_COMPAT", "0")
+    assert "switches off" in refused([str(source), str(tmp_path / "out")], capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_a_disk_without_room_is_refused_before_the_work(
+    source: Path, tmp_path: Path, capsys, monkeypatch
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
+    assert "only 1.0 KiB are free" in refused([str(source), str(tmp_path / "out")], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_packed_already_has_no_way_back(source: Path, tmp_path: Path, capsys):
+    packed = tmp_path / "packed"
+    large = build(fp8=Fp8(), sizes=Sizes(64, 64)).write(tmp_path / "large")
+    convert(large, packed, Options(setting="8bit"))
+    words = [str(packed), str(tmp_path / "out"), "--layout", "per-expert"]
+    assert "keeps this checkpoint's" in refused(words, capsys, code=1)
+    words = [str(packed), str(tmp_path / "out"), "--quantize", "4bit"]
+    assert "quantised already" in refused(words, capsys, code=1)
+    # As it is, it can be copied.
+    convert(packed, tmp_path / "copy", Options())
+    assert same_bits(read(tmp_path / "copy"), read(packed))
+
+
+def test_an_empty_folder_is_taken_and_environment_and_hooks_stay_as_they_were(
+    source: Path, tmp_path: Path, monkeypatch
+):
+    import vllm_moe_compat
+
+    vllm_moe_compat.revert()
+    monkeypatch.setenv("VLLM_MOE_COMPAT_QUANTIZE", "none")
+    monkeypatch.delenv("VLLM_MOE_COMPAT_DTYPE", raising=False)
+    (tmp_path / "out").mkdir()
+    convert(source, tmp_path / "out", Options(setting="4bit"))
+    assert os.environ["VLLM_MOE_COMPAT_QUANTIZE"] == "none"
+    assert "VLLM_MOE_COMPAT_DTYPE" not in os.environ
+    assert not vllm_moe_compat.status().hooks
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_conversion_leaves_no_target_and_the_next_one_works(
+    number: signal.Signals, tmp_path: Path, capsys
+):
+    source = build("combined", sizes=Sizes(512, 512, experts=8)).write(tmp_path / "source")
+    target = tmp_path / "out"
+    words = [sys.executable, "-m", "vllm_moe_compat", "convert", str(source), str(target)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    shard = partial_of(target) / "model.safetensors"
+    limit = time.monotonic() + 120
+    while not shard.exists():
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"Traceback" not in said
+    assert not target.exists()
+    more = []
+    if number == signal.SIGKILL:
+        line = refused([str(source), str(target)], capsys)
+        assert "--replace-partial" in line
+        more = ["--replace-partial"]
+    assert not shard.exists() or more
+    assert main(["convert", str(source), str(target), *more]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
