@@ -124,10 +124,17 @@ def prefill(forward: Any, rows: list[Request]) -> None:
     forward(make_pass([(row, 0, len(row.prompt) - 1) for row in rows]), [])
 
 
-def decode(forward: Any, rows: list[Request], **options: Any) -> mx.array:
-    """One token for everyone: append the likeliest, return the logits ``[B, V]``."""
+def decode(forward: Any, rows: list[Request], *, greedy: bool = False) -> mx.array:
+    """One token for everyone: append the likeliest, return the logits ``[B, V]``.
+
+    ``greedy``: with the next pass built ahead.
+    """
     work = make_pass([(row, row.num_tokens - 1, 1) for row in rows])
-    logits = forward(work, range(len(rows)), **options)[:, -1]
-    for row, token in zip(rows, np.array(mx.argmax(logits, axis=-1)), strict=True):
-        row.output.append(int(token))
+    logits, tokens = forward.decode(work, likeliest, ahead=greedy)
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        row.output.append(token)
     return logits
+
+
+def likeliest(logits: mx.array) -> mx.array:
+    return mx.argmax(logits, axis=-1).astype(mx.int32)

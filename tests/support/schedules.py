@@ -12,6 +12,16 @@ from typing import Any
 
 from support.engine import engine_core, worker
 
+# Ways to leave one choice, half of them drawn in MLX and half by vLLM's sampler.
+ONE_CHOICE: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 1, "top_k": 1},
+    {"temperature": 0, "logprobs": 1},
+    {"temperature": 1, "top_p": 1e-6},
+    {"temperature": 1, "top_k": 1, "seed": 3},
+    {"temperature": 0, "min_tokens": 1},
+)
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -22,12 +32,14 @@ class Arrival:
     prompt: tuple[int, ...]
     max_tokens: int
     abort_after: int | None  # steps after its arrival
+    sampling: int = 0  # which of ONE_CHOICE
 
     def __str__(self) -> str:
         end = f", aborted after {self.abort_after} steps" if self.abort_after is not None else ""
         return (
             f"step {self.step:3d}: {self.req_id} with {len(self.prompt)} tokens "
-            f"(first {self.prompt[:4]}), {self.max_tokens} to generate{end}"
+            f"(first {self.prompt[:4]}), {self.max_tokens} to generate by "
+            f"{ONE_CHOICE[self.sampling]}{end}"
         )
 
 
@@ -57,7 +69,11 @@ def make(
         else:
             prompt = document[: draw.randint(3, longest)]
         abort = draw.randint(0, 12) if draw.random() < 0.2 else None
-        arrivals.append(Arrival(f"r{number}", step, tuple(prompt), draw.randint(1, output), abort))
+        # Every second schedule is greedy from end to end.
+        way = number % len(ONE_CHOICE) if seed % 2 else 0
+        arrivals.append(
+            Arrival(f"r{number}", step, tuple(prompt), draw.randint(1, output), abort, way)
+        )
         step += draw.choice([0, 0, 1, 2, 7])
     return arrivals
 
@@ -99,7 +115,10 @@ def play(llm: Any, arrivals: list[Arrival], limit: int = 3000) -> Played:
         while waiting and waiting[0].step <= step:
             arrival = waiting.pop(0)
             params = SamplingParams(
-                temperature=0, max_tokens=arrival.max_tokens, ignore_eos=True, detokenize=False
+                max_tokens=arrival.max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                **ONE_CHOICE[arrival.sampling],
             )
             prompt = TokensPrompt(prompt_token_ids=list(arrival.prompt))
             internal[arrival.req_id] = engine.add_request(arrival.req_id, prompt, params)

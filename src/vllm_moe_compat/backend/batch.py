@@ -171,8 +171,9 @@ class Batch:
 
     def decodes(self, req_ids: Sequence[str], scheduled: dict[str, int]) -> Pass:
         """The pass of one token per request in ``req_ids``, which all sample."""
-        rows = []
-        for req_id in req_ids:
-            request = self.requests[req_id]
-            rows.append((request, request.computed + scheduled[req_id] - 1, 1))
-        return make_pass(rows)
+        rows = tuple(self.requests[req_id] for req_id in req_ids)
+        ends = [r.computed + scheduled[r.req_id] for r in rows]
+        # Each is its request's last token, or it would not sample.
+        tokens = [[r.output[-1] if r.output else r.prompt[-1]] for r in rows]
+        offsets = np.asarray(ends, dtype=np.int64) - 1
+        return Pass(rows, np.asarray(tokens, dtype=np.int32), offsets, np.ones_like(offsets))

@@ -7,16 +7,16 @@ whole pools.
 
 Building a graph is another matter than scheduling it. While a decode pass runs,
 the host would only wait, and building the next one takes it a millisecond or
-two. So when everyone in the batch samples greedily, the pass that will most
-likely come next (the same requests, one token on) is built then, on a token
-that MLX takes from these logits, and kept aside; pools and states look as if it
-had not been. If the next pass is that one, token for token and page for page,
-it is evaluated as it is; otherwise it is dropped before anything is written.
+two. So when every token of the batch is drawn in MLX, the pass that will most
+likely come next (the same requests, one token on) is built then, on the tokens
+that are being drawn, and kept aside; pools and states look as if it had not
+been. If the next pass is that one, token for token and page for page, it is
+evaluated as it is; otherwise it is dropped before anything is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +38,12 @@ if TYPE_CHECKING:
 class _Graph:
     """A pass that is built and not evaluated.
 
-    ``pages`` and ``states`` are what pools and resident states become by it;
-    ``steps`` what its softmax layers share, by KV group.
+    ``pages`` and ``states`` are what pools and resident states become by it.
     """
 
     logits: mx.array
     pages: list[mx.array]
     states: list[State]
-    steps: dict[int, AttentionStep]
 
 
 @dataclass(slots=True)
@@ -54,9 +52,10 @@ class _Ahead:
 
     graph: _Graph
     work: Pass
-    tokens: mx.array  # [B, 1]
+    tokens: mx.array  # [B]
     pages: list[mx.array]
     states: list[State]
+    blocks: list[list[list[int]]]  # of each row, the very lists
 
 
 class Forward:
@@ -75,16 +74,20 @@ class Forward:
         """Drop what was built ahead; before anyone writes to pools outside a pass."""
         self._ahead = None
 
-    def __call__(self, work: Pass, rows: Sequence[int], *, greedy: bool = False) -> mx.array:
+    def __call__(self, work: Pass, rows: Sequence[int]) -> mx.array:
         """Run one pass and evaluate it: pages, states, and the logits of ``rows``.
 
-        ``greedy``: everyone in it takes the most likely token next. Returns
-        logits ``[len(rows), T, V]``; with no rows, the model's head is never
-        computed. Rows that the model's code cannot take together run one by one.
+        Returns logits ``[len(rows), T, V]``; with no rows, the model's head is
+        never computed. Rows that the model's code cannot take together run one
+        by one.
         """
         if not self._apart(work):
-            return self._run(work, rows, greedy)
-        found = [self._run(part, [0] if row in rows else [], False) for row, part in work.split()]
+            logits, kept = self._adopted(work)
+            if len(rows) < len(work.requests):
+                logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
+            mx.eval(kept, logits if rows else ())
+            return logits
+        found = [self(part, [0] if row in rows else []) for row, part in work.split()]
         wanted = [found[row] for row in rows]
         if not wanted:
             return found[0]
@@ -93,29 +96,44 @@ class Forward:
             [mx.pad(x, [(0, 0), (0, longest - x.shape[1]), (0, 0)]) for x in wanted]
         )
 
+    def decode(
+        self, work: Pass, draw: Callable[[mx.array], mx.array | None], *, ahead: bool
+    ) -> tuple[mx.array, mx.array | None]:
+        """Run a pass of one token per row and evaluate it, and what ``draw`` draws from it.
+
+        ``draw`` takes logits ``[B, V]`` and returns tokens; ``ahead``: of every
+        row, so that the next pass can be built on them. Returns both.
+        """
+        if self._apart(work):
+            logits = self(work, range(len(work.requests)))[:, -1]
+            tokens = draw(logits)
+            if tokens is not None:
+                mx.eval(tokens)
+            return logits, tokens
+        logits, outputs = self._adopted(work)
+        logits = logits[:, -1]
+        tokens = draw(logits)
+        outputs.append(logits)
+        if tokens is not None:
+            outputs.append(tokens)
+            if ahead and not self._crosses(work):
+                mx.async_eval(outputs)  # type: ignore[no-untyped-call]
+                self._build_ahead(work, tokens)
+        mx.eval(outputs)
+        return logits, tokens
+
     def _apart(self, work: Pass) -> bool:
         if self._rows is Rows.PADDED or len(work.requests) == 1:
             return False
         return self._rows is Rows.SINGLE or bool((work.lengths != work.lengths[0]).any())
 
-    def _run(self, work: Pass, rows: Sequence[int], greedy: bool) -> mx.array:
+    def _adopted(self, work: Pass) -> tuple[mx.array, list[mx.array]]:
+        """Logits of a pass, and what pools and states became by it; nothing is evaluated."""
         graph = self._built_ahead(work)
         if graph is None:
             graph = self._build(work, mx.array(work.tokens))
-        logits = graph.logits
-        outputs = graph.pages + [part for state in graph.states for part in state]
         self._adopt(work, graph)
-        del graph
-        if len(rows) < len(work.requests):
-            logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
-        if rows:
-            outputs.append(logits)
-        if greedy and not self._crosses(work):
-            tokens = mx.argmax(logits[:, -1:], axis=-1).astype(mx.int32)
-            mx.async_eval(outputs, tokens)  # type: ignore[no-untyped-call]
-            self._build_ahead(work, tokens)
-        mx.eval(outputs)
-        return logits
+        return graph.logits, graph.pages + [part for state in graph.states for part in state]
 
     def _build(self, work: Pass, tokens: mx.array) -> _Graph:
         """Build a pass; pools and states take up what it makes of them."""
@@ -144,7 +162,7 @@ class Forward:
         given = nest(memory.layers, caches) if self._nested else caches
         logits: mx.array = self.model(tokens, cache=given)
         pages = [pool.pages for pool in self._pools]
-        return _Graph(logits, pages, linear_attention.new_states(held), steps)
+        return _Graph(logits, pages, linear_attention.new_states(held))
 
     def _state_caches(self, work: Pass) -> list[Any]:
         states = self.memory.states
@@ -173,12 +191,13 @@ class Forward:
         pages = [pool.pages for pool in self._pools]
         next_work = replace(work, offsets=work.offsets + 1)
         before = states.resident_states(work.req_ids)
-        graph = self._build(next_work, tokens)
+        graph = self._build(next_work, tokens[:, None])
         for pool, old in zip(self._pools, pages, strict=True):
             pool.pages = old
         if before:
             states.put_in(work.req_ids, before)
-        self._ahead = _Ahead(graph, next_work, tokens, pages, before)
+        blocks = [request.blocks for request in work.requests]
+        self._ahead = _Ahead(graph, next_work, tokens, pages, before, blocks)
 
     def _built_ahead(self, work: Pass) -> _Graph | None:
         """The graph of ``work`` if it was built ahead; it is let go of in any case."""
@@ -198,11 +217,13 @@ class Forward:
             and all(a is b for a, b in zip(work.requests, ahead.work.requests, strict=True))
             and work.tokens.shape[1] == 1
             and np.array_equal(work.offsets, ahead.work.offsets)
-            and np.array_equal(work.tokens, np.array(ahead.tokens))
+            and np.array_equal(work.tokens[:, 0], np.array(ahead.tokens))
             and all(a.pages is b for a, b in zip(self._pools, ahead.pages, strict=True))
             and (states is ahead.states or not (states or ahead.states))
+            # Tables only grow, and these rows' tokens did not begin a block; a request that
+            # was preempted and resumed has another list.
             and all(
-                np.array_equal(work.tables(group, step.block), step.tables)
-                for group, step in ahead.graph.steps.items()
+                request.blocks is blocks
+                for request, blocks in zip(work.requests, ahead.blocks, strict=True)
             )
         )

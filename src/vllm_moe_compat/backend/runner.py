@@ -108,6 +108,7 @@ class ModelRunner:
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
+        self._drawn: mx.array | None = None
         self._unsampled: list[str] = []
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
@@ -132,15 +133,18 @@ class ModelRunner:
         self.memory.clear_partial_blocks(requests, scheduled)
         for work in self.batch.prefills(scheduled):
             self._prefill(work)
-        sampling = [r for r in requests if self.batch.samples(r.req_id, scheduled[r.req_id])]
+        sampling: list[Request] = []
+        unsampled: list[Request] = []
+        for request in requests:
+            samples = self.batch.samples(request.req_id, scheduled[request.req_id])
+            (sampling if samples else unsampled).append(request)
         self._order = self.sampler.select(sampling)
-        self._unsampled = [req_id for req_id in scheduled if req_id not in set(self._order)]
-        self._logits = None
+        self._unsampled = [request.req_id for request in unsampled]
+        self._logits = self._drawn = None
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
-            greedy = not self._unsampled and all(r.params.temperature == 0 for r in sampling)
-            logits = self.forward(work, range(len(self._order)), greedy=greedy)
-            self._logits = logits[:, -1]
+            ahead = not self._unsampled and self.sampler.draws_all
+            self._logits, self._drawn = self.forward.decode(work, self.sampler.draw, ahead=ahead)
         self._save_states(requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
@@ -196,8 +200,9 @@ class ModelRunner:
                 counts.append(end)
         if keep:
             self.forward.forget()
-        memory.states.save([r.req_id for r in keep], memory.state_blocks(keep, counts))
-        memory.states.drop(unfinished)
+            memory.states.save([r.req_id for r in keep], memory.state_blocks(keep, counts))
+        if unfinished:
+            memory.states.drop(unfinished)
 
     def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample what ``execute`` computed; chunks of unfinished prompts get no token."""
@@ -207,7 +212,8 @@ class ModelRunner:
         logprobs = None
         if self._logits is not None:
             logits, self._logits = self._logits, None
-            sampled, logprobs = self.sampler.sample(logits, scheduler_output, grammar)
+            drawn, self._drawn = self._drawn, None
+            sampled, logprobs = self.sampler.sample(logits, drawn, scheduler_output, grammar)
             tokens = [[token] for token in sampled]
         req_ids = self._order + self._unsampled
         prompts = {}
