@@ -246,10 +246,11 @@ import json, logging
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-# vLLM configures logging after it has loaded its plugins.
-from vllm.config.logging import LoggingConfig
-from vllm.logger import configure_logging
-configure_logging(LoggingConfig())
+# vLLM configures logging after it has loaded its plugins; 0.27 when it is imported.
+import vllm.logger
+if hasattr(vllm.logger, "configure_logging"):
+    from vllm.config.logging import LoggingConfig
+    vllm.logger.configure_logging(LoggingConfig())
 
 import vllm.envs
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -274,7 +275,8 @@ before = effects()
 plugin.register()
 logger.info("a line of %s", "ours")
 logger.debug("not at this level")
-current_platform.validate_environ(hard_fail=True)
+# A function of vllm.envs before it became the platform's.
+(current_platform.validate_environ or vllm.envs.validate_environ)(hard_fail=True)
 print()
 print(json.dumps({
     "platform": f"{type(current_platform).__module__}.{type(current_platform).__name__}",

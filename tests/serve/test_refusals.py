@@ -47,6 +47,23 @@ def test_quantisation_that_nobody_would_do_is_refused(demo_path: Path, tmp_path:
         pass
 
 
+def test_watermarks_are_refused_by_every_vllm(demo_path: Path) -> None:
+    """By name where vLLM has them; 0.27 knows no such setting."""
+    with (
+        pytest.raises((ValueError, TypeError), match="watermark"),
+        in_process_llm(demo_path, watermark_config={"key": 1}),
+    ):
+        pass
+
+
+def test_the_step_encoding_that_is_not_read(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="reads the step encoding"), in_process_llm(demo_path):
+        pass
+
+
 def test_code_that_reaches_into_its_cache_is_refused(tmp_path: Path) -> None:
     path = models.write_mlx(tmp_path / "indexed", "deepseek_v32")
     with (

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_moe_compat.backend import architectures
+from vllm_moe_compat.backend import architectures, vllm_bridge
 
 
 class MlxCausalLM(nn.Module):
@@ -107,9 +107,10 @@ class DequantizedConfig(QuantizationConfig):
 
     method = "fp8"
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        # vLLM 0.27 asks for --quantization on a checkpoint without such a config.
         super().__init__()
-        self.config = config
+        self.config = config or {}
 
     def get_name(self) -> Any:
         """The method's name in the checkpoint's config."""
@@ -171,6 +172,7 @@ class GptOssMxfp4Config(Mxfp4Config):
 
 def register() -> None:
     """Register the stand-ins; a second call replaces them with the same."""
+    vllm_bridge.allow_one_head_size_for_all_layers()
     for config in (
         DequantizedConfig,
         CompressedTensorsConfig,

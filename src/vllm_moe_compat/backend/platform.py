@@ -17,7 +17,7 @@ import psutil
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_moe_compat.backend import refusals
+from vllm_moe_compat.backend import refusals, vllm_bridge
 from vllm_moe_compat.errors import UnsupportedServingError
 
 if TYPE_CHECKING:
@@ -140,7 +140,15 @@ class MlxPlatform(Platform):
         Raises:
             UnsupportedServingError: a setting that the backend cannot honour.
         """
-        # The scheduler's newer step encoding needs Triton; ours is the V1 one.
+        from vllm import envs
+
+        vllm_bridge.warn_outside_tested_range()
+        if envs.VLLM_USE_V2_MODEL_RUNNER:
+            raise UnsupportedServingError(
+                "The embedded MLX backend cannot serve with VLLM_USE_V2_MODEL_RUNNER=1: it reads "
+                "the step encoding of vLLM's V1 model runner; unset it."
+            )
+        # Unset, vLLM would choose by what is installed and by the model.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         # A fork after MLX has evaluated anything hangs. A process that never
         # imported it may fork, as vLLM does by default: scripts need no main guard.

@@ -30,6 +30,10 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
     yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
     yield vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."
+    yield (
+        getattr(vllm_config, "watermark_config", None),
+        "watermarks in the text, which vLLM's V2 model runner puts there; leave them out.",
+    )
     offload = getattr(getattr(vllm_config, "offload_config", None), "uva", None)
     yield getattr(offload, "cpu_offload_gb", 0), "weights offloaded; leave --cpu-offload-gb at 0."
     load_format = str(vllm_config.load_config.load_format)

@@ -4,6 +4,12 @@ In: ``vllm.v1.core.sched.output.SchedulerOutput``, which is a difference to the
 last step: new requests whole, running ones as appended block ids, finished ones
 by id, preempted ones by their absence. Out: ``Step``, the same in our terms, so
 that a change of the encoding changes this file alone.
+
+vLLM has two encodings. This one is called V1, and is what its scheduler emits
+unless the V2 model runner is on. V2 differs in how a preempted request comes
+back: as a new one, with all of its tokens in ``prefill_token_ids``, where V1 has
+a running one in ``resumed_req_ids``. ``_is_v2`` tells them apart, and ``decode``
+is where a second reading would begin; until there is one, V2 is refused by name.
 """
 
 from __future__ import annotations
@@ -60,12 +66,30 @@ def decode(output: SchedulerOutput) -> Step:
     """Translate one scheduler output.
 
     Raises:
-        UnsupportedServingError: it asks for speculative tokens or encoder inputs.
+        UnsupportedServingError: it is in the V2 encoding, or asks for speculative
+            tokens or encoder inputs.
     """
     if output.scheduled_spec_decode_tokens:
         raise UnsupportedServingError("The embedded MLX backend has no speculative decoding.")
     if output.scheduled_encoder_inputs:
         raise UnsupportedServingError("The embedded MLX backend takes text, no images or audio.")
+    if _is_v2(output):
+        raise UnsupportedServingError(
+            "vLLM's scheduler speaks to its V2 model runner (new requests have prefill_token_ids), "
+            "and the embedded MLX backend reads the V1 encoding; set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
+    return _decode_v1(output)
+
+
+def _is_v2(output: SchedulerOutput) -> bool:
+    """Whether some new request is in the V2 encoding."""
+    return any(
+        getattr(request, "prefill_token_ids", None) is not None
+        for request in output.scheduled_new_reqs
+    )
+
+
+def _decode_v1(output: SchedulerOutput) -> Step:
     new = []
     for request in output.scheduled_new_reqs:
         if request.prompt_token_ids is None or request.sampling_params is None:

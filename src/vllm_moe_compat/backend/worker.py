@@ -81,7 +81,12 @@ class MlxWorker(WorkerBase):
         return self.budget.page_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate the pages that vLLM planned, and build the runner."""
+        """Allocate the pages that vLLM planned, and build the runner.
+
+        Raises:
+            UnsupportedServingError: a sequence of the length asked for does not fit.
+        """
+        vllm_bridge.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
         groups: dict[int, int] = {}
         page_bytes: dict[int, int] = {}
         sizes = []
@@ -95,19 +100,14 @@ class MlxWorker(WorkerBase):
                 page_bytes[index] = own.get(name, group.kv_cache_spec).page_size_bytes
         self._check_pages(sizes, groups, page_bytes)
         dtype = MLX_DTYPES[self.model_config.dtype]
-        by_region: dict[int, PagePool] = {}
+        by_region: list[PagePool] = []
         pools: dict[int, PagePool] = {}
-        for tensor in kv_cache_config.kv_cache_tensors:
-            for position, name in enumerate(tensor.layers):
-                index = int(name.rpartition(".")[2])
-                # Layers at the same address share their pages.
-                region = tensor.offset + position * tensor.layer_stride
-                if region not in by_region:
-                    by_region[region] = PagePool(
-                        kv_cache_config.num_blocks, page_bytes[index], dtype
-                    )
-                pools[index] = by_region[region]
-        mx.eval([pool.pages for pool in by_region.values()])
+        for names in vllm_bridge.layers_by_region(kv_cache_config):
+            indices = [int(name.rpartition(".")[2]) for name in names]
+            pool = PagePool(kv_cache_config.num_blocks, page_bytes[indices[0]], dtype)
+            by_region.append(pool)
+            pools |= dict.fromkeys(indices, pool)
+        mx.eval([pool.pages for pool in by_region])
         memory = Memory(
             self.served.layers,
             pools,
@@ -189,6 +189,13 @@ class MlxWorker(WorkerBase):
     def synchronize_device(self) -> None:
         """Every step is evaluated when it returns; wait for what else there is."""
         mx.synchronize()
+
+    def occupancy(self) -> dict[str, int]:
+        """How many requests and states are held; none when nobody asks for anything."""
+        return {
+            "requests": len(self.runner.batch.requests),
+            "states": len(self.runner.memory.states.resident),
+        }
 
     def check_health(self) -> None:
         """Healthy as long as it answers."""

@@ -1,0 +1,90 @@
+"""What differs between vLLM releases; the rest of the suite runs on each of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+from vllm_moe_compat.backend import vllm_bridge
+from vllm_moe_compat.backend.scheduler_output import decode
+from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.tested import TESTED
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    logger = logging.getLogger("vllm_moe_compat")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "parent", logging.getLogger())
+    vllm_bridge.warn_outside_tested_range.cache_clear()
+    yield caplog
+    vllm_bridge.warn_outside_tested_range.cache_clear()
+
+
+def test_a_tested_vllm_is_not_warned_of(warnings: pytest.LogCaptureFixture) -> None:
+    vllm_bridge.warn_outside_tested_range()
+    assert not warnings.records
+
+
+@pytest.mark.parametrize("version", ["0.27.0", "0.33.0", "0.33.0rc1", "1.0.dev3+gabc"])
+def test_another_is_warned_of_once(
+    version: str, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    for _ in range(3):
+        vllm_bridge.warn_outside_tested_range()
+    (record,) = warnings.records
+    assert record.levelname == "WARNING"
+    assert version in record.getMessage()
+    assert TESTED["vllm"] in record.getMessage()
+
+
+def new_request(**more: Any) -> NewRequestData:
+    return NewRequestData(
+        req_id="a",
+        prompt_token_ids=[1, 2, 3],
+        mm_features=[],
+        sampling_params=SamplingParams(),
+        pooling_params=None,
+        block_ids=([1],),
+        num_computed_tokens=0,
+        lora_request=None,
+        **more,
+    )
+
+
+def test_the_v1_encoding_is_read_and_v2_refused_by_name() -> None:
+    output = SchedulerOutput.make_empty()
+    output.scheduled_new_reqs = [new_request()]
+    (request,) = decode(output).new
+    assert (request.prompt, request.blocks) == ([1, 2, 3], ([1],))
+    output.scheduled_new_reqs = [new_request(prefill_token_ids=[1, 2, 3])]
+    with pytest.raises(UnsupportedServingError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        decode(output)
+
+
+def test_a_cache_plan_of_a_third_kind_is_refused() -> None:
+    config = SimpleNamespace(kv_cache_tensors=[SimpleNamespace(size=1)])
+    with pytest.raises(UnsupportedServingError, match="neither layer_stride nor shared_by"):
+        vllm_bridge.layers_by_region(config)  # type: ignore[arg-type]
+
+
+def test_vllms_input_batch_takes_our_blocks() -> None:
+    import torch
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    batch = InputBatch(
+        max_num_reqs=2,
+        max_model_len=32,
+        max_num_batched_tokens=32,
+        device=torch.device("cpu"),
+        vocab_size=8,
+        **vllm_bridge.batch_blocks([16]),
+    )
+    assert len(batch.block_table.block_tables) == 1
