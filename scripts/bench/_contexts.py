@@ -54,12 +54,16 @@ def as_prompt_cache(model: Any, context: Context) -> list[Any]:
 
 
 def instead_of_prefills(runner: Any, contexts: dict[int, Context]) -> Any:
-    """Computes no prompt of ``runner`` but takes what it leaves from ``contexts``.
+    """Computes no prompt that ``contexts`` knows but takes what it leaves from there.
 
     By its first token: prompts of the benchmark begin with their number.
     """
+    compute = runner._prefill
 
     def fill(work: Any) -> None:
+        if work.requests[0].prompt[0] not in contexts:
+            compute(work)
+            return
         for request, start, count in zip(work.requests, work.offsets, work.lengths, strict=True):
             context = contexts[request.prompt[0]]
             _fill_one(runner.memory, request, int(start), int(count), context)

@@ -7,9 +7,12 @@ neighbours; the control is the median ratio of those two to each other, which
 would be 1 on a quiet machine. Prompts are there before the clock starts (see
 ``_contexts``), both sides are warmed up, and both must generate the same tokens.
 
-``ratio`` is end to end: vLLM's engine step, with its scheduler, our worker,
-vLLM's sampler and its output processing, against ``BatchGenerator.next``.
-``worker_ratio`` counts only what the worker does of it.
+``ratio`` is end to end: vLLM's engine step, with its scheduler, our worker
+and its output processing, against ``BatchGenerator.next``. ``worker_ratio``
+counts only what the worker does of it.
+
+The other parts are ratios of the backend to itself or to vLLM's sampler; see
+``_steps`` and ``_sampling``.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _engine import Ours
 from _model import Shape, write
 
 if TYPE_CHECKING:
@@ -37,6 +41,18 @@ if TYPE_CHECKING:
 # Contexts of a ragged batch, as shares of the longest.
 RAGGED = (1.0, 0.5, 0.25, 0.0625)
 WARM_UP, MOST_STEPS = 4, 32
+PARTS = ("decode", "overhead", "mixed", "prefix", "sampling")
+PARTS_HELP = """parts:
+  decode    tokens/s over mlx-lm's BatchGenerator, for each of --cases
+  overhead  16x1024: ms of a decode step in which MLX has nothing to do because the worker's
+            Python runs, before the pass begins and after it ends, and their share of the step
+  mixed     a step of 8 decodes and a 64-token chunk of a prompt, over a step of the 8 decodes
+            plus a step of the chunk
+  prefix    time to first token of a prompt whose first 2,048 tokens are cached, over that of
+            one of the same length that is not
+  sampling  time to draw 8 tokens of 152k in MLX, over vLLM's sampler on a copy of the logits;
+            peaked logits like a language model's, and flat ones
+"""
 DEFAULT_CASES = ("1x1024", "4x1024", "4x4096", "4x4096-ragged", "16x1024")
 
 
@@ -67,92 +83,6 @@ class Case:
             [i, *(draw.randrange(vocab - 16) for _ in range(n - 1))]
             for i, n in enumerate(self.lengths)
         ]
-
-
-class Ours:
-    """The embedded backend under vLLM's engine, in this process."""
-
-    def __init__(self, path: Path, cases: list[Case], extra: int, async_scheduling: bool) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_MOE_COMPAT_BACKEND", "embedded")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
-
-        self.llm = LLM(
-            str(path),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=max(max(case.lengths) for case in cases) + extra,
-            max_num_seqs=max(len(case.lengths) for case in cases),
-            max_num_batched_tokens=4096,
-            enable_prefix_caching=False,
-            async_scheduling=async_scheduling,
-            seed=0,
-        )
-        self.engine = self.llm.llm_engine
-        core = self.engine.engine_core.engine_core
-        self.worker = core.model_executor.driver_worker.worker
-        self.contexts: dict[int, Context] = {}
-        from _contexts import instead_of_prefills
-
-        runner = self.worker.runner
-        runner._prefill = instead_of_prefills(runner, self.contexts)
-        self.layers = runner.memory.layers
-        self.inside = 0.0
-        for name in ("execute_model", "sample_tokens"):
-            setattr(self.worker, name, self._timed(getattr(self.worker, name)))
-
-    def _timed(self, function: Any) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.inside += time.perf_counter() - began
-
-        return timed
-
-    @contextmanager
-    def running(
-        self, prompts: list[list[int]], contexts: list[Context], steps: int
-    ) -> Iterator[None]:
-        """With all requests generating."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
-        params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
-        self.contexts.update(enumerate(contexts))
-        self.tokens: dict[str, list[int]] = {}
-        ids = [
-            self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
-            for i, prompt in enumerate(prompts)
-        ]
-        while len(self.tokens) < len(prompts):
-            self._step()
-        try:
-            yield
-        finally:
-            self.engine.abort_request(ids, internal=True)
-            while self.engine.has_unfinished_requests():
-                self.engine.step()
-            self.engine.step()
-
-    def _step(self) -> int:
-        outputs = self.engine.step()
-        for output in outputs:
-            self.tokens[output.request_id] = output.outputs[0].token_ids
-        return len(outputs)
-
-    def decode(self, steps: int, batch: int) -> tuple[float, float]:
-        """Seconds for that many steps, and what the worker took of them."""
-        self.inside, done = 0.0, 0
-        began = time.perf_counter()
-        while done < steps * batch:
-            done += self._step()
-        return time.perf_counter() - began, self.inside
-
-    def close(self) -> None:
-        self.engine.engine_core.shutdown()
 
 
 class Theirs:
@@ -294,23 +224,34 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    parts = [decode_table(result["cases"])] if result["cases"] else []
+    for name in ("overhead", "mixed", "prefix", "sampling"):
+        for row in result.get(name, []):
+            parts.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    for name in ("model", "machine"):
+        parts.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in result[name].items()))
+    return "\n\n".join(parts)
+
+
+def decode_table(cases: list[dict[str, Any]]) -> str:
     head = "| case | ratio | worker only | control | ours, tokens/s | mlx-lm, tokens/s |"
     lines = [head, "|---|---|---|---|---|---|"]
-    for row in result["cases"]:
+    for row in cases:
         lines.append(
             f"| {row['case']} | {row['ratio']:.2f} | {row['worker_ratio']:.2f} | "
             f"{row['control']:.2f} | {row['ours_tokens_per_s']:.1f} | "
             f"{row['mlx_lm_tokens_per_s']:.1f} |"
         )
-    for name in ("model", "machine"):
-        lines.append(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in result[name].items()))
     return "\n".join(lines)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench/serve",
-        description="Decode tokens/s of the embedded backend over mlx-lm's BatchGenerator.",
+        description="Decode tokens/s of the embedded backend over mlx-lm's BatchGenerator, and "
+        "what else a step costs. Every figure is a ratio of two things that took turns.",
+        epilog=PARTS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -320,6 +261,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=lambda text: [Case.parse(name) for name in text.split(",")],
         default=[Case.parse(name) for name in DEFAULT_CASES],
         help=f"BATCHxCONTEXT[-ragged], separated by commas (default {','.join(DEFAULT_CASES)})",
+    )
+    add(
+        "--parts",
+        type=lambda text: text.split(","),
+        default=list(PARTS),
+        help=f"what to measure, separated by commas (default {','.join(PARTS)})",
     )
     add("--rounds", type=int, help="rounds per case: mlx-lm, ours, mlx-lm (default 7)")
     add(
@@ -333,25 +280,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (3 if args.quick else 7)
     args.seconds = args.seconds or (0.3 if args.quick else 1.0)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.layers % 4 or args.hidden % 128 or args.vocab < 32 or args.head_dim % 8:
         parser.error("layers go in fours, hidden in 128s, head-dim in 8s; vocab from 32 on")
     return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    import _sampling
+    import _steps
+
     shape = Shape(**{name: getattr(args, name) for name in vars(Shape())})
     extra = most_tokens(args) + 1
-    longest = max(max(case.lengths) for case in args.cases)
+    lengths = [case.lengths for case in args.cases] + [_steps.OVERHEAD]
+    longest = max(max(batch) for batch in lengths) + extra
+    result: dict[str, Any] = {"cases": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        model = write(path, shape, longest + extra)
-        ours = Ours(path, args.cases, extra, args.async_scheduling)
-        theirs = Theirs(ours.worker.get_model())
-        try:
-            cases = [measure(case, ours, theirs, args) for case in args.cases]
-        finally:
-            ours.close()
-    return {"cases": cases, "model": model, "machine": machine()}
+        model = write(path, shape, max(longest, _steps.LONGEST))
+        if {"decode", "overhead"} & set(args.parts):
+            ours = Ours(
+                path, longest, max(map(len, lengths)), async_scheduling=args.async_scheduling
+            )
+            theirs = Theirs(ours.worker.get_model())
+            try:
+                if "decode" in args.parts:
+                    result["cases"] = [measure(case, ours, theirs, args) for case in args.cases]
+                if "overhead" in args.parts:
+                    prompts = Case("overhead", _steps.OVERHEAD).prompts(args.vocab)
+                    result["overhead"] = _steps.overhead(ours, prompts, args.rounds)
+            finally:
+                ours.close()
+            del ours, theirs
+        for name in ("mixed", "prefix"):
+            if name in args.parts:
+                result[name] = getattr(_steps, name)(path, args.vocab, args.rounds)
+    if "sampling" in args.parts:
+        result["sampling"] = _sampling.measure(args.rounds)
+    return result | {"model": model, "machine": machine()}
 
 
 def main() -> int:
