@@ -6,10 +6,10 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import _recording as recording
+from _page import codes, link, table
 
 from vllm_moe_compat.plan.row import Row
 from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
@@ -84,7 +84,7 @@ and is wrong fails a test."""
 
 def _forms() -> str:
     rows = ([f"`{name}`", text] for name, text in FORMS.items())
-    return "## Forms\n\n" + _table(["form", "what it is"], rows)
+    return "## Forms\n\n" + table(["form", "what it is"], rows)
 
 
 def _totals(found: dict[str, Any]) -> str:
@@ -98,8 +98,8 @@ def _totals(found: dict[str, Any]) -> str:
     heads = ["", "right", "refused", "silently wrong", "loads, fails when run"]
     return (
         f"## Totals\n\n{len(found['families'])} families and variants, {len(pairs):,} "
-        f"checkpoints.\n\n{_table(heads, lines)}\n\nWhy mlx-lm alone refuses:\n\n"
-        + _table(["reason", "checkpoints"], why)
+        f"checkpoints.\n\n{table(heads, lines)}\n\nWhy mlx-lm alone refuses:\n\n"
+        + table(["reason", "checkpoints"], why)
     )
 
 
@@ -116,7 +116,7 @@ def _families(found: dict[str, Any], group: str) -> str:
         "✗ refuses, *wrong* loads and computes something else, *fails* loads and fails when run; "
         "empty: there is no such form.\n\n"
     )
-    return f"## {GROUPS[group]}\n\n{legend}{_table(['family', 'module', *forms], rows)}" + (
+    return f"## {GROUPS[group]}\n\n{legend}{table(['family', 'module', *forms], rows)}" + (
         "\n\n" + "\n".join(notes) if notes else ""
     )
 
@@ -149,13 +149,11 @@ def _modules() -> str:
         rows.append(
             [
                 f"`{_name(row)}`",
-                f"{_codes(s or '(the layer)' for s in moe.sources)} → `{moe.target}`"
-                if moe
-                else "",
+                f"{codes(s or '(the layer)' for s in moe.sources)} → `{moe.target}`" if moe else "",
                 ", ".join(moe.reads) or "nothing" if moe else "",
                 _FP8.get(row.fp8, "") if row.fp8 else "",
-                _codes(w.id for w in row.workarounds),
-                _codes(dict.fromkeys(fix.id for fix in row.config)),
+                codes(w.id for w in row.workarounds),
+                codes(dict.fromkeys(fix.id for fix in row.config)),
             ]
         )
     tested = {entry["module"] for entry in recording.read()["families"].values()}
@@ -165,7 +163,7 @@ def _modules() -> str:
         f"## Modules\n\n{len(rows)} modules of mlx-lm have a row in the registry. *Reads by "
         "itself* is which layouts of unquantised experts its `sanitize` stacks, *FP8 by itself* "
         "which scales it multiplies out; with the plugin every layout and every scale above is "
-        f"taken.\n\n{_table([*heads, 'workarounds', 'config.json'], rows)}\n\n"
+        f"taken.\n\n{table([*heads, 'workarounds', 'config.json'], rows)}\n\n"
         "The parity tests have no family for these rows, most of which transformers has no class "
         f"for; nothing holds them against another implementation: {', '.join(untested)}."
     )
@@ -189,14 +187,14 @@ def _workarounds() -> str:
             f"`{w.id}`",
             w.form,
             w.why,
-            _link(w.upstream),
+            link(w.upstream),
             w.remove_when,
-            _codes(names) if len(names) <= 4 else f"{len(names)} modules",
+            codes(names) if len(names) <= 4 else f"{len(names)} modules",
         ]
         for w, names in sorted(users.items(), key=lambda item: item[0].id)
     )
     heads = ["workaround", "for", "what goes wrong without it", "upstream", "goes when", "modules"]
-    return "## Workarounds\n\n" + _table(heads, rows)
+    return "## Workarounds\n\n" + table(heads, rows)
 
 
 def _fixes() -> str:
@@ -204,17 +202,17 @@ def _fixes() -> str:
     for row in _rows():
         for fix in row.config:
             users.setdefault((fix.id, fix.why), []).append(_name(row))
-    rows = ([f"`{id_}`", why, _codes(names)] for (id_, why), names in sorted(users.items()))
+    rows = ([f"`{id_}`", why, codes(names)] for (id_, why), names in sorted(users.items()))
     return (
         "## config.json\n\nWhat is put into mlx-lm's words, where it is not in them already:\n\n"
-        + _table(["fix", "what goes wrong without it", "modules"], rows)
+        + table(["fix", "what goes wrong without it", "modules"], rows)
     )
 
 
 def _left(found: dict[str, Any]) -> str:
     return f"""## What is left to mlx-lm
 
-**Modules without a row**: {_codes(found["unmapped"])}. They load as mlx-lm \
+**Modules without a row**: {codes(found["unmapped"])}. They load as mlx-lm \
 loads them. FP8 weights are refused, since mlx-lm would take their bytes for integers; experts one \
 by one are named in a WARNING.
 
@@ -242,23 +240,6 @@ def _rows() -> list[Row]:
 
 def _name(row: Row) -> str:
     return row.module.rpartition(".")[2]
-
-
-def _codes(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _link(upstream: str) -> str:
-    address, _, rest = upstream.partition(" ")
-    return upstream if not address.startswith("https://") else f"<{address}> {rest}".strip()
-
-
-def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
-    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, escaped)])
 
 
 def main() -> None:

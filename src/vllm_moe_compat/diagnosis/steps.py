@@ -148,9 +148,7 @@ def serve(path: str, golden: str) -> dict[str, Any]:
         greedy = SamplingParams(temperature=0, max_tokens=count)
         asked = expected.get("prompt", PROMPT)
         # With a bar, and TQDM_DISABLE set, vLLM divides by an elapsed time of zero.
-        answers = [
-            llm.generate(asked, greedy, use_tqdm=False)[0].outputs[0].text for _ in range(2)
-        ]
+        answers = [llm.generate(asked, greedy, use_tqdm=False)[0].outputs[0].text for _ in range(2)]
     finally:
         llm.llm_engine.engine_core.shutdown()
     if answers[0] != answers[1]:
