@@ -8,6 +8,9 @@ from typing import Any
 from vllm_moe_compat.backend.batch import Batch, Request
 from vllm_moe_compat.backend.scheduler_output import NewRequest, RunningRequest, Step
 
+# Of the two KV groups that every request here has blocks of.
+SIZES = [16, 4096]
+
 
 def params() -> Any:
     return SimpleNamespace(prompt_logprobs=None)
@@ -31,7 +34,7 @@ def prompt(req_id: str, length: int, computed: int = 0) -> NewRequest:
 def test_a_prompts_last_token_joins_the_decodes():
     batch = Batch()
     batch.update(step(new=[prompt("a", 10)]))
-    (prefill,) = batch.prefills({"a": 10})
+    (prefill,) = batch.prefills({"a": 10}, SIZES)
     assert prefill.tokens.tolist() == [list(range(1, 10))]
     decode = batch.decodes(["a"], {"a": 10})
     assert decode.tokens.tolist() == [[10]]
@@ -42,21 +45,21 @@ def test_an_unfinished_chunk_samples_nothing():
     batch = Batch()
     batch.update(step(new=[prompt("a", 10)]))
     assert not batch.samples("a", 6)
-    (prefill,) = batch.prefills({"a": 6})
+    (prefill,) = batch.prefills({"a": 6}, SIZES)
     assert prefill.lengths.tolist() == [6]
 
 
 def test_a_prompt_of_one_token_needs_no_prefill():
     batch = Batch()
     batch.update(step(new=[prompt("a", 1)]))
-    assert batch.prefills({"a": 1}) == []
+    assert batch.prefills({"a": 1}, SIZES) == []
     assert batch.decodes(["a"], {"a": 1}).tokens.tolist() == [[1]]
 
 
 def test_prompts_of_like_length_share_a_pass():
     batch = Batch()
     batch.update(step(new=[prompt("a", 300), prompt("b", 200), prompt("c", 250)]))
-    (prefill,) = batch.prefills({"a": 300, "b": 200, "c": 250})
+    (prefill,) = batch.prefills({"a": 300, "b": 200, "c": 250}, SIZES)
     assert prefill.req_ids == ["a", "c", "b"]
     assert prefill.tokens.shape == (3, 299)
     assert not prefill.tokens[2, 199:].any()
@@ -66,16 +69,57 @@ def test_padding_never_more_than_doubles_a_long_pass():
     batch = Batch()
     lengths = {"long": 2001, "s1": 4, "s2": 5, "s3": 6, "s4": 3}
     batch.update(step(new=[prompt(req_id, n) for req_id, n in lengths.items()]))
-    passes = batch.prefills(lengths)
+    passes = batch.prefills(lengths, SIZES)
     for work in passes:
         assert work.tokens.size <= max(2 * work.lengths.sum(), 256)
     assert sorted(i for work in passes for i in work.req_ids) == sorted(lengths)
 
 
+def behind(req_id: str, blocks: list[int], length: int, computed: int = 0) -> NewRequest:
+    return NewRequest(req_id, list(range(1, length + 1)), params(), (blocks, [50]), computed)
+
+
+def test_who_begins_behind_tokens_of_the_same_step_follows_them():
+    batch = Batch()
+    new = [
+        behind("a", [1, 2], 32),  # whole blocks: its last token is waited for
+        behind("b", [1, 2, 3, 4], 64, computed=32),  # the same, by c
+        behind("c", [1, 2, 3, 4, 5], 70, computed=64),
+        behind("d", [1, 6], 20, computed=16),  # of a's first block alone
+        behind("e", [7, 8], 32),  # nobody's
+    ]
+    batch.update(step(new=new))
+    scheduled = {"a": 32, "b": 32, "c": 6, "d": 4, "e": 32}
+    passes = batch.prefills(scheduled, SIZES)
+    rows = [list(zip(work.req_ids, work.lengths.tolist(), strict=True)) for work in passes]
+    assert rows == [[("a", 32), ("e", 31)], [("b", 32), ("d", 3)], [("c", 5)]]
+    # Everyone is sampled all the same.
+    assert batch.decodes(list(scheduled), scheduled).offsets.tolist() == [31, 63, 69, 19, 31]
+
+
+def test_who_begins_behind_older_tokens_follows_nobody():
+    batch = Batch()
+    batch.update(step(new=[behind("a", [1, 2, 3], 40)]))
+    batch.prefills({"a": 40}, SIZES)
+    batch.update(step(new=[behind("b", [1, 2, 4], 40, computed=32), behind("c", [5], 9)]))
+    (prefill,) = batch.prefills({"b": 8, "c": 9}, SIZES)
+    assert prefill.req_ids == ["c", "b"]
+
+
+def test_who_resumes_behind_tokens_of_the_same_step_follows_them():
+    batch = Batch()
+    batch.update(step(new=[behind("a", [1, 2, 3], 40)]))
+    resumed = RunningRequest("a", 32, 0, ([4, 5, 6], [50]), True)
+    batch.update(step(new=[behind("b", [4, 5], 32)], running=[resumed]))
+    passes = batch.prefills({"b": 32, "a": 8}, SIZES)
+    assert [work.req_ids for work in passes] == [["b"], ["a"]]
+    assert passes[0].lengths.tolist() == [32]
+
+
 def test_tables_are_as_wide_as_the_longest_row_and_padded_with_the_null_block():
     batch = Batch()
     batch.update(step(new=[prompt("a", 40), prompt("b", 20)]))
-    (prefill,) = batch.prefills({"a": 40, "b": 20})
+    (prefill,) = batch.prefills({"a": 40, "b": 20}, SIZES)
     assert prefill.tables(0, 16).tolist() == [[1, 2, 3], [1, 2, 0]]
 
 

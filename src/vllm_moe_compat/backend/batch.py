@@ -7,6 +7,11 @@ A prompt's last token joins the decodes: the prefill pass computes what comes
 before it, and so needs no logits at all (mlx evaluates only what is asked for),
 and one pass of one token per request yields every row that is sampled. mlx-lm
 splits a prompt the same way.
+
+vLLM counts a block as cached from the moment that it schedules its tokens. So a
+request may begin behind tokens that another one computes in the very same step;
+it then goes into a later pass, and the other one's last token is computed before
+that pass as well, if it is among them.
 """
 
 from __future__ import annotations
@@ -105,6 +110,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
+        self._hits: set[str] = set()  # who begins in this step behind cached tokens
 
     def update(self, step: Step) -> set[str]:
         """Apply a step's news; return the ids whose pages are no longer theirs.
@@ -112,6 +118,8 @@ class Batch:
         A request id may end and begin anew in one step: ends come first.
         """
         lost = set(step.finished)
+        self._hits = {one.req_id for one in step.new if one.computed}
+        self._hits |= {one.req_id for one in step.running if one.resumed and one.computed}
         for req_id in step.finished:
             self.requests.pop(req_id, None)
         for new in step.new:
@@ -144,22 +152,26 @@ class Batch:
         request = self.requests[req_id]
         return request.computed + scheduled >= request.num_tokens
 
-    def prefills(self, scheduled: dict[str, int]) -> list[Pass]:
+    def prefills(self, scheduled: dict[str, int], block_sizes: Sequence[int]) -> list[Pass]:
         """Passes for prompt tokens, without the last token of whoever samples.
 
         One pass, unless its rows differ so much in length that padding would
-        more than double the work.
+        more than double the work, or read what others of this step write.
+        ``scheduled`` is in vLLM's order, ``block_sizes`` are by KV group.
         """
+        turns, awaited = self._turns(scheduled, block_sizes)
         rows = []
         for req_id, count in scheduled.items():
             request = self.requests[req_id]
-            count -= self.samples(req_id, count)
+            count -= self.samples(req_id, count) and req_id not in awaited
             if count:
                 rows.append((request, request.computed, count))
-        rows.sort(key=lambda row: -row[2])
+        rows.sort(key=lambda row: (turns[row[0].req_id], -row[2]))
         passes: list[list[tuple[Request, int, int]]] = []
+        turn = 0
         for row in rows:
-            if passes:
+            same, turn = turns[row[0].req_id] == turn, turns[row[0].req_id]
+            if passes and same:
                 last = passes[-1]
                 area = last[0][2] * (len(last) + 1)
                 real = sum(count for _, _, count in last) + row[2]
@@ -168,6 +180,36 @@ class Batch:
                     continue
             passes.append([row])
         return [make_pass(rows) for rows in passes]
+
+    def _turns(
+        self, scheduled: dict[str, int], block_sizes: Sequence[int]
+    ) -> tuple[dict[str, int], set[str]]:
+        """Of each request the turn at which what it begins behind is there.
+
+        And the requests whose last token is part of that. Models with states
+        never get here: vLLM lets no state be shared in the step that makes it.
+        """
+        turns, awaited = dict.fromkeys(scheduled, 0), set[str]()
+        if self._hits.isdisjoint(scheduled):
+            return turns, awaited
+        writers: dict[tuple[int, int], tuple[str, bool]] = {}
+        for req_id, count in scheduled.items():
+            request = self.requests[req_id]
+            for group, size in enumerate(block_sizes):
+                begun = request.computed // size
+                blocks = request.blocks[group][: -(-(request.computed + count) // size)]
+                if req_id in self._hits:
+                    for writer, last in (
+                        writers[group, block]
+                        for block in blocks[:begun]
+                        if (group, block) in writers
+                    ):
+                        turns[req_id] = max(turns[req_id], turns[writer] + 1)
+                        if last:
+                            awaited.add(writer)
+                for number, block in enumerate(blocks[begun:], start=begun + 1):
+                    writers[group, block] = req_id, number == len(blocks)
+        return turns, awaited
 
     def decodes(self, req_ids: Sequence[str], scheduled: dict[str, int]) -> Pass:
         """The pass of one token per request in ``req_ids``, which all sample."""

@@ -6,7 +6,8 @@ is ``--gpu-memory-utilization`` of the device's memory, or what is free now if
 that is less (the memory is shared with the rest of the machine); from it come
 the weights, a measured allowance for activations, and the layers' states of as
 many sequences as may run at once. No more is taken than that many sequences
-of the longest length could fill.
+of the longest length could fill; with prefix caching a few more, or a server of
+one sequence at a time would have no room to remember another.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 TRIAL_TOKENS = (32, 96)
 # Resident states may take this share of what is left for caches.
 STATE_SHARE = 0.5
+# Sequences whose pages prefix caching may keep beside those that run.
+REMEMBERED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,14 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     if explicit:
         page_bytes, reason = explicit, "--kv-cache-memory-bytes"
     else:
-        useful = demand(vllm_config, served.layers).bytes_for(sequences)
+        remembered = REMEMBERED if cache.enable_prefix_caching else 0
+        useful = demand(vllm_config, served.layers).bytes_for(sequences + remembered)
         page_bytes, reason = left - states, f"limited by {bound}"
         if useful < page_bytes:
             page_bytes = useful
             length = vllm_config.model_config.max_model_len
-            reason = f"all that {sequences} sequences of {length} tokens can use"
+            kept = f" and {remembered} remembered ones" if remembered else ""
+            reason = f"all that {sequences} sequences of {length} tokens{kept} can use"
     if page_bytes <= 0:
         raise _nothing_left(vllm_config, served, total, free, activations + states)
     return Budget(served.weight_bytes, activations, states, sequences, page_bytes, reason)

@@ -131,7 +131,7 @@ class ModelRunner:
             return EMPTY_MODEL_RUNNER_OUTPUT
         requests = [self.batch.requests[req_id] for req_id in scheduled]
         self.memory.clear_partial_blocks(requests, scheduled)
-        for work in self.batch.prefills(scheduled):
+        for work in self.batch.prefills(scheduled, self.memory.block_sizes):
             self._prefill(work)
         sampling: list[Request] = []
         unsampled: list[Request] = []
