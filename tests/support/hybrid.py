@@ -131,6 +131,7 @@ def decode(forward: Any, rows: list[Request], *, greedy: bool = False) -> mx.arr
     """
     work = make_pass([(row, row.num_tokens - 1, 1) for row in rows])
     logits, tokens = forward.decode(work, likeliest, ahead=greedy)
+    forward.wait()
     for row, token in zip(rows, tokens.tolist(), strict=True):
         row.output.append(token)
     return logits

@@ -68,11 +68,23 @@ class Forward:
         self._nested = nested(memory.layers)
         self._pools = memory.distinct_pools
         self._ahead: _Ahead | None = None
+        self._running: list[mx.array] = []
         self.hits = 0  # passes that had been built ahead
 
     def forget(self) -> None:
         """Drop what was built ahead; before anyone writes to pools outside a pass."""
+        self.wait()
         self._ahead = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a pass was started that nobody has waited for."""
+        return bool(self._running)
+
+    def wait(self) -> None:
+        """Wait for the pass that runs, if one does; before the next is scheduled."""
+        running, self._running = self._running, []
+        mx.eval(running)
 
     def __call__(self, work: Pass, rows: Sequence[int]) -> mx.array:
         """Run one pass and evaluate it: pages, states, and the logits of ``rows``.
@@ -99,10 +111,11 @@ class Forward:
     def decode(
         self, work: Pass, draw: Callable[[mx.array], mx.array | None], *, ahead: bool
     ) -> tuple[mx.array, mx.array | None]:
-        """Run a pass of one token per row and evaluate it, and what ``draw`` draws from it.
+        """Run a pass of one token per row, and what ``draw`` draws from it.
 
-        ``draw`` takes logits ``[B, V]`` and returns tokens; ``ahead``: of every
-        row, so that the next pass can be built on them. Returns both.
+        ``draw`` takes logits ``[B, V]`` and returns tokens. Returns both,
+        evaluated; unless ``ahead``: then tokens of every row are drawn, the next
+        pass is built on them, and what is returned is there after ``wait``.
         """
         if self._apart(work):
             logits = self(work, range(len(work.requests)))[:, -1]
@@ -113,13 +126,13 @@ class Forward:
         logits, outputs = self._adopted(work)
         logits = logits[:, -1]
         tokens = draw(logits)
-        outputs.append(logits)
-        if tokens is not None:
-            outputs.append(tokens)
-            if ahead and not self._crosses(work):
-                mx.async_eval(outputs)  # type: ignore[no-untyped-call]
-                self._build_ahead(work, tokens)
-        mx.eval(outputs)
+        outputs += [logits] if tokens is None else [logits, tokens]
+        mx.async_eval(outputs)  # type: ignore[no-untyped-call]
+        self._running = outputs
+        if not ahead:
+            self.wait()
+        elif tokens is not None and not self._crosses(work):
+            self._build_ahead(work, tokens)
         return logits, tokens
 
     def _apart(self, work: Pass) -> bool:
@@ -129,6 +142,7 @@ class Forward:
 
     def _adopted(self, work: Pass) -> tuple[mx.array, list[mx.array]]:
         """Logits of a pass, and what pools and states became by it; nothing is evaluated."""
+        self.wait()
         graph = self._built_ahead(work)
         if graph is None:
             graph = self._build(work, mx.array(work.tokens))

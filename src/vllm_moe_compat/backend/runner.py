@@ -7,12 +7,14 @@ samples. ``forward`` runs a pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_moe_compat.backend.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.forward import Forward
@@ -98,6 +100,26 @@ class Memory:
                         self.pools[layer.index].zero(blocks)
 
 
+class StepOutput(AsyncModelRunnerOutput):
+    """What a step gives, when its pass has ended.
+
+    vLLM's async scheduling asks for it after it has scheduled the next step, so
+    that the engine's own work is done while MLX computes.
+    """
+
+    def __init__(self, complete: Callable[[], ModelRunnerOutput]) -> None:
+        """``complete`` waits for the pass and makes the output; it is called once."""
+        self._complete, self._output = complete, None
+        self._lock = Lock()
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the output; vLLM may ask on another thread than the one that runs steps."""
+        with self._lock:
+            if self._output is None:
+                self._output = self._complete()
+            return self._output
+
+
 class ModelRunner:
     """Executes steps for one model."""
 
@@ -110,12 +132,16 @@ class ModelRunner:
         self._logits: mx.array | None = None
         self._drawn: mx.array | None = None
         self._unsampled: list[str] = []
+        self._last: StepOutput | None = None
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the forward passes of a step; ``sample`` completes it.
 
         Returns the empty output when nothing was scheduled, else None.
         """
+        if self._last is not None:
+            self._last.get_output()
+            self._last = None
         step = decode(scheduler_output)
         lost = self.batch.update(step)
         self.sampler.forget(set(step.finished))
@@ -204,10 +230,24 @@ class ModelRunner:
         if unfinished:
             memory.states.drop(unfinished)
 
-    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
-        """Sample what ``execute`` computed; chunks of unfinished prompts get no token."""
+    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput | StepOutput:
+        """Sample what ``execute`` computed; chunks of unfinished prompts get no token.
+
+        A pass that still runs is not waited for: its tokens are there when
+        ``get_output`` is called, and at the latest when the next step begins.
+        """
         assert self._scheduler_output is not None, "sample_tokens before execute_model"
         scheduler_output, self._scheduler_output = self._scheduler_output, None
+        complete = partial(self._complete, scheduler_output, grammar)
+        if not self.forward.running:
+            return complete()
+        self._last = StepOutput(complete)
+        return self._last
+
+    def _complete(
+        self, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
+    ) -> ModelRunnerOutput:
+        self.forward.wait()
         tokens: list[list[int]] = []
         logprobs = None
         if self._logits is not None:
