@@ -265,8 +265,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--parts",
         type=lambda text: text.split(","),
-        default=list(PARTS),
-        help=f"what to measure, separated by commas (default {','.join(PARTS)})",
+        default=[PARTS[0]],
+        help=f"what to measure, separated by commas (default {PARTS[0]}); all "
+        f"are {','.join(PARTS)}, and take about ten minutes",
     )
     add("--rounds", type=int, help="rounds per case: mlx-lm, ours, mlx-lm (default 7)")
     add(
@@ -274,7 +275,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help=f"length of a turn (default 1); it has {WARM_UP} to {MOST_STEPS} decode steps",
     )
-    add("--async-scheduling", action="store_true", help="vLLM's async scheduling on")
+    add(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="of the decode part; the default is vLLM's",
+    )
     for name, value in vars(Shape()).items():
         add(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     args = parser.parse_args(argv)
@@ -299,20 +304,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         model = write(path, shape, max(longest, _steps.LONGEST))
-        if {"decode", "overhead"} & set(args.parts):
-            ours = Ours(
-                path, longest, max(map(len, lengths)), async_scheduling=args.async_scheduling
-            )
+        batch = max(map(len, lengths))
+        if "decode" in args.parts:
+            ours = Ours(path, longest, batch, async_scheduling=args.async_scheduling)
             theirs = Theirs(ours.worker.get_model())
             try:
-                if "decode" in args.parts:
-                    result["cases"] = [measure(case, ours, theirs, args) for case in args.cases]
-                if "overhead" in args.parts:
-                    prompts = Case("overhead", _steps.OVERHEAD).prompts(args.vocab)
-                    result["overhead"] = _steps.overhead(ours, prompts, args.rounds)
+                result["cases"] = [measure(case, ours, theirs, args) for case in args.cases]
             finally:
                 ours.close()
             del ours, theirs
+        if "overhead" in args.parts:
+            ours = Ours(path, longest, batch, async_scheduling=False)
+            try:
+                prompts = Case("overhead", _steps.OVERHEAD).prompts(args.vocab)
+                result["overhead"] = _steps.overhead(ours, prompts, args.rounds)
+            finally:
+                ours.close()
+            del ours
         for name in ("mixed", "prefix"):
             if name in args.parts:
                 result[name] = getattr(_steps, name)(path, args.vocab, args.rounds)

@@ -95,7 +95,7 @@ def _waits(ours: Ours, waits: list[float], steps: list[float]) -> Iterator[None]
 
 def mixed(path: Path, vocab: int, rounds: int) -> list[dict[str, Any]]:
     """One row: a mixed step over the sum of its parts, by the worker's time."""
-    ours = Ours(path, 1024, DECODES + 1)
+    ours = Ours(path, 1024, DECODES + 1, async_scheduling=False)
     try:
         found = [_mixed_round(ours, vocab, number) for number in range(rounds + 1)][1:]
     finally:
@@ -134,7 +134,11 @@ def _mixed_round(ours: Ours, vocab: int, number: int) -> tuple[float, float, flo
 
 
 def prefix(path: Path, vocab: int, rounds: int) -> list[dict[str, Any]]:
-    """One row: time to first token with a shared prefix over that without."""
+    """One row: time to first token with a shared prefix over that without.
+
+    vLLM keeps the states of a prefix when a second prompt turns out to share it,
+    so it is the third that has them.
+    """
     ours = Ours(path, LONGEST, 1, enable_prefix_caching=True)
     try:
         _first_token(ours, _prompt(vocab, SUFFIX, "warm up"))
@@ -143,7 +147,9 @@ def prefix(path: Path, vocab: int, rounds: int) -> list[dict[str, Any]]:
             shared = _prompt(vocab, PREFIX, f"shared {number}")
             cold, cached = _first_token(ours, shared + _prompt(vocab, SUFFIX, f"a {number}"))
             assert not cached, "a prompt that nobody has sent is in the cache"
-            warm, cached = _first_token(ours, shared + _prompt(vocab, SUFFIX, f"b {number}"))
+            _first_token(ours, shared + _prompt(vocab, SUFFIX, f"b {number}"))
+            warm, cached = _first_token(ours, shared + _prompt(vocab, SUFFIX, f"c {number}"))
+            assert cached, "nothing of a prefix that was just computed is in the cache"
             found.append((warm, cold, cached))
     finally:
         ours.close()
