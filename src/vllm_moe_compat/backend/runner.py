@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -109,15 +108,18 @@ class StepOutput(AsyncModelRunnerOutput):
 
     def __init__(self, complete: Callable[[], ModelRunnerOutput]) -> None:
         """``complete`` waits for the pass and makes the output; it is called once."""
-        self._complete, self._output = complete, None
-        self._lock = Lock()
+        self._complete = complete
+        self._output: ModelRunnerOutput | None = None
 
     def get_output(self) -> ModelRunnerOutput:
-        """Wait for the output; vLLM may ask on another thread than the one that runs steps."""
-        with self._lock:
-            if self._output is None:
-                self._output = self._complete()
-            return self._output
+        """Wait for the output.
+
+        On the thread that runs steps, as the one executor that the platform allows
+        does: MLX evaluates nothing on another one.
+        """
+        if self._output is None:
+            self._output = self._complete()
+        return self._output
 
 
 class ModelRunner:
