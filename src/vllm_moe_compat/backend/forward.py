@@ -11,7 +11,8 @@ two. So when every token of the batch is drawn in MLX, the pass that will most
 likely come next (the same requests, one token on) is built then, on the tokens
 that are being drawn, and kept aside; pools and states look as if it had not
 been. If the next pass is that one, token for token and page for page, it is
-evaluated as it is; otherwise it is dropped before anything is written.
+evaluated as it is; otherwise it is dropped before anything is written. Such a pass
+is handed back while it runs, and waited for before anything else happens here.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from vllm_moe_compat.backend.kv_specs import MLX_DTYPES
 from vllm_moe_compat.backend.layers import AttentionLayer
 from vllm_moe_compat.backend.memory import Budget, measure
 from vllm_moe_compat.backend.page_pool import PagePool
-from vllm_moe_compat.backend.runner import Memory, ModelRunner
+from vllm_moe_compat.backend.runner import Memory, ModelRunner, StepOutput
 from vllm_moe_compat.backend.sampling import TokenSampler
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.log import logger
@@ -171,8 +171,8 @@ class MlxWorker(WorkerBase):
         """Forward passes of a step; None means that ``sample_tokens`` is due."""
         return self.runner.execute(scheduler_output)
 
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        """Tokens of the step that was executed last."""
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | StepOutput:
+        """Tokens of the step that was executed last, or what to wait for them with."""
         return self.runner.sample(grammar_output)
 
     def take_draft_token_ids(self) -> None:
@@ -187,7 +187,7 @@ class MlxWorker(WorkerBase):
         return self.served.model
 
     def synchronize_device(self) -> None:
-        """Every step is evaluated when it returns; wait for what else there is."""
+        """Wait for the pass that runs, if one does."""
         mx.synchronize()
 
     def occupancy(self) -> dict[str, int]:
@@ -210,6 +210,7 @@ class MlxWorker(WorkerBase):
 
     def shutdown(self) -> None:
         """Give the memory back."""
+        mx.synchronize()
         resident = psutil.Process().memory_info().rss / 2**20
         for name in ("runner", "served"):
             self.__dict__.pop(name, None)
