@@ -75,30 +75,29 @@ def test_plain_requests_copy_no_logits_and_are_built_ahead(
     assert forward.hits > hits
 
 
-@pytest.mark.parametrize("scheduling", ["sync", "async"])
-def test_with_async_scheduling_the_engine_goes_on_while_a_pass_runs(
-    demo_path: Path, scheduling: str
-) -> None:
+def test_with_async_scheduling_the_engine_goes_on_while_a_pass_runs(demo_path: Path) -> None:
     """What it schedules meanwhile is right: some requests end before others, and more come."""
-    params = [made(temperature=0, max_tokens=count) for count in (3, 9, 14, 20)]
-    with in_process_llm(demo_path) as llm:
-        want = answers(llm, params, PROMPTS[:1] * 4)
-    with in_process_llm(demo_path, async_scheduling=scheduling == "async") as llm:
-        engine, forward = llm.llm_engine, worker(llm).runner.forward
-        running = []
-        got: dict[str, list[int]] = {}
-        waiting = list(enumerate(params))
-        while waiting or engine.has_unfinished_requests():
-            if waiting:
-                number, one = waiting.pop(0)
-                engine.add_request(str(number), PROMPTS[0], one)
-            running.append(forward.running)
-            for output in engine.step():
-                got[output.request_id] = list(output.outputs[0].token_ids)
-        engine.step()
-        assert not forward.running
-    assert [got[str(number)] for number in range(4)] == want
-    assert any(running) == (scheduling == "async")
+    found = []
+    for asynchronous in (False, True):
+        with in_process_llm(demo_path, async_scheduling=asynchronous) as llm:
+            engine, forward = llm.llm_engine, worker(llm).runner.forward
+            running = []
+            got: dict[str, list[int]] = {}
+            waiting = [3, 9, 14, 20]
+            while waiting or engine.has_unfinished_requests():
+                if waiting:
+                    count = waiting.pop(0)
+                    params = made(temperature=0, max_tokens=count)
+                    engine.add_request(str(count), PROMPTS[0], params)
+                running.append(forward.running)
+                for output in engine.step():
+                    got[output.request_id] = list(output.outputs[0].token_ids)
+            engine.step()
+            assert not forward.running
+            assert any(running) == asynchronous
+        found.append(got)
+    assert found[0] == found[1]
+    assert [len(tokens) for tokens in found[0].values()] == [3, 9, 14, 20]
 
 
 OTHERS: list[dict[str, Any]] = [
