@@ -186,8 +186,8 @@ class Batch:
     ) -> tuple[dict[str, int], set[str]]:
         """Of each request the turn at which what it begins behind is there.
 
-        And the requests whose last token is part of that. Models with states
-        never get here: vLLM lets no state be shared in the step that makes it.
+        And the requests whose last token is part of that, to be computed twice. A
+        state would not survive it, but vLLM shares none in the step that makes it.
         """
         turns, awaited = dict.fromkeys(scheduled, 0), set[str]()
         if self._hits.isdisjoint(scheduled):
