@@ -36,7 +36,7 @@ def _hooks_stay_in() -> Iterator[None]:
 
     vLLM loads its plugins once per process: what a test takes out stays out.
     """
-    from vllm_moe_compat import patching
+    from vllm_moe_compat.load import patching
 
     before = patching._applied
     yield

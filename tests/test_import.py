@@ -41,7 +41,7 @@ def test_where_mlx_is_missing_apply_is_inert():
 
 
 def test_planning_needs_no_mlx():
-    run("import vllm_moe_compat.plan, vllm_moe_compat.registry; clean()")
+    run("import vllm_moe_compat.plan, vllm_moe_compat.families.registry; clean()")
 
 
 def test_an_unknown_name_is_an_attribute_error():

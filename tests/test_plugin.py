@@ -318,8 +318,8 @@ def test_vllm_knows_our_variables(started: Any) -> None:
 
 def test_vllm_finds_our_stand_ins(started: Any) -> None:
     found, _ = started
-    assert found["model"] == "vllm_moe_compat.backend.models"
-    assert found["quantization"] == ["vllm_moe_compat.backend.models"] * 2
+    assert found["model"] == "vllm_moe_compat.backend.vllm.model_stubs"
+    assert found["quantization"] == ["vllm_moe_compat.backend.vllm.model_stubs"] * 2
 
 
 def test_log_lines_reach_vllms_handlers_once(started: Any) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_moe_compat._version import __version__
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.patching import applied, apply, revert, status
+    from vllm_moe_compat.load.patching import applied, apply, revert, status
 
 __all__ = ["__version__", "applied", "apply", "revert", "status"]
 
@@ -27,7 +27,7 @@ _LAZY = ("applied", "apply", "revert", "status")
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from vllm_moe_compat import patching
+        from vllm_moe_compat.load import patching
 
         return getattr(patching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from vllm_moe_compat.cli.main import main
+from vllm_moe_compat.commands.main import main
 
 sys.exit(main())

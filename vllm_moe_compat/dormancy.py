@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Any
 
 from vllm_moe_compat.envs import FORCE
-from vllm_moe_compat.plan.row import Fixed, Row, Workaround
+from vllm_moe_compat.families.row import Fixed, Row, Workaround
 
 Learnt = tuple[tuple[Workaround, Fixed], ...]
 

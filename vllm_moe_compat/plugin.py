@@ -20,7 +20,7 @@ import sys
 from vllm_moe_compat import envs
 from vllm_moe_compat.log import logger, speak_through_vllm
 
-PLATFORM_CLASS = "vllm_moe_compat.backend.platform.MlxPlatform"
+PLATFORM_CLASS = "vllm_moe_compat.backend.vllm.platform.MlxPlatform"
 KERNEL_PACKAGES = ("vllm_xpu_kernels", "tpu_inference", "libtpu")
 
 
@@ -105,11 +105,11 @@ def register() -> None:
         return
     speak_through_vllm()
 
-    from vllm_moe_compat import patching
+    from vllm_moe_compat.load import patching
 
     patching.apply()
     if server == "embedded":
-        from vllm_moe_compat.backend import models
+        from vllm_moe_compat.backend.vllm import model_stubs as models
 
         models.register()
     else:

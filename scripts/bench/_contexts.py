@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer
+from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer
+from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
 
 # Per layer: keys and values [1, H, n, D], or convolution tail and state.
 Context = list[tuple[mx.array, mx.array]]

@@ -258,10 +258,11 @@ def measure(path: Path, modes: list[str], rounds: int) -> dict[str, Any]:
 
 def keys(layers: int) -> dict[str, Any]:
     """Time per key of everything that is done to names alone."""
-    from vllm_moe_compat.layout import TensorInfo, detect
-    from vllm_moe_compat.plan import make_plan
+    from vllm_moe_compat.checkpoint.headers import TensorInfo
+    from vllm_moe_compat.checkpoint.layout import detect
+    from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
     from vllm_moe_compat.plan.estimate import estimate
-    from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+    from vllm_moe_compat.plan.planner import make_plan
 
     tensors = {}
     for layer in range(layers):

@@ -19,7 +19,7 @@ BATCH, VOCAB = 8, 151_936
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     """A row per way of sampling and kind of logits."""
-    from vllm_moe_compat.backend.mlx_sampling import Wish
+    from vllm_moe_compat.backend.step.mlx_sampling import Wish
 
     mx.random.seed(0)
     rows = []
@@ -48,7 +48,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def _turn(logits: mx.array, wish: Any, number: int) -> tuple[float, float]:
     """Seconds in MLX and in vLLM's sampler."""
-    from vllm_moe_compat.backend.mlx_sampling import Draw
+    from vllm_moe_compat.backend.step.mlx_sampling import Draw
 
     draw, key = Draw([wish] * BATCH, VOCAB), mx.random.key(number)
     mx.eval(key)
@@ -68,7 +68,7 @@ def _vllm(logits: mx.array, wish: Any) -> list[int]:
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
     from vllm.v1.sample.sampler import Sampler
 
-    from vllm_moe_compat.backend.sampling import to_torch
+    from vllm_moe_compat.backend.vllm.sampling import to_torch
 
     with torch.no_grad():
         scores = to_torch(logits)

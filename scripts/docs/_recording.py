@@ -103,7 +103,7 @@ def unmapped() -> list[str]:
 
     import mlx_lm.models
 
-    from vllm_moe_compat.registry import row_for
+    from vllm_moe_compat.families.registry import row_for
 
     found = []
     for module in pkgutil.iter_modules(mlx_lm.models.__path__):

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from vllm_moe_compat import workarounds
-from vllm_moe_compat.plan.row import Row, Workaround
+from vllm_moe_compat.families import workarounds
+from vllm_moe_compat.families.row import Row, Workaround
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "src/vllm_moe_compat"
+PACKAGE = "vllm_moe_compat"
 _DEFAULTS = {f.name for f in fields(Row)}
 
 

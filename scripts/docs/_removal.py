@@ -8,8 +8,8 @@ from pathlib import Path
 import _page
 import _references as references
 
-from vllm_moe_compat.plan.row import Workaround
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Workaround
 
 PAGE = _page.ROOT / "docs" / "removal.md"
 COMMAND = "scripts/docs/removal"

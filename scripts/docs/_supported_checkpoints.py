@@ -11,8 +11,8 @@ from typing import Any
 import _recording as recording
 from _page import codes, link, table
 
-from vllm_moe_compat.plan.row import Row
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Row
 
 PAGE = recording.ROOT / "docs" / "supported-checkpoints.md"
 CONSTRAINTS = recording.ROOT / "scripts" / "constraints.txt"

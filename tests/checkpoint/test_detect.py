@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.numbers.fp8 import infer_fp8
 from vllm_moe_compat.errors import CompatError, LayoutError
-from vllm_moe_compat.layout import Extras, TensorInfo, detect, infer_fp8
 
 L = "model.layers.0.mlp"
 
@@ -158,8 +161,8 @@ JSON = st.recursive(
 
 @given(st.dictionaries(NAME, INFO, max_size=12), st.dictionaries(st.text(max_size=3), JSON) | JSON)
 def test_any_names_and_config_give_a_plan_or_a_named_refusal(tensors: Any, config: Any):
-    from vllm_moe_compat.plan import make_plan
-    from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+    from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+    from vllm_moe_compat.plan.planner import make_plan
 
     config = config if isinstance(config, dict) else {}
     for row in TRANSFORMS_BY_MODULE.values():

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
+from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers
+from vllm_moe_compat.checkpoint.index import INDEX, check_index
 from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.layout import TensorInfo, check_index, read_headers
-from vllm_moe_compat.layout.index import INDEX
 
 
 def test_dtypes_that_mlx_calls_the_same_are_told_apart(tmp_path: Path):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_compat.layout.names import fold, fold_numbers
+from vllm_moe_compat.checkpoint.names import fold, fold_numbers
 
 
 @pytest.mark.parametrize(

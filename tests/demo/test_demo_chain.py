@@ -17,7 +17,7 @@ def loaded(demo_checkpoint: demo.DemoCheckpoint) -> tuple[Any, Any]:
     import mlx.core as mx
     import mlx_lm
 
-    from vllm_moe_compat.context import serving_dtype_as
+    from vllm_moe_compat.load.context import serving_dtype_as
 
     with vllm_moe_compat.applied(), serving_dtype_as("float32"):
         model, tokenizer = mlx_lm.load(str(demo_checkpoint.path))

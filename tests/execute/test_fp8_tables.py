@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_compat import arrays, fill, lookup
-from vllm_moe_compat.lookup import bits
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.execute import build_tensor as fill
+from vllm_moe_compat.execute import fp8_tables as lookup
+from vllm_moe_compat.execute.fp8_tables import bits
 from vllm_moe_compat.plan.ops import DequantizeFp8, SplitGateUp, StackExperts
 
 BLOCKS = [(128, 128), (64, 32), (1, 2048), (4096, 4096), (100, 24), (3, 5)]

@@ -17,12 +17,13 @@ import vllm_moe_compat
 from support import shim
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import load, parameters, same_bits
-from vllm_moe_compat import arrays, context, memory
-from vllm_moe_compat import execute as ex
-from vllm_moe_compat.context import last_report, serving_dtype_as
 from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpointError
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.execute import run_plan as ex
+from vllm_moe_compat.load import context, memory
+from vllm_moe_compat.load.context import last_report, serving_dtype_as
 from vllm_moe_compat.plan.ops import JoinGateUp, SplitGateUp
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 
 QUANTIZE = "VLLM_MOE_COMPAT_QUANTIZE"
 SIZES = Sizes(hidden=128, intermediate=64)

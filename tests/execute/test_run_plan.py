@@ -12,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.checkpoints import dequantize as oracle
-from vllm_moe_compat import arrays
-from vllm_moe_compat import execute as ex
-from vllm_moe_compat.fill import make
-from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.plan import (
-    Build,
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.execute import run_plan as ex
+from vllm_moe_compat.execute.build_tensor import make
+from vllm_moe_compat.plan.ops import (
     DequantizeFp8,
-    Plan,
+    Operand,
     QuantizeFp8,
+    Spec,
     StackExperts,
     UnstackExperts,
+    scale_grid,
 )
-from vllm_moe_compat.plan.ops import Operand, Spec, scale_grid
+from vllm_moe_compat.plan.planner import Build, Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALES = {mx.float32: torch.float32, mx.bfloat16: torch.bfloat16, mx.float16: torch.float16}
@@ -214,7 +215,7 @@ def test_arrays_are_described_without_being_read():
 
 @pytest.mark.parametrize("name", ["float8", "BF16", "no"])
 def test_a_serving_dtype_that_is_none_is_refused(name: str):
-    from vllm_moe_compat.context import serving_dtype_as
+    from vllm_moe_compat.load.context import serving_dtype_as
 
     with pytest.raises(ValueError, match=name), serving_dtype_as(name):
         pass

@@ -19,8 +19,8 @@ from mlx_lm.models import dbrx, glm4_moe, phi3, qwen3_5, qwen3_5_moe, solar_open
 import vllm_moe_compat
 from support.checkpoints import build
 from support.loading import load, new_model
-from vllm_moe_compat.plan.row import Moe, Workaround
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE, row_for, row_of_config
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_for, row_of_config
+from vllm_moe_compat.families.row import Moe, Workaround
 
 ROWS = list(TRANSFORMS_BY_MODULE.values())
 

@@ -24,10 +24,10 @@ from parity.forms import FORM_BY_NAME, build
 from parity.reference import new_config
 from parity.release import release_config
 from support.loading import load
-from vllm_moe_compat import repairs
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
-from vllm_moe_compat.plan.row import Row
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE, fix_config, row_of_config
+from vllm_moe_compat.families import forward_fixes as repairs
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, fix_config, row_of_config
+from vllm_moe_compat.families.row import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

@@ -12,7 +12,7 @@ import vllm_moe_compat
 from support import shim
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import load, parameters, same_bits
-from vllm_moe_compat import patching
+from vllm_moe_compat.load import patching
 
 CLASSES = (qwen3_5.Model, qwen3_5_moe.Model)
 STOCK = {cls: cls.__dict__["sanitize"] for cls in CLASSES}

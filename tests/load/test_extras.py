@@ -12,8 +12,8 @@ from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from parity.verdict import judge
 from support.checkpoints import Checkpoint
+from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.layout import Extras
 
 LAYERS = [f"model.layers.{n}.mlp.gate.weight" for n in (0, 1, 2, 10)]
 EXPERTS = [f"model.layers.0.mlp.experts.{n}.up_proj.weight" for n in (0, 3, 4, 11)]

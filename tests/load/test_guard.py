@@ -20,8 +20,8 @@ from parity.forms import FORM_BY_NAME, build
 from parity.verdict import compare
 from support.checkpoints import Checkpoint
 from support.loading import load, new_model, parameters, same_bits
-from vllm_moe_compat import guard
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
+from vllm_moe_compat.load import guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

@@ -15,9 +15,11 @@ import pytest
 import vllm_moe_compat
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import distance, load
-from vllm_moe_compat import arrays, fill, progress
-from vllm_moe_compat.context import current
 from vllm_moe_compat.errors import CheckpointFileError, InsufficientMemoryError
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.execute import build_tensor as fill
+from vllm_moe_compat.load import progress
+from vllm_moe_compat.load.context import current
 
 SIZES = Sizes(hidden=128, intermediate=64, experts=8)
 SETTINGS = ["none", "8bit"]
@@ -105,7 +107,7 @@ def test_a_shard_cut_off_after_its_header_was_read(tmp_path: Path, monkeypatch):
 
 
 def test_a_shard_cut_off_while_it_is_read(tmp_path: Path, monkeypatch):
-    from vllm_moe_compat.context import LoadContext
+    from vllm_moe_compat.load.context import LoadContext
 
     path = build(fp8=Fp8(), sizes=SIZES).write(tmp_path / "bad")
     before = held()

@@ -14,7 +14,7 @@ import torch
 import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import distance, load, new_model, parameters, read, same_bits
-from vllm_moe_compat.context import last_report, serving_dtype_as
+from vllm_moe_compat.load.context import last_report, serving_dtype_as
 
 LIMIT = 1e-5
 RAGGED = Sizes(hidden=192, intermediate=200)

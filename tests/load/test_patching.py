@@ -20,9 +20,10 @@ from mlx_lm.models import qwen3_5, qwen3_5_moe
 import vllm_moe_compat
 from support.checkpoints import Fp8, build
 from support.loading import load, new_model, parameters, read, same_bits
-from vllm_moe_compat import patching, registry
-from vllm_moe_compat.context import current, last_report
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.load import patching
+from vllm_moe_compat.load.context import current, last_report
 
 STOCK = {
     (mlx_lm.utils, "load_config"): mlx_lm.utils.load_config,

@@ -28,7 +28,7 @@ from parity.mlx_families import MlxFamily
 from parity.test_without_transformers import checkpoint
 from support import vllm_metal
 from support.loading import parameters, same_bits
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 
 # Module: what vllm-metal would miss, a part of each item.
 NO_ROTATION = ("rope or rotary_emb",)  # layers without positions

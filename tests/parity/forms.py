@@ -26,7 +26,7 @@ from parity.reference import GRAIN, Reference, State, reference
 from parity.release import release_config, release_names
 from parity.verdict import stock
 from support.checkpoints import Checkpoint
-from vllm_moe_compat.upstream.forms import LINEAR
+from vllm_moe_compat.probes.variants import LINEAR
 
 
 @dataclass(frozen=True)

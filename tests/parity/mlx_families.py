@@ -15,9 +15,9 @@ from typing import Any
 import mlx.core as mx
 
 from parity.family import EXPERTS, MLA, THETA, VOCAB
-from vllm_moe_compat.arrays import Arrays, run
+from vllm_moe_compat.execute.arrays import Arrays, run
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT
 from vllm_moe_compat.plan.ops import SplitLatent, SplitRows, Transpose
-from vllm_moe_compat.plan.row import COMBINED, PER_EXPERT
 
 Config = dict[str, Any]
 Tensors = dict[str, mx.array]

@@ -1,6 +1,6 @@
 """What the package's probes expect, worked out anew by transformers.
 
-``families.json`` of ``vllm_moe_compat.upstream`` is written from here by
+``families.json`` of ``vllm_moe_compat.probes`` is written from here by
 ``scripts/docs/probes``; a test compares. Tensors get the values that the package gives
 them, transformers loads them, and some of its logits are what is recorded.
 """
@@ -32,8 +32,8 @@ from parity.forms import FORM_BY_NAME, build
 from parity.reference import State, reference
 from parity.release import release_config, release_names
 from support.checkpoints import Checkpoint
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.upstream import families as recorded
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.probes import recipes as recorded
 
 # Besides one family per module and more: what only these show.
 VARIANTS = (

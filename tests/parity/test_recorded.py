@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from parity import recorded
-from vllm_moe_compat import upstream
+from vllm_moe_compat import probes as upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

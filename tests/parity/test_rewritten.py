@@ -24,10 +24,10 @@ from parity.test_parity import check
 from parity.verdict import judge
 from support.checkpoints import Checkpoint
 from support.loading import read
-from vllm_moe_compat.layout import read_headers
-from vllm_moe_compat.plan.forms import LAYOUTS, Form
-from vllm_moe_compat.registry import fix_config, row_of_config
-from vllm_moe_compat.rewrite import rewrite
+from vllm_moe_compat.checkpoint.headers import read_headers
+from vllm_moe_compat.families.registry import fix_config, row_of_config
+from vllm_moe_compat.rewrite.run_rewrite import rewrite
+from vllm_moe_compat.rewrite.written_layout import LAYOUTS, Form
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

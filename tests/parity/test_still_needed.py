@@ -13,8 +13,8 @@ from parity.recorded import saved_config
 from parity.reference import reference
 from parity.release import release_config
 from vllm_moe_compat.errors import CompatError
-from vllm_moe_compat.plan.row import Row
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

@@ -28,10 +28,10 @@ from parity.mlx_families import FAMILIES, MlxFamily, Tensors
 from parity.reference import GRAIN, TOKENS, four_bits
 from support.checkpoints import Checkpoint
 from support.loading import new_model, parameters, same_bits
-from vllm_moe_compat.plan.forms import Form
-from vllm_moe_compat.plan.row import COMBINED, PER_EXPERT
-from vllm_moe_compat.registry import row_for
-from vllm_moe_compat.rewrite import rewrite
+from vllm_moe_compat.families.registry import row_for
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT
+from vllm_moe_compat.rewrite.run_rewrite import rewrite
+from vllm_moe_compat.rewrite.written_layout import Form
 
 BLOCK = (32, 32)
 # Form: layout, none being the family's own, and how FP8 is described.

@@ -10,7 +10,7 @@ import pytest
 import vllm_moe_compat
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import load, parameters
-from vllm_moe_compat import hooks
+from vllm_moe_compat.load import hooks
 from vllm_moe_compat.plan.estimate import Estimate
 
 SIZES = Sizes(hidden=128, intermediate=64)

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_compat.plan import DequantizeFp8, StackExperts
-from vllm_moe_compat.plan.ops import Operand, Spec, scale_grid
+from vllm_moe_compat.plan.ops import DequantizeFp8, Operand, Spec, StackExperts, scale_grid
 
 SIZE = st.integers(1, 300)
 BLOCK = st.tuples(st.integers(1, 200), st.integers(1, 200))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.layout import TensorInfo, detect
-from vllm_moe_compat.plan import DequantizeFp8, Plan, StackExperts, make_plan
-from vllm_moe_compat.plan.ops import SplitGateUp
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.plan.ops import DequantizeFp8, SplitGateUp, StackExperts
+from vllm_moe_compat.plan.planner import Plan, make_plan
 
 MOE = TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"]
 DENSE = TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5"]

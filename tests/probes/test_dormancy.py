@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 import vllm_moe_compat
-from vllm_moe_compat import context, dormancy, envs, state
-from vllm_moe_compat import workarounds as w
-from vllm_moe_compat.patching import status_of
-from vllm_moe_compat.plan.row import Fixed, Row, Workaround
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.upstream.evidence import examine
-from vllm_moe_compat.upstream.families import families
-from vllm_moe_compat.upstream.forms import write
-from vllm_moe_compat.upstream.probe import judge
+from vllm_moe_compat import dormancy, envs
+from vllm_moe_compat.families import workarounds as w
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Fixed, Row, Workaround
+from vllm_moe_compat.load import context
+from vllm_moe_compat.load import status as state
+from vllm_moe_compat.load.patching import status_of
+from vllm_moe_compat.probes.evidence import examine
+from vllm_moe_compat.probes.probe import judge
+from vllm_moe_compat.probes.recipes import families
+from vllm_moe_compat.probes.variants import write
 
 INSTALLED = metadata.version("mlx-lm")
 LATER = "99"

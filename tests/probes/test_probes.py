@@ -13,18 +13,20 @@ import mlx_lm
 import pytest
 
 import vllm_moe_compat
-from vllm_moe_compat import context, envs, state
-from vllm_moe_compat import workarounds as w
-from vllm_moe_compat.plan.row import Row, Workaround
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.upstream import evidence
-from vllm_moe_compat.upstream.evidence import Examined, examine
-from vllm_moe_compat.upstream.families import expand, families, families_of, fold, values
-from vllm_moe_compat.upstream.forms import FORMS
-from vllm_moe_compat.upstream.probe import probe
+from vllm_moe_compat import envs
+from vllm_moe_compat.families import workarounds as w
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Row, Workaround
+from vllm_moe_compat.load import context
+from vllm_moe_compat.load import status as state
+from vllm_moe_compat.probes import evidence
+from vllm_moe_compat.probes.evidence import Examined, examine
+from vllm_moe_compat.probes.probe import probe
+from vllm_moe_compat.probes.recipes import expand, families, families_of, fold, values
+from vllm_moe_compat.probes.variants import FORMS
 
 ROWS = list(TRANSFORMS_BY_MODULE.values())
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts" / "docs"
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts" / "docs"
 # Of these modules nothing is recorded.
 UNRECORDED = {
     "deepseek_v41": "its FP8 is none of our business: no workarounds",
@@ -173,7 +175,7 @@ def test_a_probe_that_the_patched_class_gets_wrong_breaks_the_row(
     assert row.moe is not None
     wrong = replace(row, moe=replace(row.moe, reads=("any",)))
     monkeypatch.setitem(TRANSFORMS_BY_MODULE, module, wrong)
-    from vllm_moe_compat.patching import status_of
+    from vllm_moe_compat.load.patching import status_of
 
     found = status_of({module: examine(wrong)})
     entry = next(r for r in found.rows if r.module == module)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_compat import arrays
-from vllm_moe_compat.arrays import Arrays, Stack, run
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.execute.arrays import Arrays, Stack, run
 from vllm_moe_compat.plan import ops as o
 from vllm_moe_compat.plan.packing import Requantize, Unpack
 from vllm_moe_compat.plan.specs import Operand, Spec

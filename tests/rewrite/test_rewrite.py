@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from support.loading import same_bits
-from vllm_moe_compat import arrays
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.errors import CheckpointFileError, SettingError, UnsupportedCheckpointError
-from vllm_moe_compat.layout import TensorInfo, detect
-from vllm_moe_compat.plan import Row
-from vllm_moe_compat.plan.forms import LAYOUTS, STACKED, Form
-from vllm_moe_compat.plan.inverse import plan_rewriting
-from vllm_moe_compat.plan.row import COMBINED, PER_EXPERT, TRANSPOSED, W123
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.rewrite import rewrite
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
+from vllm_moe_compat.rewrite.planner import plan_rewriting
+from vllm_moe_compat.rewrite.run_rewrite import rewrite
+from vllm_moe_compat.rewrite.written_layout import LAYOUTS, STACKED, Form
 
 EXPERTS = 3
 SIZES = {"plain": (8, 12), "H = 2I": (8, 16), "H = I": (8, 8), "2H = I": (16, 8)}

@@ -9,7 +9,7 @@ import pytest
 
 from support import models, schedules
 from support.engine import Greedy, engine_core, in_process_llm, worker
-from vllm_moe_compat.backend import kv_specs
+from vllm_moe_compat.backend.vllm import kv_specs
 
 pytestmark = pytest.mark.serve
 
@@ -44,7 +44,7 @@ def test_all_groups_share_one_buffer(demo_path: Path) -> None:
 
 
 def test_utilization_bounds_everything_that_is_held(demo_path: Path) -> None:
-    from vllm_moe_compat.memory import device_memory
+    from vllm_moe_compat.load.memory import device_memory
 
     total, _ = device_memory()
     settings = {"kv_cache_memory_bytes": None, "max_num_seqs": 256, "max_model_len": 4096}

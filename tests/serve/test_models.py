@@ -69,7 +69,7 @@ def test_bfloat16_experts_on_the_cpu_are_widened(
     """MLX's CPU ``gather_mm`` is float32 only: say what happens, and account for it."""
     import mlx.core as mx
 
-    from vllm_moe_compat.backend.experts import WidenedSwitchLinear
+    from vllm_moe_compat.backend.model.experts import WidenedSwitchLinear
 
     path = checkpoints / "qwen3_moe"
     logging.getLogger("vllm_moe_compat").propagate = True

@@ -31,7 +31,7 @@ def greedy(demo_path: Path) -> Greedy:
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of all logits that are copied to torch."""
-    from vllm_moe_compat.backend import sampling
+    from vllm_moe_compat.backend.vllm import sampling
 
     shapes: list[tuple[int, ...]] = []
     real = sampling.to_torch
@@ -134,7 +134,7 @@ def test_everything_else_goes_through_vllms_sampler(
 def test_a_parameter_that_nobody_has_heard_of_is_vllms_business() -> None:
     from vllm import SamplingParams
 
-    from vllm_moe_compat.backend import sampling
+    from vllm_moe_compat.backend.vllm import sampling
 
     known = sampling.HEEDED | sampling.HARMLESS
     assert known & set(SamplingParams().__struct_fields__) >= {"temperature", "top_k", "top_p", "n"}

@@ -79,7 +79,7 @@ def test_the_dtype_that_was_asked_for_is_the_dtype_of_weights_and_pages(
 ) -> None:
     import mlx.core as mx
 
-    from vllm_moe_compat.backend.platform import mlx_device
+    from vllm_moe_compat.backend.vllm.platform import mlx_device
 
     # The checkpoint is bfloat16; on MLX's CPU backend "auto" means float32.
     wanted = dtype

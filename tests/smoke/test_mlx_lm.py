@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import vllm_moe_compat
-from vllm_moe_compat.context import last_report
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.report import LoadReport
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.load.context import last_report
+from vllm_moe_compat.load.report import LoadReport
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]
 

@@ -53,7 +53,7 @@ class Greedy:
         from mlx_lm.utils import load_model
 
         import vllm_moe_compat
-        from vllm_moe_compat.context import serving_dtype_as
+        from vllm_moe_compat.load.context import serving_dtype_as
 
         with vllm_moe_compat.applied(), serving_dtype_as(dtype):
             self.model, _ = load_model(path)

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from vllm_moe_compat.backend.batch import Request, make_pass
-from vllm_moe_compat.backend.layers import AttentionLayer, describe
-from vllm_moe_compat.backend.page_pool import PagePool
-from vllm_moe_compat.backend.runner import Memory
+from vllm_moe_compat.backend.model.layers import AttentionLayer, describe
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.step.batch import Request, make_pass
+from vllm_moe_compat.backend.vllm.runner import Memory
 
 BLOCK = 16
 TEXT = {

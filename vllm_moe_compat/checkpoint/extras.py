@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_compat.layout.config import expert_count, layer_count
+from vllm_moe_compat.checkpoint.config import expert_count, layer_count
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_moe_compat.layout.files import (
+from vllm_moe_compat.checkpoint.files import (
     AGAIN,
     FileFault,
     Report,
@@ -27,7 +27,7 @@ from vllm_moe_compat.layout.files import (
     parse_json,
     refuse,
 )
-from vllm_moe_compat.layout.names import fold
+from vllm_moe_compat.checkpoint.names import fold
 
 MAX_HEADERS = 128 * 2**20
 """Bytes of all headers together; 61,000 tensors have 10 million. One may have 100 million."""

@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vllm_moe_compat.layout.extras import EVERY_SPELLING, Ignored
-from vllm_moe_compat.layout.files import (
+from vllm_moe_compat.checkpoint.extras import EVERY_SPELLING, Ignored
+from vllm_moe_compat.checkpoint.files import (
     AGAIN,
     FileFault,
     Report,
@@ -18,8 +18,8 @@ from vllm_moe_compat.layout.files import (
     read_json,
     refuse,
 )
-from vllm_moe_compat.layout.headers import TensorInfo, weight_files
-from vllm_moe_compat.layout.names import fold
+from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
+from vllm_moe_compat.checkpoint.names import fold
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 128 * 2**20

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_compat.layout.config import block_sizes, expert_count
-from vllm_moe_compat.layout.experts import ExpertBlock, find_experts
-from vllm_moe_compat.layout.extras import DEFAULT_EXTRAS, Extras
-from vllm_moe_compat.layout.headers import TensorInfo
-from vllm_moe_compat.layout.quantization import Fp8Tensors, block_of, find_fp8
+from vllm_moe_compat.checkpoint.config import block_sizes, expert_count
+from vllm_moe_compat.checkpoint.experts import ExpertBlock, find_experts
+from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS, Extras
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.numbers.fp8 import Fp8Tensors, block_of, find_fp8
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, words in COMMANDS.items():
-        module = importlib.import_module(f"vllm_moe_compat.cli.{name}")
+        module = importlib.import_module(f"vllm_moe_compat.commands.{name}")
         described = (module.__doc__ or "").split("\n\n", 1)[0].replace("``", "")
         command = commands.add_parser(
             name,

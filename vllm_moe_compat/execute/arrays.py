@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from vllm_moe_compat import lookup
+from vllm_moe_compat.execute import fp8_tables as lookup
 from vllm_moe_compat.plan import ops as op_types
 from vllm_moe_compat.plan.ops import Op
 from vllm_moe_compat.plan.packing import Requantize, Unpack

@@ -14,11 +14,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat import lookup
-from vllm_moe_compat.arrays import DTYPES, Arrays, Stack, factors, floats, multiplied_in, run
-from vllm_moe_compat.plan import Build
+from vllm_moe_compat.execute import fp8_tables as lookup
+from vllm_moe_compat.execute.arrays import (
+    DTYPES,
+    Arrays,
+    Stack,
+    factors,
+    floats,
+    multiplied_in,
+    run,
+)
 from vllm_moe_compat.plan.ops import DequantizeFp8, Op, SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.packing import Requantize
+from vllm_moe_compat.plan.planner import Build
 
 
 def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:

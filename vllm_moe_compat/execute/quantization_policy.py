@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat.plan import Requantize
+from vllm_moe_compat.plan.packing import Requantize
 
 
 @dataclass(slots=True)

@@ -22,14 +22,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat import execute as ex
-from vllm_moe_compat.arrays import Arrays
-from vllm_moe_compat.choices import Choices, choose
-from vllm_moe_compat.context import is_listed
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.errors import CompatError
-from vllm_moe_compat.fill import make, take
-from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.plan import Build, Plan, Requantize
+from vllm_moe_compat.execute import run_plan as ex
+from vllm_moe_compat.execute.arrays import Arrays
+from vllm_moe_compat.execute.build_tensor import make, take
+from vllm_moe_compat.execute.quantization_policy import Choices, choose
+from vllm_moe_compat.load.context import is_listed
+from vllm_moe_compat.plan.packing import Requantize
+from vllm_moe_compat.plan.planner import Build, Plan
 
 Weights = MutableMapping[str, mx.array]
 

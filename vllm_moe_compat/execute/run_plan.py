@@ -15,12 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat.context import serving_dtype
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.envs import DTYPE, QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, CompatError, InsufficientMemoryError
-from vllm_moe_compat.fill import make, take
-from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.plan import Build, Plan
+from vllm_moe_compat.execute.build_tensor import make, take
+from vllm_moe_compat.load.context import serving_dtype
+from vllm_moe_compat.plan.planner import Build, Plan
 
 _NAMES = {
     mx.bool_: "BOOL",

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_compat import registry
-from vllm_moe_compat.plan import Row
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.row import Row
 
 PACKAGE = "mlx_lm.models"
 

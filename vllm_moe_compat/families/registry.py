@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_moe_compat import config_families as own
-from vllm_moe_compat import configs as cfg
-from vllm_moe_compat import repairs
-from vllm_moe_compat import workarounds as w
-from vllm_moe_compat.layout import Extras
-from vllm_moe_compat.plan.row import (
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.families import forward_fixes as repairs
+from vllm_moe_compat.families import settings as cfg
+from vllm_moe_compat.families import settings_by_family as own
+from vllm_moe_compat.families import workarounds as w
+from vllm_moe_compat.families.row import (
     COMBINED,
     GLU,
     PER_EXPERT,

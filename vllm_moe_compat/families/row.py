@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_moe_compat.layout import Extras
+from vllm_moe_compat.checkpoint.extras import Extras
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
 ANY, ALL = "any", "all"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.plan.row import ConfigFix
+from vllm_moe_compat.families.row import ConfigFix
 
 Section = dict[str, Any]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_moe_compat.configs import (
+from vllm_moe_compat.families.row import ConfigFix
+from vllm_moe_compat.families.settings import (
     Section,
     computed,
     flat_rope,
@@ -10,7 +11,6 @@ from vllm_moe_compat.configs import (
     renamed_layers,
     section,
 )
-from vllm_moe_compat.plan.row import ConfigFix
 
 
 def _jamba_offset(config: Section, text: Section) -> bool:

@@ -8,8 +8,8 @@ step aside. What to delete in the end is listed in docs/removal.md.
 
 from __future__ import annotations
 
-from vllm_moe_compat.layout import Extras
-from vllm_moe_compat.plan.row import ALL, ANY, Workaround
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.families.row import ALL, ANY, Workaround
 
 _PR = "https://github.com/ml-explore/mlx-lm/pull/1224 (closed unmerged)"
 

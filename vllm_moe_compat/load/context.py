@@ -16,14 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_compat.checkpoint.config import quantization_configs
+from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers, weight_files
+from vllm_moe_compat.checkpoint.index import INDEX, check_index
+from vllm_moe_compat.checkpoint.layout import Layout, detect
+from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
-from vllm_moe_compat.layout import Layout, TensorInfo, check_index, detect, fold, read_headers
-from vllm_moe_compat.layout.config import quantization_configs
-from vllm_moe_compat.layout.headers import weight_files
-from vllm_moe_compat.layout.index import INDEX
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Requantize, Row, make_plan
-from vllm_moe_compat.report import LoadReport
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load.report import LoadReport
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Requantize
+from vllm_moe_compat.plan.planner import Plan, make_plan
 
 _BYTES = ("U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 

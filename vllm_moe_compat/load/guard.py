@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_moe_compat.checkpoint.config import quantization_configs
+from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import fold
-from vllm_moe_compat.layout.config import quantization_configs
 
 _OURS = ("fp8", "dequantized", "modelopt", "compressed-tensors")
 

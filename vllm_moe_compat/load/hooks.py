@@ -14,16 +14,21 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_compat import context as loads
-from vllm_moe_compat import dormancy, guard, registry, repairs
-from vllm_moe_compat.carry_out import carry_out
+from vllm_moe_compat import dormancy
+from vllm_moe_compat.checkpoint.headers import read_headers, weight_files
+from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
-from vllm_moe_compat.layout import detect, fold, read_headers
-from vllm_moe_compat.layout.headers import weight_files
+from vllm_moe_compat.families import forward_fixes as repairs
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load import guard
+from vllm_moe_compat.load.sanitize import carry_out
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Row
 from vllm_moe_compat.plan.estimate import estimate
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -82,7 +87,7 @@ def load_config_hook(
     row = dormancy.awake(row)
     if quiet and QUANTIZE.read() != "none":
         return config
-    from vllm_moe_compat.execute import target_dtype
+    from vllm_moe_compat.execute.run_plan import target_dtype
 
     later = loads.deferred.get() is not None
     exact = later or target_dtype() != "bfloat16"
@@ -98,8 +103,8 @@ def _check_memory(load: loads.LoadContext) -> None:
     """Refuse or warn of a load that the machine has no memory for; reads nothing."""
     if not load.plan.builds and load.setting == "none":
         return  # mlx-lm reads it as it likes, lazily if asked.
-    from vllm_moe_compat.execute import packed_dtype, target_dtype
-    from vllm_moe_compat.memory import check
+    from vllm_moe_compat.execute.run_plan import packed_dtype, target_dtype
+    from vllm_moe_compat.load.memory import check
 
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     tensors = {name: info for name, info in load.tensors.items() if name not in load.ignored}

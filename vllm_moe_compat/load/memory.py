@@ -13,9 +13,9 @@ from typing import Any
 
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import InsufficientMemoryError
+from vllm_moe_compat.load.report import size
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import Estimate
-from vllm_moe_compat.report import size
 
 
 def device_memory() -> tuple[int, int]:

@@ -22,17 +22,18 @@ from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vllm_moe_compat import registry, state
-from vllm_moe_compat.context import last_report
 from vllm_moe_compat.envs import ENABLED
-from vllm_moe_compat.hooks import load_config_hook, sanitize_hook
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import status as state
+from vllm_moe_compat.load.context import last_report
+from vllm_moe_compat.load.hooks import load_config_hook, sanitize_hook
+from vllm_moe_compat.load.status import HookStatus, RowStatus, Status
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.plan import Row
-from vllm_moe_compat.state import HookStatus, RowStatus, Status
 from vllm_moe_compat.versions import packages, versions
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.upstream.evidence import Examined
+    from vllm_moe_compat.probes.evidence import Examined
 
 LOADER = ("mlx_lm.utils", "load_config")
 
@@ -153,7 +154,7 @@ def status(*, probe: bool = False) -> Status:
     """
     examined: Mapping[str, Examined] = {}
     if probe:
-        from vllm_moe_compat.upstream.evidence import examine_all
+        from vllm_moe_compat.probes.evidence import examine_all
 
         examined = examine_all(registry.TRANSFORMS_BY_MODULE.values(), patched=_applied)
     return status_of(examined)
@@ -162,7 +163,7 @@ def status(*, probe: bool = False) -> Status:
 def status_of(examined: Mapping[str, Examined]) -> Status:
     """Say the same, with what probes have said of some modules; module → what was tried."""
     # Not at the top: hooks that only serve need none of it.
-    from vllm_moe_compat.upstream import evidence
+    from vllm_moe_compat.probes import evidence
 
     with _LOCK:
         module = sys.modules.get(LOADER[0])

@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from vllm_moe_compat import context as loads
-from vllm_moe_compat.layout import TensorInfo, detect, infer_fp8
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan, Row, make_plan
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.numbers.fp8 import infer_fp8
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load.progress import bar
+from vllm_moe_compat.load.report import LoadReport
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.progress import bar
-from vllm_moe_compat.report import LoadReport
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
+from vllm_moe_compat.plan.planner import Plan, make_plan
 
 Sanitize: TypeAlias = Callable[[dict[str, Any]], Any]
 
@@ -42,9 +46,9 @@ def carry_out(
     """
     import mlx.core as mx
 
-    from vllm_moe_compat import requantize
-    from vllm_moe_compat.choices import Choices, held, saved
-    from vllm_moe_compat.execute import execute, packed_dtype, target_dtype
+    from vllm_moe_compat.execute import quantize as requantize
+    from vllm_moe_compat.execute.quantization_policy import Choices, held, saved
+    from vllm_moe_compat.execute.run_plan import execute, packed_dtype, target_dtype
 
     start = time.perf_counter()
     plan, tensors, path = _plan(row, load, model, weights)
@@ -103,7 +107,7 @@ def _plan(
     row: Row, load: loads.LoadContext | None, model: Any, weights: dict[str, Any]
 ) -> tuple[Plan, dict[str, TensorInfo], str | None]:
     """Return the plan for these tensors, their descriptions, and where they come from."""
-    from vllm_moe_compat.execute import describe, target_dtype
+    from vllm_moe_compat.execute.run_plan import describe, target_dtype
 
     given = describe(weights)
     if load is not None and load.matches(given):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_moe_compat.report import LoadReport
+from vllm_moe_compat.load.report import LoadReport
 from vllm_moe_compat.versions import PackageStatus
 
 RIGHT, WRONG, REFUSED, FAILS = "right", "wrong", "refused", "fails"

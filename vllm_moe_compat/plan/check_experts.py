@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from vllm_moe_compat.checkpoint.config import expert_width
+from vllm_moe_compat.checkpoint.experts import PROJECTIONS, ExpertBlock, is_transposed
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.names import fold_numbers
+from vllm_moe_compat.checkpoint.numbers.fp8 import FLOATS
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import ExpertBlock, Layout, is_transposed
-from vllm_moe_compat.layout.config import expert_width
-from vllm_moe_compat.layout.experts import PROJECTIONS
-from vllm_moe_compat.layout.names import fold_numbers
-from vllm_moe_compat.layout.quantization import FLOATS
+from vllm_moe_compat.families.row import Moe, Row
 from vllm_moe_compat.plan.findings import CONVERT, Finding
-from vllm_moe_compat.plan.row import Moe, Row
 
 _LAYER = re.compile(r"(?:layers|h)\.\d+\.")
 _STACKABLE = ("F8_E4M3", *FLOATS)

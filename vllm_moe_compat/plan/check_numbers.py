@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.numbers.fp8 import DEFAULT_BLOCK, E8M0, FLOATS
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import Layout
-from vllm_moe_compat.layout.quantization import DEFAULT_BLOCK, E8M0, FLOATS
 from vllm_moe_compat.plan.findings import CONVERT, Finding
 from vllm_moe_compat.plan.ops import scale_grid
 

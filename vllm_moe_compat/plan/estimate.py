@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from vllm_moe_compat.layout import TensorInfo
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Requantize
 from vllm_moe_compat.plan.planner import Plan
 from vllm_moe_compat.plan.specs import Spec

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.errors import CompatError, LayoutError
-from vllm_moe_compat.layout import TensorInfo, fold
 
 AGAIN = "download the checkpoint again, or repair the conversion that wrote it"
 CONVERT = "load a bf16 or FP8 release of the model instead"

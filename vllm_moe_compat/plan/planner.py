@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from vllm_moe_compat.checkpoint.config import whole_number
+from vllm_moe_compat.checkpoint.experts import ExpertBlock
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.numbers.fp8 import E8M0
 from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.layout import ExpertBlock, Layout, TensorInfo
-from vllm_moe_compat.layout.config import whole_number
-from vllm_moe_compat.layout.quantization import E8M0
+from vllm_moe_compat.families.row import ALL, Moe, Row
 from vllm_moe_compat.plan.check_experts import check_experts, lies_transposed
-from vllm_moe_compat.plan.check_fp8 import check_fp8
-from vllm_moe_compat.plan.digests import digests_block, digests_fp8, is_foreign
+from vllm_moe_compat.plan.check_numbers import check_fp8
 from vllm_moe_compat.plan.findings import refuse
 from vllm_moe_compat.plan.norms import norms
 from vllm_moe_compat.plan.ops import (
@@ -35,8 +37,8 @@ from vllm_moe_compat.plan.ops import (
     StackExperts,
     Transpose,
 )
-from vllm_moe_compat.plan.row import ALL, Moe, Row
 from vllm_moe_compat.plan.specs import Operand, Spec
+from vllm_moe_compat.plan.upstream import digests_block, digests_fp8, is_foreign
 
 _LAYER = re.compile(r"^(.*?(?:layers|h)\.\d+)\.")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vllm_moe_compat.layout import ExpertBlock, Layout, is_transposed
-from vllm_moe_compat.layout.quantization import E8M0, FLOATS
-from vllm_moe_compat.plan.row import ALL, ANY, COMBINED, PER_EXPERT, TRANSPOSED, Moe, Row
+from vllm_moe_compat.checkpoint.experts import ExpertBlock, is_transposed
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.numbers.fp8 import E8M0, FLOATS
+from vllm_moe_compat.families.row import ALL, ANY, COMBINED, PER_EXPERT, TRANSPOSED, Moe, Row
 
 
 def digests_block(moe: Moe, block: ExpertBlock, layout: Layout) -> bool:

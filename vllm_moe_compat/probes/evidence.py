@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_moe_compat import dormancy
-from vllm_moe_compat.plan.row import Row, Workaround
-from vllm_moe_compat.state import (
+from vllm_moe_compat.families.row import Row, Workaround
+from vllm_moe_compat.load.status import (
     ACTIVE,
     BROKEN,
     DORMANT,
@@ -30,7 +30,7 @@ from vllm_moe_compat.state import (
 )
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.upstream.families import Family
+    from vllm_moe_compat.probes.recipes import Family
 
 RELEASE = "release"
 NO_FAMILY = "no checkpoint of this module is recorded"
@@ -60,8 +60,8 @@ def examine(row: Row, *, patched: bool = True, every: bool = False) -> Examined:
         patched: whether to load with the hooks, too.
         every: every form that its families come in, not only those that prove something.
     """
-    from vllm_moe_compat.upstream.families import families_of
-    from vllm_moe_compat.upstream.probe import probe
+    from vllm_moe_compat.probes.probe import probe
+    from vllm_moe_compat.probes.recipes import families_of
 
     found = families_of(row.module)
     if not found:
@@ -104,7 +104,7 @@ def examine_all(
 
 
 def _cells(row: Row, found: list[Family], every: bool) -> Iterator[tuple[Family, str]]:
-    from vllm_moe_compat.upstream.forms import FORMS
+    from vllm_moe_compat.probes.variants import FORMS
 
     variants = {name for workaround in row.workarounds for name in workaround.families}
     own = [family for family in found if family.name not in variants]

@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_moe_compat import context as loads
 from vllm_moe_compat import envs
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load.status import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
 from vllm_moe_compat.log import silence
-from vllm_moe_compat.plan import Row
-from vllm_moe_compat.state import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
-from vllm_moe_compat.upstream.families import TOKENS, Family, Recipe
-from vllm_moe_compat.upstream.forms import write
+from vllm_moe_compat.probes.recipes import TOKENS, Family, Recipe
+from vllm_moe_compat.probes.variants import write
 
 TOLERANCE = 1e-4
 """Of the largest logit. What is merely rounded to bfloat16 is off by ten times that."""

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_moe_compat.layout import TensorInfo, detect
-from vllm_moe_compat.plan import Form, Row
-from vllm_moe_compat.plan.row import COMBINED, PER_EXPERT, TRANSPOSED, W123
-from vllm_moe_compat.registry import fix_config
-from vllm_moe_compat.upstream.families import Array, Family, Recipe
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.families.registry import fix_config
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
+from vllm_moe_compat.probes.recipes import Array, Family, Recipe
+from vllm_moe_compat.rewrite.written_layout import Form
 
 Config = dict[str, Any]
 LINEAR = re.compile(
@@ -217,7 +218,7 @@ def _laid_out(family: Family, row: Row, form: Form) -> Tensors | None:
     import mlx.core as mx
 
     from vllm_moe_compat.errors import SettingError, UnsupportedCheckpointError
-    from vllm_moe_compat.rewrite import rewrite
+    from vllm_moe_compat.rewrite.run_rewrite import rewrite
 
     tensors = dict(family.release.values())
     if not _expert_names(tensors, family, row):

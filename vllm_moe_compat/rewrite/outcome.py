@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.plan.inverse import Step, quantises
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.plan.ops import Op
 from vllm_moe_compat.plan.planner import Build
 from vllm_moe_compat.plan.specs import Operand, Spec
+from vllm_moe_compat.rewrite.planner import Step, quantises
 
 
 def results(

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.layout import Layout
-from vllm_moe_compat.plan.digests import is_foreign
-from vllm_moe_compat.plan.forms import STACKED, Form, Part, builds_of
+from vllm_moe_compat.families.row import Moe, Row
 from vllm_moe_compat.plan.norms import norms
 from vllm_moe_compat.plan.ops import (
     Add,
@@ -29,7 +28,8 @@ from vllm_moe_compat.plan.ops import (
     scale_grid,
 )
 from vllm_moe_compat.plan.planner import Build, Plan, make_plan
-from vllm_moe_compat.plan.row import Moe, Row
+from vllm_moe_compat.plan.upstream import is_foreign
+from vllm_moe_compat.rewrite.written_layout import STACKED, Form, Part, builds_of
 
 
 @dataclass(frozen=True, slots=True)

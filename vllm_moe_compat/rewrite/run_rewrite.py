@@ -12,14 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat.arrays import Arrays, Stack, run
-from vllm_moe_compat.execute import describe, failure
-from vllm_moe_compat.fill import make, take
-from vllm_moe_compat.layout import TensorInfo, detect, infer_fp8
-from vllm_moe_compat.plan import Row
-from vllm_moe_compat.plan.forms import Form
-from vllm_moe_compat.plan.inverse import Rewriting, Step, plan_rewriting, quantises
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.numbers.fp8 import infer_fp8
+from vllm_moe_compat.execute.arrays import Arrays, Stack, run
+from vllm_moe_compat.execute.build_tensor import make, take
+from vllm_moe_compat.execute.run_plan import describe, failure
+from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.ops import Op
+from vllm_moe_compat.rewrite.planner import Rewriting, Step, plan_rewriting, quantises
+from vllm_moe_compat.rewrite.written_layout import Form
 
 Weights = MutableMapping[str, mx.array]
 

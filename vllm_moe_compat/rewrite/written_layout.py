@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from vllm_moe_compat.checkpoint.experts import PROJECTIONS
 from vllm_moe_compat.errors import SettingError, UnsupportedCheckpointError
-from vllm_moe_compat.layout.experts import PROJECTIONS
+from vllm_moe_compat.families.row import COMBINED, GLU, PER_EXPERT, TRANSPOSED, Moe
 from vllm_moe_compat.plan.ops import DequantizeFp8, Op, SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.planner import Build
-from vllm_moe_compat.plan.row import COMBINED, GLU, PER_EXPERT, TRANSPOSED, Moe
 
 STACKED = "stacked"
 LAYOUTS = (PER_EXPERT, COMBINED, TRANSPOSED, STACKED)

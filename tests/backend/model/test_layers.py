@@ -8,7 +8,14 @@ import mlx.core as mx
 import pytest
 
 from support import models
-from vllm_moe_compat.backend.layers import AttentionLayer, Rows, StateLayer, describe, nest, rows_of
+from vllm_moe_compat.backend.model.layers import (
+    AttentionLayer,
+    Rows,
+    StateLayer,
+    describe,
+    nest,
+    rows_of,
+)
 from vllm_moe_compat.errors import UnsupportedServingError
 
 

@@ -13,12 +13,13 @@ from mlx_lm.models import base, qwen3_next
 from mlx_lm.models.cache import KVCache
 
 from support import hybrid
-from vllm_moe_compat.backend import attention_hook, paged_attention
-from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
-from vllm_moe_compat.backend.batch import make_pass
-from vllm_moe_compat.backend.forward import Forward
-from vllm_moe_compat.backend.layers import AttentionLayer
-from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.model import attention_hook
+from vllm_moe_compat.backend.model.layers import AttentionLayer
+from vllm_moe_compat.backend.pages import decode_attention as paged_attention
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
+from vllm_moe_compat.backend.step.batch import make_pass
+from vllm_moe_compat.backend.step.forward import Forward
 
 HEADS, GROUP, DIM, BLOCK = 2, 3, 16, 8
 DTYPES = (mx.float32, mx.bfloat16)

@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 from support import hybrid, models
-from vllm_moe_compat.backend.batch import make_pass
-from vllm_moe_compat.backend.forward import Forward
-from vllm_moe_compat.backend.runner import Memory
+from vllm_moe_compat.backend.step.batch import make_pass
+from vllm_moe_compat.backend.step.forward import Forward
+from vllm_moe_compat.backend.vllm.runner import Memory
 
 POOL_BYTES = 64 << 20
 # What a step may take: activations of this small model, no part of a pool.
@@ -65,7 +65,7 @@ def test_a_prompt_grows_by_far_less_than_a_pool(model: Any, memory: Memory) -> N
 def test_no_read_path_copies_a_pool(
     model: Any, memory: Memory, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_compat.backend import paged_attention
+    from vllm_moe_compat.backend.pages import decode_attention as paged_attention
 
     monkeypatch.setattr(paged_attention, "path", lambda step, dtype: path)
     forward = Forward(model, memory)
@@ -81,7 +81,7 @@ def test_layers_that_share_a_pool_in_one_pass_do_not_copy_it(
     name: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windowed and full layers, or latents: several layers write to a pool in a pass."""
-    from vllm_moe_compat.backend import paged_attention
+    from vllm_moe_compat.backend.pages import decode_attention as paged_attention
 
     monkeypatch.setattr(paged_attention, "path", lambda step, dtype: path)
     served, _ = models.build_mlx(name)

@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from vllm_moe_compat.backend.batch import Request
-from vllm_moe_compat.backend.layers import StateLayer
-from vllm_moe_compat.backend.page_pool import PagePool
-from vllm_moe_compat.backend.runner import Memory, ModelRunner
-from vllm_moe_compat.backend.scheduler_output import NewRequest, Step
-from vllm_moe_compat.backend.state_pool import StatePool
+from vllm_moe_compat.backend.model.layers import StateLayer
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.step.batch import Request
+from vllm_moe_compat.backend.vllm.runner import Memory, ModelRunner
+from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, Step
 
 BLOCK = 4
 PARAMS = SimpleNamespace(prompt_logprobs=None)

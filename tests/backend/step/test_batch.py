@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_moe_compat.backend.batch import Batch, Request
-from vllm_moe_compat.backend.scheduler_output import NewRequest, RunningRequest, Step
+from vllm_moe_compat.backend.step.batch import Batch, Request
+from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, RunningRequest, Step
 
 # Of the two KV groups that every request here has blocks of.
 SIZES = [16, 4096]

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from vllm_moe_compat.backend import trial
-from vllm_moe_compat.backend.layers import Rows, describe, rows_of
+from vllm_moe_compat.backend.model.layers import Rows, describe, rows_of
+from vllm_moe_compat.backend.step import dry_run as trial
 from vllm_moe_compat.errors import UnsupportedServingError
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
-from vllm_moe_compat.backend import mlx_sampling
-from vllm_moe_compat.backend.mlx_sampling import HEAD, SPARE, Draw, Wish, tries
+from vllm_moe_compat.backend.step import mlx_sampling
+from vllm_moe_compat.backend.step.mlx_sampling import HEAD, SPARE, Draw, Wish, tries
 
 VOCAB, ROWS, KEYS = 600, 2000, 8
 

@@ -9,10 +9,10 @@ import pytest
 from support import models
 from support.engine import in_process_llm, worker
 from vllm_moe_compat import demo
-from vllm_moe_compat.backend import self_check
-from vllm_moe_compat.backend.attention import AttentionStep
-from vllm_moe_compat.backend.page_pool import PagePool
-from vllm_moe_compat.backend.state_pool import StatePool
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.paged_kv import AttentionStep
+from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.errors import UnsupportedServingError
 
 pytestmark = pytest.mark.serve

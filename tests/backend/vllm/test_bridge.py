@@ -11,8 +11,8 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from vllm_moe_compat.backend import vllm_bridge
-from vllm_moe_compat.backend.scheduler_output import decode
+from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
+from vllm_moe_compat.backend.vllm.scheduler_output import decode
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.tested import TESTED
 

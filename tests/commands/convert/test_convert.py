@@ -19,16 +19,15 @@ from mlx.utils import tree_unflatten
 import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import TOKENS, load, new_model, parameters, read, same_bits
-from vllm_moe_compat import arrays
-from vllm_moe_compat.cli import convert as command
-from vllm_moe_compat.cli.main import main
-from vllm_moe_compat.conversion import Options, convert
-from vllm_moe_compat.conversion.shards import Shards
+from vllm_moe_compat.checkpoint.headers import read_headers
+from vllm_moe_compat.commands.convert import Options, command, convert
+from vllm_moe_compat.commands.convert.shards import Shards
+from vllm_moe_compat.commands.main import main
 from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.layout import read_headers
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS
-from vllm_moe_compat.plan.forms import LAYOUTS, Form
+from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.specs import Spec
+from vllm_moe_compat.rewrite.written_layout import LAYOUTS, Form
 
 SIZES = Sizes(hidden=128, intermediate=64)
 ALIGNED = Sizes(hidden=256, intermediate=128)

@@ -14,8 +14,8 @@ import pytest
 
 from support.checkpoints import Fp8, build
 from vllm_moe_compat import demo
-from vllm_moe_compat.diagnosis import child, surroundings
-from vllm_moe_compat.diagnosis.link import Diagnosis, Link
+from vllm_moe_compat.commands.doctor import child, surroundings
+from vllm_moe_compat.commands.doctor.link import Diagnosis, Link
 
 COMMAND = """
 import argparse, sys
@@ -168,7 +168,7 @@ def test_text_goes_to_a_pipe_whole_and_without_colour(model: Path):
 
 
 def test_a_folder_without_a_checkpoint_is_a_question_of_usage(tmp_path: Path, capsys):
-    from vllm_moe_compat.cli.main import main
+    from vllm_moe_compat.commands.main import main
 
     assert main(["doctor", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err

@@ -19,12 +19,12 @@ import mlx_lm.utils
 import pytest
 
 import vllm_moe_compat
-from cli.inspect_files import checkpoint, shard, tensors, write
-from vllm_moe_compat.cli.main import main
-from vllm_moe_compat.inspection import SCHEMA_VERSION, as_json, inspect, markdown, model, text
-from vllm_moe_compat.inspection.problems import PROBLEMS
+from support.inspect_files import checkpoint, shard, tensors, write
+from vllm_moe_compat.commands.inspect import SCHEMA_VERSION, as_json, inspect, markdown, model, text
+from vllm_moe_compat.commands.inspect.problems import PROBLEMS
+from vllm_moe_compat.commands.main import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -296,7 +296,8 @@ def test_a_form_of_mlx_is_left_alone(tmp_path: Path):
 
 
 def test_the_setting_in_force(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vllm_moe_compat.inspection.needs.host_memory", lambda: (10**5, 10**4))
+    needs = "vllm_moe_compat.commands.inspect.needs.host_memory"
+    monkeypatch.setattr(needs, lambda: (10**5, 10**4))
     found = inspect(str(folder))
     assert [(f.id, f.severity) for f in found.findings] == [("memory", "warning")]
     assert found.exit_code == 0
@@ -305,8 +306,8 @@ def test_the_setting_in_force(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_module_is_the_one_that_mlx_lm_picks():
-    from vllm_moe_compat.inspection import modules
-    from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE, row_for
+    from vllm_moe_compat.families import modules
+    from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_for
 
     source = modules.mlx_lm()
     assert source.by_type == mlx_lm.utils.MODEL_REMAPPING
@@ -359,7 +360,7 @@ sys.exit(code)
 
 
 def test_a_terminal_without_unicode(folder: Path):
-    code = "import sys; from vllm_moe_compat.cli import inspect as i; import argparse as a\n"
+    code = "import sys; from vllm_moe_compat.commands import inspect as i; import argparse as a\n"
     code += f"sys.exit(i.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
@@ -371,7 +372,7 @@ def test_a_terminal_without_unicode(folder: Path):
 
 def test_a_terminal_of_eighty_columns(folder: Path):
     main_end, terminal = pty.openpty()
-    code = "import sys; from vllm_moe_compat.cli import inspect as i; import argparse as a\n"
+    code = "import sys; from vllm_moe_compat.commands import inspect as i; import argparse as a\n"
     code += f"sys.exit(i.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": ""}
     with subprocess.Popen([sys.executable, "-c", code], stdout=terminal, env=environment) as child:
@@ -414,12 +415,12 @@ def test_a_config_that_speaks_of_experts_that_are_not_there(tmp_path: Path):
 def test_more_tensors_than_any_checkpoint_has(folder: Path, monkeypatch: pytest.MonkeyPatch):
     found = inspect(str(folder))
     assert found.files is not None
-    monkeypatch.setattr("vllm_moe_compat.layout.headers.MAX_TENSORS", found.files.tensors)
+    monkeypatch.setattr("vllm_moe_compat.checkpoint.headers.MAX_TENSORS", found.files.tensors)
     assert inspect(str(folder)).exit_code == 0
-    monkeypatch.setattr("vllm_moe_compat.layout.headers.MAX_TENSORS", found.files.tensors - 1)
+    monkeypatch.setattr("vllm_moe_compat.checkpoint.headers.MAX_TENSORS", found.files.tensors - 1)
     assert inspect(str(folder)).findings[0].id == "headers-too-large"
     monkeypatch.undo()
-    monkeypatch.setattr("vllm_moe_compat.layout.headers.MAX_HEADERS", 1000)
+    monkeypatch.setattr("vllm_moe_compat.checkpoint.headers.MAX_HEADERS", 1000)
     assert inspect(str(folder)).findings[0].id == "headers-too-large"
 
 

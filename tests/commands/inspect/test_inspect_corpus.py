@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.inspect_files import CORPUS, case_files, write
-from vllm_moe_compat.cli.main import main
+from support.inspect_files import CORPUS, case_files, write
+from vllm_moe_compat.commands.main import main
 
 CASES = sorted(path.stem for path in CORPUS.glob("*.json"))
 

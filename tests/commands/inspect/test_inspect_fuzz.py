@@ -1,8 +1,8 @@
 """Valid checkpoints with something changed in them: always a report, never a traceback.
 
 A longer search, with other examples each time:
-``INSPECT_EXAMPLES=20000 scripts/test tests/cli/test_inspect_fuzz.py``. What it finds goes
-into the corpus.
+``INSPECT_EXAMPLES=20000 scripts/test tests/commands/inspect/test_inspect_fuzz.py``. What it
+finds goes into the corpus.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cli.inspect_files import checkpoint, write
-from vllm_moe_compat.inspection import Inspection, as_json, inspect, markdown, text
-from vllm_moe_compat.inspection.problems import PROBLEMS
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from support.inspect_files import checkpoint, write
+from vllm_moe_compat.commands.inspect import Inspection, as_json, inspect, markdown, text
+from vllm_moe_compat.commands.inspect.problems import PROBLEMS
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 
 EXAMPLES = settings(
     deadline=None,

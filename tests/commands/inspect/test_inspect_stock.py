@@ -14,10 +14,10 @@ import pytest
 
 from parity.families import FAMILIES
 from parity.forms import FORMS, applies, build
-from vllm_moe_compat.inspection import inspect
+from vllm_moe_compat.commands.inspect import inspect
 
 RECORDED = json.loads(
-    (Path(__file__).parents[2] / "docs" / "data" / "parity.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[3] / "docs" / "data" / "parity.json").read_text(encoding="utf-8")
 )["families"]
 ALLOWED = {
     "loads": {"right"},

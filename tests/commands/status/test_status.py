@@ -18,13 +18,16 @@ import pytest
 
 import vllm_moe_compat
 from support import shim
-from vllm_moe_compat import patching, registry, state, versions
-from vllm_moe_compat.cli import status
+from vllm_moe_compat import versions
+from vllm_moe_compat.commands.status import command as status
 from vllm_moe_compat.errors import SettingError
-from vllm_moe_compat.plan.row import Row
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import patching
+from vllm_moe_compat.load import status as state
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OLMOE = "mlx_lm.models.olmoe"
 
 
@@ -235,7 +238,7 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch):
 def test_it_is_light_until_it_probes():
     code = (
         "import argparse, sys\n"
-        "from vllm_moe_compat.cli import status\n"
+        "from vllm_moe_compat.commands import status\n"
         "p = argparse.ArgumentParser(); status.add_arguments(p)\n"
         "assert not {'numpy', 'rich', 'mlx', 'mlx_lm', 'vllm', 'torch'} & sys.modules.keys()\n"
         "assert status.run(p.parse_args(['--quick'])) == 0\n"

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from vllm_moe_compat.backend import attention_hook
+from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.errors import UnsupportedServingError
 
 # Layers with a state whose code leaves it alone where a row is padded on the right.

@@ -1,7 +1,7 @@
 """From a checkpoint folder to a model that is ready to serve.
 
 In: the model's path and the serving dtype. Out: an mlx-lm model whose weights
-went through the load plan (``vllm_moe_compat.patching`` is installed by then),
+went through the load plan (``vllm_moe_compat.load.patching`` is installed by then),
 in that dtype, with a description of its layers. mlx-lm loads it, exactly as it
 would without us; what the hooks did is in the load report.
 """
@@ -17,9 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from vllm_moe_compat import context, plugin
-from vllm_moe_compat.backend import experts, trial
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, Rows, describe, rows_of
+from vllm_moe_compat import plugin
+from vllm_moe_compat.backend.model import experts
+from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, Rows, describe, rows_of
+from vllm_moe_compat.backend.step import dry_run as trial
+from vllm_moe_compat.load import context
 from vllm_moe_compat.log import logger
 
 

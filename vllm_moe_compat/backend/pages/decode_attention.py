@@ -43,11 +43,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_compat.backend.layers import AttentionLayer
-from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.model.layers import AttentionLayer
+from vllm_moe_compat.backend.pages.page_pool import PagePool
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.backend.attention import AttentionStep
+    from vllm_moe_compat.backend.pages.paged_kv import AttentionStep
 
 # Per request: padded over real tokens, and tokens of padding that a call per row is worth.
 WASTE_FACTOR = 2.0

@@ -30,9 +30,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_compat.backend import paged_attention
-from vllm_moe_compat.backend.layers import AttentionLayer
-from vllm_moe_compat.backend.page_pool import RAW_DTYPES, PagePool
+from vllm_moe_compat.backend.model.layers import AttentionLayer
+from vllm_moe_compat.backend.pages import decode_attention as paged_attention
+from vllm_moe_compat.backend.pages.page_pool import RAW_DTYPES, PagePool
 from vllm_moe_compat.errors import UnsupportedServingError
 
 Int = npt.NDArray[np.int64]

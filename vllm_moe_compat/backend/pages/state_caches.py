@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_compat.backend.state_pool import State
+from vllm_moe_compat.backend.pages.state_pool import State
 
 
 def make_caches(states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list[Any]:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from vllm_moe_compat.backend.layers import StateLayer
-from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.model.layers import StateLayer
+from vllm_moe_compat.backend.pages.page_pool import PagePool
 
 # Of one layer, rows first: for gated-delta a convolution tail and [B, Hv, Dv, Dk].
 State = tuple[mx.array, ...]

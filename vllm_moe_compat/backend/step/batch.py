@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_compat.backend.scheduler_output import NewRequest, RunningRequest, Step
+from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, RunningRequest, Step
 
 Int = npt.NDArray[np.int64]
 

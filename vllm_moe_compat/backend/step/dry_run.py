@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ArraysCache
 
-from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, nest
-from vllm_moe_compat.backend.page_pool import PagePool
+from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, nest
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
 from vllm_moe_compat.errors import UnsupportedServingError
 
 BLOCK = 16

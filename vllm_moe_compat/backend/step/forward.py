@@ -25,14 +25,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from vllm_moe_compat.backend import attention_hook, linear_attention
-from vllm_moe_compat.backend.attention import AttentionStep, PagedKV
-from vllm_moe_compat.backend.batch import Pass
-from vllm_moe_compat.backend.layers import AttentionLayer, Rows, nest, nested, rows_of
-from vllm_moe_compat.backend.state_pool import State
+from vllm_moe_compat.backend.model import attention_hook
+from vllm_moe_compat.backend.model.layers import AttentionLayer, Rows, nest, nested, rows_of
+from vllm_moe_compat.backend.pages import state_caches as linear_attention
+from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
+from vllm_moe_compat.backend.pages.state_pool import State
+from vllm_moe_compat.backend.step.batch import Pass
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.backend.runner import Memory
+    from vllm_moe_compat.backend.vllm.runner import Memory
 
 
 @dataclass(slots=True)

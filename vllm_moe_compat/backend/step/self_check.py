@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
-from vllm_moe_compat.backend.batch import Pass, Request, make_pass
-from vllm_moe_compat.backend.layers import AttentionLayer
-from vllm_moe_compat.backend.runner import ModelRunner
+from vllm_moe_compat.backend.model.layers import AttentionLayer
+from vllm_moe_compat.backend.step.batch import Pass, Request, make_pass
+from vllm_moe_compat.backend.vllm.runner import ModelRunner
 from vllm_moe_compat.errors import UnsupportedServingError
 
 # Relative L2 error of logits. Half precision may flip a router's choice, which

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from vllm_moe_compat.backend.kv_specs import demand
-from vllm_moe_compat.backend.layers import StateLayer
-from vllm_moe_compat.backend.state_pool import StatePool
+from vllm_moe_compat.backend.model.layers import StateLayer
+from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.vllm.kv_specs import demand
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.load.memory import device_memory
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.memory import device_memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_moe_compat.backend.handoff import ServedModel
+    from vllm_moe_compat.backend.model.loader import ServedModel
 
 # Tokens of the two trial passes between which activations are seen to grow.
 TRIAL_TOKENS = (32, 96)

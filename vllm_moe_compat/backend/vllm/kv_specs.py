@@ -22,7 +22,7 @@ import mlx.core as mx
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, StateLayer
+from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, StateLayer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -22,7 +22,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_moe_compat.backend import architectures, vllm_bridge
+from vllm_moe_compat.backend.vllm import architectures
+from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
 
 
 class MlxCausalLM(nn.Module):

@@ -17,13 +17,14 @@ import psutil
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_moe_compat.backend import refusals, vllm_bridge
+from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
+from vllm_moe_compat.backend.vllm import refusals
 from vllm_moe_compat.errors import UnsupportedServingError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-WORKER_CLASS = "vllm_moe_compat.backend.worker.MlxWorker"
+WORKER_CLASS = "vllm_moe_compat.backend.vllm.worker.MlxWorker"
 
 
 def mlx_device() -> str:

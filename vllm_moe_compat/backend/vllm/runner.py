@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_moe_compat.backend.batch import Batch, Pass, Request
-from vllm_moe_compat.backend.forward import Forward
-from vllm_moe_compat.backend.layers import AttentionLayer, Layer, StateLayer
-from vllm_moe_compat.backend.page_pool import PagePool
-from vllm_moe_compat.backend.sampling import TokenSampler
-from vllm_moe_compat.backend.scheduler_output import Step, decode
-from vllm_moe_compat.backend.state_pool import StatePool
+from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, StateLayer
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
+from vllm_moe_compat.backend.step.forward import Forward
+from vllm_moe_compat.backend.vllm.sampling import TokenSampler
+from vllm_moe_compat.backend.vllm.scheduler_output import Step, decode
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput

@@ -33,9 +33,9 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from vllm_moe_compat.backend import vllm_bridge
-from vllm_moe_compat.backend.batch import Request
-from vllm_moe_compat.backend.mlx_sampling import Draw, Wish
+from vllm_moe_compat.backend.step.batch import Request
+from vllm_moe_compat.backend.step.mlx_sampling import Draw, Wish
+from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

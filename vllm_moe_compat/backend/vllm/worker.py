@@ -15,15 +15,18 @@ import psutil
 import torch
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_moe_compat import progress
-from vllm_moe_compat.backend import handoff, kv_specs, self_check, vllm_bridge
-from vllm_moe_compat.backend.kv_specs import MLX_DTYPES
-from vllm_moe_compat.backend.layers import AttentionLayer
-from vllm_moe_compat.backend.memory import Budget, measure
-from vllm_moe_compat.backend.page_pool import PagePool
-from vllm_moe_compat.backend.runner import Memory, ModelRunner, StepOutput
-from vllm_moe_compat.backend.sampling import TokenSampler
+from vllm_moe_compat.backend.model import loader as handoff
+from vllm_moe_compat.backend.model.layers import AttentionLayer
+from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.step import self_check
+from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
+from vllm_moe_compat.backend.vllm import kv_specs
+from vllm_moe_compat.backend.vllm.budget import Budget, measure
+from vllm_moe_compat.backend.vllm.kv_specs import MLX_DTYPES
+from vllm_moe_compat.backend.vllm.runner import Memory, ModelRunner, StepOutput
+from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.load import progress
 from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from vllm_moe_compat.layout.experts import STATIC_SCALES
-from vllm_moe_compat.layout.headers import TensorInfo
+from vllm_moe_compat.checkpoint.experts import STATIC_SCALES
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FLOATS = ("BF16", "F16", "F32")

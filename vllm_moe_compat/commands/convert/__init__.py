@@ -5,7 +5,7 @@
 that the result is there as a whole or not at all.
 """
 
-from vllm_moe_compat.conversion.convert import Options, convert
-from vllm_moe_compat.conversion.folder import Report
+from vllm_moe_compat.commands.convert.convert import Options, convert
+from vllm_moe_compat.commands.convert.folder import Report
 
 __all__ = ["Options", "Report", "convert"]

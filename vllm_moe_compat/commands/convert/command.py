@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.plan.forms import Form
+    from vllm_moe_compat.rewrite.written_layout import Form
 
 SETTINGS = ("none", "8bit", "mxfp8", "6bit", "4bit")
 LAYOUTS = {
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was done."""
     form = _form(args)
-    from vllm_moe_compat.conversion import Options, convert
+    from vllm_moe_compat.commands.convert import Options, convert
 
     options = Options(
         form=form,
@@ -108,7 +108,7 @@ def _form(args: argparse.Namespace) -> Form | None:
             f"--quantize {args.quantize} is MLX's own packed form, which has no "
             f"{'--layout' if args.layout else '--fp8'}; leave one of them out."
         )
-    from vllm_moe_compat.plan.forms import Form
+    from vllm_moe_compat.rewrite.written_layout import Form
 
     block = _block(args.fp8 or "none")
     if block is None and args.scale_dtype is not None:

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_moe_compat import patching
-from vllm_moe_compat.conversion import folder as folders
-from vllm_moe_compat.conversion.folder import Report
-from vllm_moe_compat.conversion.shards import Shards
-from vllm_moe_compat.conversion.source import Source
+from vllm_moe_compat.commands.convert import folder as folders
+from vllm_moe_compat.commands.convert.folder import Report
+from vllm_moe_compat.commands.convert.shards import Shards
+from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.envs import DTYPE, ENABLED, QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
+from vllm_moe_compat.load import patching
+from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.plan.forms import Form
-from vllm_moe_compat.progress import bar
+from vllm_moe_compat.rewrite.written_layout import Form
 
 MAX_SHARD_BYTES = 5 * 10**9
 _OVERHEAD = 16 * 2**20
@@ -111,10 +111,10 @@ def convert(source: Path, target: Path, options: Options) -> Report:
 
 def _prepare(source: Path, options: Options) -> Source:
     if options.form is None:
-        from vllm_moe_compat.conversion import to_mlx
+        from vllm_moe_compat.commands.convert import to_mlx
 
         return to_mlx.prepare(source, options.setting, options.dtype)
-    from vllm_moe_compat.conversion import to_published
+    from vllm_moe_compat.commands.convert import to_published
 
     return to_published.prepare(source, options.form, options.dtype or "bfloat16")
 

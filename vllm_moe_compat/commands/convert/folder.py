@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_moe_compat.conversion.shards import sync
+from vllm_moe_compat.checkpoint.headers import weight_files
+from vllm_moe_compat.checkpoint.index import INDEX
+from vllm_moe_compat.commands.convert.shards import sync
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
-from vllm_moe_compat.layout.headers import weight_files
-from vllm_moe_compat.layout.index import INDEX
-from vllm_moe_compat.report import size
+from vllm_moe_compat.load.report import size
 
 # Of another format, or about how the source was quantised.
 _WEIGHTS: tuple[str, ...] = (

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers
+from vllm_moe_compat.checkpoint.index import INDEX
 from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.layout.headers import TensorInfo, read_headers
-from vllm_moe_compat.layout.index import INDEX
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.specs import Spec
 

@@ -18,15 +18,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat import context as loads
-from vllm_moe_compat import patching, requantize
-from vllm_moe_compat.arrays import DTYPES
-from vllm_moe_compat.choices import Choices
-from vllm_moe_compat.conversion.source import Source
+from vllm_moe_compat.checkpoint.headers import read_headers
+from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
-from vllm_moe_compat.execute import describe
-from vllm_moe_compat.layout.headers import read_headers
-from vllm_moe_compat.layout.names import fold
+from vllm_moe_compat.execute import quantize as requantize
+from vllm_moe_compat.execute.arrays import DTYPES
+from vllm_moe_compat.execute.quantization_policy import Choices
+from vllm_moe_compat.execute.run_plan import describe
+from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load import patching
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.specs import Operand, Spec
 

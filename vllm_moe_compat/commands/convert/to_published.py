@@ -16,17 +16,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat import registry, rewrite
-from vllm_moe_compat.conversion.source import Source
+from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers, weight_files
+from vllm_moe_compat.checkpoint.index import check_index
+from vllm_moe_compat.checkpoint.layout import Layout, detect
+from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.errors import CheckpointFileError, LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.layout import Layout, TensorInfo, check_index, detect, read_headers
-from vllm_moe_compat.layout.headers import weight_files
-from vllm_moe_compat.plan import Row, make_plan
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.plan.forms import Form
-from vllm_moe_compat.plan.inverse import Rewriting, plan_rewriting
-from vllm_moe_compat.plan.outcome import results
+from vllm_moe_compat.plan.planner import make_plan
 from vllm_moe_compat.plan.specs import Spec
+from vllm_moe_compat.rewrite import run_rewrite as rewrite
+from vllm_moe_compat.rewrite.outcome import results
+from vllm_moe_compat.rewrite.planner import Rewriting, plan_rewriting
+from vllm_moe_compat.rewrite.written_layout import Form
 
 SMALLEST = 128
 """Rows and columns that a projection has at least if it is to become FP8."""

@@ -5,7 +5,7 @@ whatever imports MLX or vLLM is done in a process of its own (``steps``, run by 
 so that a crash there is a finding and not the end.
 """
 
-from vllm_moe_compat.diagnosis.chain import examine
-from vllm_moe_compat.diagnosis.link import BROKEN, OK, SKIPPED, WARNING, Diagnosis, Link
+from vllm_moe_compat.commands.doctor.chain import examine
+from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Diagnosis, Link
 
 __all__ = ["BROKEN", "OK", "SKIPPED", "WARNING", "Diagnosis", "Link", "examine"]

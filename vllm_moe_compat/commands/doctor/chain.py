@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_compat.diagnosis import surroundings
-from vllm_moe_compat.diagnosis.child import Outcome, run
-from vllm_moe_compat.diagnosis.link import BROKEN, OK, SKIPPED, WARNING, Diagnosis, Link
-from vllm_moe_compat.memory import host_memory
-from vllm_moe_compat.report import size
+from vllm_moe_compat.commands.doctor import surroundings
+from vllm_moe_compat.commands.doctor.child import Outcome, run
+from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Diagnosis, Link
+from vllm_moe_compat.load.memory import host_memory
+from vllm_moe_compat.load.report import size
 
 SHORT_SECONDS = 120.0
 ENGINE_BYTES = 3 * 2**29

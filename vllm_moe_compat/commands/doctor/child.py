@@ -83,7 +83,7 @@ def _last(log: Path) -> str:
 def main() -> None:
     """Do what the command line names and write down what came of it."""
     result, step, *arguments = sys.argv[1:]
-    from vllm_moe_compat.diagnosis import steps
+    from vllm_moe_compat.commands.doctor import steps
 
     try:
         outcome: dict[str, Any] = {"found": steps.STEPS[step](*arguments)}

@@ -93,7 +93,7 @@ def plan(path: str) -> dict[str, Any]:
     import mlx_lm.utils
 
     import vllm_moe_compat
-    from vllm_moe_compat import context
+    from vllm_moe_compat.load import context
 
     vllm_moe_compat.apply()
     mlx_lm.utils.load_config(Path(path))
@@ -110,7 +110,7 @@ def load(path: str, golden: str) -> dict[str, Any]:
     from mlx_lm.generate import generate_step
 
     import vllm_moe_compat
-    from vllm_moe_compat.context import last_report, serving_dtype_as
+    from vllm_moe_compat.load.context import last_report, serving_dtype_as
 
     vllm_moe_compat.apply()
     expected = json.loads(golden)

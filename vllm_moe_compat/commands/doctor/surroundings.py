@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 
 from vllm_moe_compat import envs, plugin, versions
-from vllm_moe_compat.diagnosis.link import BROKEN, OK, SKIPPED, WARNING, Link
+from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Link
 from vllm_moe_compat.errors import SettingError
 
 OURS = {"vllm.general_plugins": "moe_compat", "vllm.platform_plugins": "moe_compat_mlx"}

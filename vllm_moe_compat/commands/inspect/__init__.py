@@ -6,7 +6,7 @@ it down. Nothing here imports MLX, mlx-lm, torch or transformers.
 
 from __future__ import annotations
 
-from vllm_moe_compat.inspection.collect import inspect
-from vllm_moe_compat.inspection.model import SCHEMA_VERSION, Inspection, Problem
+from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.commands.inspect.model import SCHEMA_VERSION, Inspection, Problem
 
 __all__ = ["SCHEMA_VERSION", "Inspection", "Problem", "inspect"]

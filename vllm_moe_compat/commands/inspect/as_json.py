@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from vllm_moe_compat.inspection.model import Inspection
+from vllm_moe_compat.commands.inspect.model import Inspection
 
 
 def render(found: Inspection) -> str:
@@ -17,6 +17,6 @@ def render(found: Inspection) -> str:
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) that ``render`` keeps to."""
-    text = files("vllm_moe_compat.inspection").joinpath("schema.json").read_text("utf-8")
+    text = files("vllm_moe_compat.commands.inspect").joinpath("schema.json").read_text("utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded

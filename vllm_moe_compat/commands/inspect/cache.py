@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_moe_compat.inspection.model import CacheKind
-from vllm_moe_compat.inspection.problems import clean
-from vllm_moe_compat.layout.config import sections
+from vllm_moe_compat.checkpoint.config import sections
+from vllm_moe_compat.commands.inspect.model import CacheKind
+from vllm_moe_compat.commands.inspect.problems import clean
 
 TOKENS = 1000
 _WIDTH = 2

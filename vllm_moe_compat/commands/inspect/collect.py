@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_compat import __version__, registry
-from vllm_moe_compat import context as loads
-from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.inspection import describe, modules
-from vllm_moe_compat.inspection.locate import locate
-from vllm_moe_compat.inspection.model import (
+from vllm_moe_compat import __version__
+from vllm_moe_compat.checkpoint.config import expert_count
+from vllm_moe_compat.checkpoint.layout import Layout, detect
+from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.commands.inspect import describe
+from vllm_moe_compat.commands.inspect.locate import locate
+from vllm_moe_compat.commands.inspect.model import (
     Architecture,
     Extra,
     Inspection,
@@ -25,23 +26,19 @@ from vllm_moe_compat.inspection.model import (
     Problem,
     Stock,
 )
-from vllm_moe_compat.inspection.needs import memory
-from vllm_moe_compat.inspection.problems import (
-    FILES,
-    clean,
-    of_error,
-    of_plan,
-    problem,
-)
-from vllm_moe_compat.inspection.read import Given, read
-from vllm_moe_compat.inspection.steps import steps
-from vllm_moe_compat.inspection.stock import REFUSES, UNKNOWN, stock
-from vllm_moe_compat.layout import Layout, detect, fold
-from vllm_moe_compat.layout.config import expert_count
-from vllm_moe_compat.plan import Plan, Row, make_plan
+from vllm_moe_compat.commands.inspect.needs import memory
+from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_error, of_plan, problem
+from vllm_moe_compat.commands.inspect.read import Given, read
+from vllm_moe_compat.commands.inspect.steps import steps
+from vllm_moe_compat.commands.inspect.stock import REFUSES, UNKNOWN, stock
+from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.families import modules, registry
+from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import context as loads
 from vllm_moe_compat.plan.check_experts import check_experts
-from vllm_moe_compat.plan.check_fp8 import check_fp8
-from vllm_moe_compat.plan.digests import is_foreign
+from vllm_moe_compat.plan.check_numbers import check_fp8
+from vllm_moe_compat.plan.planner import Plan, make_plan
+from vllm_moe_compat.plan.upstream import is_foreign
 
 SHOWN = 8
 """Findings of one kind that are told one by one; equal ones are one finding anyway."""

@@ -39,24 +39,24 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SettingError: there is no such checkpoint, or a variable of ours means nothing.
     """
-    from vllm_moe_compat.inspection import inspect
+    from vllm_moe_compat.commands.inspect import inspect
 
     with _uncollected():
         found = inspect(args.checkpoint)
     if args.format == "json":
-        from vllm_moe_compat.inspection import as_json
+        from vllm_moe_compat.commands.inspect import as_json
 
         sys.stdout.write(as_json.render(found))
     elif args.format == "markdown":
-        from vllm_moe_compat.inspection import markdown
+        from vllm_moe_compat.commands.inspect import markdown
 
         sys.stdout.write(_writable(markdown.render(found)))
     elif sys.stdout.isatty():
-        from vllm_moe_compat.inspection import text
+        from vllm_moe_compat.commands.inspect import text
 
         text.show(found, sys.stdout)
     else:
-        from vllm_moe_compat.inspection import text
+        from vllm_moe_compat.commands.inspect import text
 
         sys.stdout.write(_writable(text.render(found)))
     return found.exit_code

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_moe_compat.inspection.model import Experts, Extra, Files, LayerRun, Quantization
-from vllm_moe_compat.inspection.problems import clean
-from vllm_moe_compat.layout import DEFAULT_EXTRAS, ExpertBlock, Layout, TensorInfo
-from vllm_moe_compat.layout.config import layer_count, quantization_configs, sections
-from vllm_moe_compat.layout.names import fold_numbers
+from vllm_moe_compat.checkpoint.config import layer_count, quantization_configs, sections
+from vllm_moe_compat.checkpoint.experts import ExpertBlock
+from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.names import fold_numbers
+from vllm_moe_compat.commands.inspect.model import Experts, Extra, Files, LayerRun, Quantization
+from vllm_moe_compat.commands.inspect.problems import clean
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.planner import Plan
 

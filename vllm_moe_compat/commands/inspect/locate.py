@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_moe_compat.checkpoint.files import UnreadableError, read_bytes
 from vllm_moe_compat.errors import SettingError
-from vllm_moe_compat.layout.files import UnreadableError, read_bytes
 
 _REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?", re.ASCII)
 _COMMIT = re.compile(r"[\w-]+", re.ASCII)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vllm_moe_compat.inspection.model import Inspection
-from vllm_moe_compat.inspection.words import sections
+from vllm_moe_compat.commands.inspect.model import Inspection
+from vllm_moe_compat.commands.inspect.words import sections
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#~$@!"})
 

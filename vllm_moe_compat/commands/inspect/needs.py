@@ -6,16 +6,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_moe_compat import context as loads
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.commands.inspect.cache import cache
+from vllm_moe_compat.commands.inspect.model import Memory, Need, Problem
+from vllm_moe_compat.commands.inspect.problems import problem
 from vllm_moe_compat.envs import QUANTIZE
-from vllm_moe_compat.inspection.cache import cache
-from vllm_moe_compat.inspection.model import Memory, Need, Problem
-from vllm_moe_compat.inspection.problems import problem
-from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.memory import host_memory
-from vllm_moe_compat.plan import QUANTIZE_SETTINGS, Plan
+from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load.memory import host_memory
+from vllm_moe_compat.load.report import size
 from vllm_moe_compat.plan.estimate import NONE, estimate
-from vllm_moe_compat.report import size
+from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
+from vllm_moe_compat.plan.planner import Plan
 
 DTYPE = "BF16"
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vllm_moe_compat.checkpoint.files import FileFault
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.commands.inspect.model import Problem, Severity
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.inspection.model import Problem, Severity
-from vllm_moe_compat.layout import TensorInfo
-from vllm_moe_compat.layout.files import FileFault
 from vllm_moe_compat.plan.findings import Finding, grouped
 
 FILES: dict[str, tuple[Severity, str]] = {

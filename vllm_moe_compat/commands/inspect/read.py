@@ -9,15 +9,16 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
+from vllm_moe_compat.checkpoint.files import FileFault, UnreadableError, read_json
+from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
+from vllm_moe_compat.checkpoint.index import INDEX, contradictions, read_index
+from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.commands.inspect.locate import Place, leaves
+from vllm_moe_compat.commands.inspect.model import Problem
+from vllm_moe_compat.commands.inspect.problems import of_fault, problem
 from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.inspection import modules
-from vllm_moe_compat.inspection.locate import Place, leaves
-from vllm_moe_compat.inspection.model import Problem
-from vllm_moe_compat.inspection.problems import of_fault, problem
-from vllm_moe_compat.layout import DEFAULT_EXTRAS, TensorInfo, fold
-from vllm_moe_compat.layout.files import FileFault, UnreadableError, read_json
-from vllm_moe_compat.layout.headers import scan_headers, weight_files
-from vllm_moe_compat.layout.index import INDEX, contradictions, read_index
+from vllm_moe_compat.families import modules
 
 MAX_CONFIG = 16 * 2**20
 """Bytes of the largest config that is read; real ones have a few thousand."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from vllm_moe_compat.inspection.describe import dropped_by_us
-from vllm_moe_compat.inspection.model import Step
-from vllm_moe_compat.inspection.problems import clean
-from vllm_moe_compat.layout import Layout, fold
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.commands.inspect.describe import dropped_by_us
+from vllm_moe_compat.commands.inspect.model import Step
+from vllm_moe_compat.commands.inspect.problems import clean
+from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.ops import (
     Add,
     DequantizeFp8,
@@ -20,7 +22,6 @@ from vllm_moe_compat.plan.ops import (
     Transpose,
 )
 from vllm_moe_compat.plan.planner import Build, Plan
-from vllm_moe_compat.plan.row import Row
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+(?=\.|$)")
 

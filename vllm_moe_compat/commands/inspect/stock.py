@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_moe_compat.inspection.describe import dropped_by_us
-from vllm_moe_compat.inspection.model import Stock
-from vllm_moe_compat.layout import Layout
-from vllm_moe_compat.layout.config import layer_count, quantization_configs
-from vllm_moe_compat.plan.digests import digests_block, digests_fp8, is_foreign
+from vllm_moe_compat.checkpoint.config import layer_count, quantization_configs
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.commands.inspect.describe import dropped_by_us
+from vllm_moe_compat.commands.inspect.model import Stock
+from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.ops import Add
 from vllm_moe_compat.plan.planner import Plan, rename
-from vllm_moe_compat.plan.row import Row
+from vllm_moe_compat.plan.upstream import digests_block, digests_fp8, is_foreign
 
 LOADS, REFUSES, WRONG, EITHER = "loads", "refuses", "wrong", "refuses or wrong"
 UNSURE, UNKNOWN = "unsure", "unknown"

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_moe_compat.inspection.model import Inspection
-from vllm_moe_compat.inspection.words import Section, sections
+from vllm_moe_compat.commands.inspect.model import Inspection
+from vllm_moe_compat.commands.inspect.words import Section, sections
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _PIPED = 100_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vllm_moe_compat.commands.inspect.model import CacheKind, Extra, Inspection, Memory
 from vllm_moe_compat.envs import QUANTIZE
-from vllm_moe_compat.inspection.model import CacheKind, Extra, Inspection, Memory
-from vllm_moe_compat.report import size
+from vllm_moe_compat.load.report import size
 
 VERDICTS = {
     "loads": "loads: everything that is not a warning is in order",

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.plan.row import Row
-    from vllm_moe_compat.state import Status
-    from vllm_moe_compat.upstream.evidence import Examined
+    from vllm_moe_compat.families.row import Row
+    from vllm_moe_compat.load.status import Status
+    from vllm_moe_compat.probes.evidence import Examined
 
 SCHEMA = "vllm-moe-compat/status/1"
 SECONDS = 50.0
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the status; return 1 if something is unpatchable, broken or out of range."""
-    from vllm_moe_compat import patching, registry
+    from vllm_moe_compat.families import registry
+    from vllm_moe_compat.load import patching
     from vllm_moe_compat.plugin import mlx_installed
 
     rows = [_row(name) for name in args.module] or list(registry.TRANSFORMS_BY_MODULE.values())
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(json.dumps(as_json(status), indent=2))
     else:
-        from vllm_moe_compat.cli.status_text import show
+        from vllm_moe_compat.commands.status.text import show
 
         show(status, detailed=bool(args.module))
     return 1 if status.problems else 0
@@ -97,7 +98,7 @@ def as_json(status: Status) -> dict[str, Any]:
 
 def _row(name: str) -> Row:
     from vllm_moe_compat.errors import SettingError
-    from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE
+    from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 
     module = name if name.startswith("mlx_lm.") else f"mlx_lm.models.{name}"
     if module not in TRANSFORMS_BY_MODULE:
@@ -108,7 +109,7 @@ def _row(name: str) -> Row:
 
 def _examine(rows: list[Row], every: bool, seconds: float) -> dict[str, Examined]:
     from vllm_moe_compat import envs
-    from vllm_moe_compat.upstream.evidence import examine_all
+    from vllm_moe_compat.probes.evidence import examine_all
 
     patched = envs.ENABLED.read() != "0"
     with _progress(len(rows)) as tick:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_moe_compat.state import (
+from vllm_moe_compat.load.status import (
     ACTIVE,
     BROKEN,
     DORMANT,

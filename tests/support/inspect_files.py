@@ -17,7 +17,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).resolve().parent.parent / "commands" / "inspect" / "corpus"
 
 
 def case_files(case: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""The loaded mlx-lm model and its layers."""

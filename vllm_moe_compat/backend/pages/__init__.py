@@ -1,0 +1,1 @@
+"""What layers keep between steps: pages, states, and attention over them."""

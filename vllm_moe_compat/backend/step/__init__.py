@@ -1,0 +1,1 @@
+"""One step: requests, passes and tokens."""

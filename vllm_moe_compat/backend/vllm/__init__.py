@@ -1,0 +1,1 @@
+"""The files that import vLLM: its platform, worker, sampler and configuration."""

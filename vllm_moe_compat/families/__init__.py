@@ -1,0 +1,1 @@
+"""What each mlx-lm module expects, as data."""

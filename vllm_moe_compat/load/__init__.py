@@ -1,0 +1,1 @@
+"""The two hooks inside mlx-lm, and what one load is."""
