@@ -15,7 +15,7 @@ from vllm_moe_compat.execute import arrays
 from vllm_moe_compat.execute.arrays import Arrays, Stack, run
 from vllm_moe_compat.plan import ops as o
 from vllm_moe_compat.plan.packing import Requantize, Unpack
-from vllm_moe_compat.plan.specs import Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Operand, Spec
 
 NAMES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"}
 SIZE = st.integers(1, 5)

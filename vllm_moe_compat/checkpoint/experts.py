@@ -28,7 +28,8 @@ PROJECTIONS = {
 
 SCALES = ("_scale_inv", "_scale")
 """How the name of a weight's scale goes on after the weight's own."""
-STATIC_SCALES = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
+UNUSED_SCALES = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
+"""How names of scales of activations and of KV caches end."""
 _PACKED = ("_packed", "_blocks", "_scales", ".scales", ".biases", ".qweight", ".qzeros", ".g_idx")
 _PLACE = re.compile(
     r"\.(?:switch_mlp|moe\.mlp(?=\.\d)|block_sparse_moe(?=\.(?:in|out)put_linear\.)"
@@ -133,7 +134,7 @@ def _parse(rest: str) -> tuple[str, str, int, str]:
     nothing = ("other", "", -1, "")
     if rest.endswith(_PACKED) or rest.endswith(("_scale_2", "_global_scale", "weight_shape")):
         return "packed", "", -1, ""
-    if rest.endswith((*SCALES, *STATIC_SCALES)) or rest in _BESIDE:
+    if rest.endswith((*SCALES, *UNUSED_SCALES)) or rest in _BESIDE:
         return "scale", "", -1, ""
     index, _, path = rest.partition(".")
     numbered = _INDEX.fullmatch(index) is not None

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import expert_count, layer_count
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
+from vllm_moe_compat.checkpoint.names import layer_of
 
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
@@ -83,9 +82,7 @@ class Ignored:
         }
         if self.layers is not None:
             found |= {
-                name
-                for name in names
-                if (match := _LAYER.search(name)) and int(match[1]) >= self.layers
+                name for name in names if (layer := layer_of(name)) and layer.number >= self.layers
             }
         if self.experts is not None:
             found |= {

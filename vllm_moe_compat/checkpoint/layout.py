@@ -1,7 +1,7 @@
 """From names, shapes, dtypes and config to one description of the checkpoint.
 
-``detect`` is pure: the loader, the tools and the tests share it. Tensors that
-upstream ignores are set aside first and never looked at again.
+``detect`` is pure: the loader, the tools and the tests share it. Tensors that upstream
+ignores are set aside first and never looked at again.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_compat.checkpoint.config import block_sizes, expert_count
+from vllm_moe_compat.checkpoint.config import expert_count
 from vllm_moe_compat.checkpoint.experts import ExpertBlock, find_experts
 from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS, Extras
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.checkpoint.numbers.fp8 import Fp8Tensors, block_of, find_fp8
+from vllm_moe_compat.checkpoint.numbers import Numbers, find_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,55 +24,33 @@ class Layout:
 
     Attributes:
         tensors: everything that is loaded, by name, without the ignored.
+        weights: the same as a float checkpoint would have it: a weight in a stored number
+            form under its own name, with the shape of its floats, and none of its parts.
         ignored: names that upstream drops (prediction heads, vision towers).
         experts: one entry per MoE layer.
-        fp8: the FP8 weights and their scales.
-        blocks: rows and columns under one FP8 scale, by the config.
-        num_experts: what the config says, or None.
+        numbers: the stored number forms.
+        num_experts: routed experts of a layer by the config, or None.
     """
 
     tensors: Mapping[str, TensorInfo]
+    weights: Mapping[str, TensorInfo]
     ignored: frozenset[str]
     experts: tuple[ExpertBlock, ...]
-    fp8: Fp8Tensors
-    blocks: tuple[tuple[int, int], ...]
+    numbers: Numbers
     num_experts: int | None
 
     @property
     def words(self) -> str:
-        """The layout in a few words, for logs: ``per-expert, block FP8``."""
-        forms = Counter(form for block in self.experts for form in block.forms)
-        parts = [" and ".join(forms) + " experts" if forms else "dense"]
-        if self.fp8:
-            parts.append(self.fp8_words)
+        """The layout in a few words, for logs: ``per-expert experts, block FP8``."""
+        layouts = Counter(layout for block in self.experts for layout in block.forms)
+        parts = [" and ".join(layouts) + " experts" if layouts else "dense"]
+        if details := [d for d in self.numbers.details if d.weights]:
+            parts += [form.words for form in details]
         else:
-            names = [n for b in self.experts for n in b.names()] or list(self.tensors)
-            dtypes = Counter(self.tensors[name].dtype for name in names)
+            names = [n for b in self.experts for n in b.names()] or list(self.weights)
+            dtypes = Counter(self.weights[name].dtype for name in names)
             parts.append(dtypes.most_common(1)[0][0] if dtypes else "empty")
         return ", ".join(parts)
-
-    @property
-    def fp8_scales(self) -> frozenset[str]:
-        """The names of all scales of FP8 weights, of activations and caches too."""
-        return frozenset((*self.fp8.pairs.values(), *self.fp8.static))
-
-    @property
-    def fp8_words(self) -> str:
-        """The FP8 form in words: ``block FP8``, ``per-tensor FP8``, or both."""
-        found: set[str] = set()
-        for shapes in {form[1::2] for form in self.fp8.forms}:
-            block = self.block_of(*shapes)
-            if block == shapes[0][-2:] and self.blocks == ():
-                found.add("per-tensor")
-            elif block is not None and 1 in block:
-                found.add("per-channel")
-            elif block is not None:
-                found.add("block")
-        return f"{' and '.join(sorted(found))} FP8".strip()
-
-    def block_of(self, weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:
-        """Return what one factor of a scale covers; None where the shapes do not fit."""
-        return block_of(weight, scale, self.blocks)
 
     @property
     def per_expert(self) -> list[str]:
@@ -93,17 +71,38 @@ def detect(
     """Describe the checkpoint that has these tensors and this config.
 
     Raises:
-        LayoutError: a number in the config that is needed means nothing.
+        LayoutError: a number in the config that is needed is not a valid value.
     """
     ignored = extras.of(config).select(tensors)
     loaded = {name: info for name, info in tensors.items() if name not in ignored}
-    experts = tuple(find_experts(loaded))
-    fp8 = find_fp8(loaded)
+    numbers = find_numbers(loaded, config)
+    weights = _weights(loaded, numbers)
+    experts = tuple(find_experts(weights))
     return Layout(
         tensors=loaded,
+        weights=weights,
         ignored=ignored,
         experts=experts,
-        fp8=fp8,
-        blocks=block_sizes(config) if fp8.pairs else (),
+        numbers=numbers,
         num_experts=expert_count(config) if experts else None,
     )
+
+
+def _weights(tensors: Mapping[str, TensorInfo], numbers: Numbers) -> Mapping[str, TensorInfo]:
+    """Return the tensors with every stored weight under its own name, in the same order."""
+    if not numbers.found:
+        return tensors
+    weight_of = {
+        stored.tensor: (name, found)
+        for found in numbers.found
+        for name, stored in found.weights.items()
+    }
+    parts = numbers.parts
+    weights: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        if name in weight_of:
+            weight, found = weight_of[name]
+            weights[weight] = found.logical(weight)
+        elif name not in parts:
+            weights[name] = info
+    return weights

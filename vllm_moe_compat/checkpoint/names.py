@@ -8,10 +8,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+_LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|blocks|h)\.([0-9]{1,9})(?=\.|$)")
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.|$)")
 _HOLE = "\0"
 _SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer in a tensor's name.
+
+    Attributes:
+        path: the name up to the layer's number: ``model.layers.3``.
+        number: the layer's.
+    """
+
+    path: str
+    number: int
+
+
+def layer_of(name: str) -> Layer | None:
+    """Return the layer that a tensor or module belongs to, the outermost; None for none.
+
+    Layers are numbered under ``layers``, ``blocks`` or ``h``; ``sublayers`` are none.
+    """
+    match = _LAYER.search(name)
+    return Layer(name[: match.end()], int(match[1])) if match else None
 
 
 def fold_numbers(numbers: Iterable[int]) -> str:

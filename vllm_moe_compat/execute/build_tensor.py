@@ -1,40 +1,102 @@
 """One build of a plan becomes arrays, packed at once where they are to be quantised.
 
-In go the build's operations and its sources, still unread; out come the targets'
-arrays, evaluated. Large tensors pass a few experts at a time from their sources into
-the targets' buffers, through dequantising, transposing, splitting and packing, so
-neither a bfloat16 copy nor a fused tensor is ever held whole besides its result.
+Large tensors pass a few experts at a time from their sources into the targets' buffers,
+through dequantising, transposing, splitting and packing, so neither a bfloat16 copy nor a
+fused tensor is ever held whole besides its result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import mlx.core as mx
 
-from vllm_moe_compat.execute import fp8_tables as lookup
-from vllm_moe_compat.execute.arrays import (
-    DTYPES,
-    Arrays,
-    Stack,
-    factors,
-    floats,
-    multiplied_in,
-    run,
-)
-from vllm_moe_compat.plan.ops import DequantizeFp8, Op, SplitGateUp, StackExperts, Transpose
+from vllm_moe_compat.checkpoint.operations import Dequantize, Op
+from vllm_moe_compat.execute.arrays import Band, bands, run
+from vllm_moe_compat.execute.numbers import executor_of
+from vllm_moe_compat.execute.stack import Arrays, Stack
+from vllm_moe_compat.plan.build import Build, Restriction, Span
+from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.packing import Requantize
-from vllm_moe_compat.plan.planner import Build
+
+
+def make_build(
+    build: Build,
+    weights: MutableMapping[str, mx.array],
+    dtype: str,
+    *,
+    names: Sequence[str] = (),
+    formats: Sequence[Requantize | None] = (),
+) -> dict[str, mx.array]:
+    """Carry out a build; its sources leave ``weights``.
+
+    Args:
+        build: of a plan for these tensors.
+        weights: name → array, unread for the most part.
+        dtype: the one that dequantising gives.
+        names: of the results; the build's targets by default.
+        formats: how each of them is packed; None, or no entry, for not at all.
+
+    Returns:
+        The targets under their names, evaluated; packed ones as ``….weight``, ``….scales``
+        and, if their format has them, ``….biases``.
+    """
+    names = names or build.targets
+    operand = take(build, weights)
+    if build.restriction is None:
+        return make(build.ops, operand, names, dtype, formats)
+    for op in build.ops:
+        operand = run(op, operand, dtype)
+    arrays = [_trimmed(w.all() if isinstance(w, Stack) else w, build) for w in operand.weights]
+    mx.eval(arrays)
+    return make((), Arrays(arrays), names, dtype, formats)
 
 
 def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:
-    """Take the build's sources out of ``weights``."""
-    return Arrays(
+    """Take the build's sources out of ``weights``, cut to the region that it reads."""
+    operand = Arrays(
         [weights.pop(name) for name in build.weights],
-        [weights.pop(name) for name in build.scales],
+        {role: [weights.pop(name) for name in names] for role, names in build.parts},
     )
+    region = build.region
+    if region == Restriction():
+        return operand
+    shape = tuple(operand.weights[0].shape)
+    cut = [_cut(array, region) for array in operand.weights]
+    parts: dict[str, list[mx.array]] = {role: [] for role in operand.parts}
+    for op in (op for op in build.ops if isinstance(op, Dequantize)):
+        for number in range(len(cut)):
+            given = {role: arrays[number] for role, arrays in operand.parts.items()}
+            for role, part in executor_of(op).restrict(op, given, shape, region).items():
+                parts[role].append(part)
+    return Arrays(cut, parts)
+
+
+def _cut(array: mx.array, region: Restriction) -> mx.array:
+    if region.experts is not None:
+        array = array[slice(*region.experts)]
+    if region.rows is not None:
+        array = array[..., slice(*region.rows), :]
+    return array if region.columns is None else array[..., slice(*region.columns)]
+
+
+def _trimmed(array: mx.array, build: Build) -> mx.array:
+    """Cut off a target what was read beyond the restriction, to get whole blocks."""
+    wanted, region = build.restriction, build.region
+    assert wanted is not None
+    rows, columns = region.rows, region.columns
+    if any(isinstance(op, Transpose) for op in build.ops):
+        rows, columns = columns, rows
+    experts = wanted.experts if region.experts is None else None
+    return _cut(
+        array, Restriction(experts, _within(wanted.rows, rows), _within(wanted.columns, columns))
+    )
+
+
+def _within(span: Span | None, read: Span | None) -> Span | None:
+    """Return where a span lies in the one that was read; None was read whole."""
+    return span if span is None or read is None else (span[0] - read[0], span[1] - read[0])
 
 
 def make(
@@ -44,30 +106,18 @@ def make(
     dtype: str,
     formats: Sequence[Requantize | None] = (),
 ) -> dict[str, mx.array]:
-    """Carry out operations on ``operand``, which is emptied.
-
-    Args:
-        ops: of one build.
-        operand: its sources.
-        names: of what comes out.
-        dtype: what dequantising gives.
-        formats: how each of the targets is packed; None, or no entry, for not at all.
-
-    Returns:
-        The targets under their names, evaluated; packed ones as ``….weight``,
-        ``….scales`` and, if their format has them, ``….biases``.
-    """
+    """Carry out operations on ``operand``, which is emptied; see ``make_build``."""
     # The caller's reference would keep every source alive to the end.
-    operand, spent = Arrays(list(operand.weights), list(operand.scales)), operand
+    operand, spent = Arrays(list(operand.weights), dict(operand.parts)), operand
     spent.weights.clear()
-    spent.scales.clear()
+    spent.parts.clear()
     packings = [*formats, *[None] * (len(names) - len(formats))]
     if not ops and not any(packings):
-        return {names[0]: operand.weights.pop()}  # Another name only; stays unread.
+        return dict(zip(names, operand.weights, strict=True))  # Another name only; stays unread.
     if not _streams(ops, operand, packed=any(packings)):
         for op in ops:
             operand = run(op, operand, dtype)
-        weights = [t.all() if isinstance(t, Stack) else t for t in operand.weights]
+        weights = [w.all() if isinstance(w, Stack) else w for w in operand.weights]
         operand.weights.clear()
         if not any(packings):
             mx.eval(weights)
@@ -76,14 +126,15 @@ def make(
         for name, packing in zip(names, packings, strict=True):
             weight = weights.pop(0)
             targets = [_Target(weight.shape, packing)]
-            made |= _fill(floats(weight, None, (1, 1), dtype), [name], targets, None)
+            made |= _fill(bands(weight, None, {}, dtype), [name], targets, None)
         return made
 
-    block, transposed, split = (1, 1), False, None
+    dequantize: Dequantize | None = None
+    transposed, split = False, None
     for op in ops:
         match op:
-            case DequantizeFp8(size):
-                block = size
+            case Dequantize():
+                dequantize = op
             case Transpose():
                 transposed = True
             case SplitGateUp():
@@ -91,76 +142,56 @@ def make(
             case _:
                 operand = run(op, operand, dtype)
     (weight,) = operand.weights
-    scale = operand.scales[0] if operand.scales else None
+    parts = operand.only()
     operand.weights.clear()
+    operand.parts.clear()
     *lead, rows, columns = weight.shape
     if transposed:
         rows, columns = columns, rows
     shape = (*lead, rows // 2 if split else rows, columns)
     interleaved = split is not None and split.interleaved
     plain = not (transposed or interleaved or any(packings)) and isinstance(weight, Stack)
-    if plain and scale is not None and lookup.pays(rows, columns, block):
-        return _looked_up(weight, scale, block, dtype, dict.fromkeys(names, shape))
-    whole = transposed or interleaved
-    parts = floats(weight, scale, block, dtype, whole=whole)
-    del weight, scale
+    if plain and dequantize is not None:
+        filled = executor_of(dequantize).fill(dequantize, weight, parts, dtype, len(names))
+        if filled is not None:
+            return dict(zip(names, filled, strict=True))
+    given = bands(weight, dequantize, parts, dtype, whole=transposed or interleaved)
+    del weight, parts
     if transposed:
-        parts = _transposed(parts)
-    return _fill(parts, names, [_Target(shape, packing) for packing in packings], split)
-
-
-def _looked_up(
-    weight: Stack,
-    scale: mx.array,
-    block: tuple[int, int],
-    dtype: str,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, mx.array]:
-    """Write FP8 experts ``[k·O, I]`` straight into ``k`` targets ``[E, O, I]``, one by one."""
-    count, rows, columns = weight.shape
-    grid = (count, -(-rows // block[0]), -(-columns // block[1]))
-    tables = lookup.Tables(factors(scale, grid), block, columns, multiplied_in(dtype))
-    made = {name: mx.zeros(shape, dtype=DTYPES[dtype]) for name, shape in shapes.items()}
-    views = [lookup.bits(array) for array in made.values()]
-    share = rows // len(views)
-    for expert in range(count):
-        source = lookup.bits(weight.pop(expert))
-        for number, view in enumerate(views):
-            first = number * share
-            tables.write(expert, first, source[first : first + share], view[expert])
-    return made
+        given = _transposed(given)
+    return _fill(given, names, [_Target(shape, packing) for packing in packings], split)
 
 
 def _streams(ops: Sequence[Op], operand: Arrays, *, packed: bool) -> bool:
     """Whether the operations can be carried out a few experts at a time.
 
-    Stacking alone is one call of MLX, which no loop improves on; vectors and what
-    few tensors need other operations are small.
+    Stacking alone is one call of MLX, which no loop improves on; vectors and the few
+    tensors that need other operations are small.
     """
     if ops and not packed and all(isinstance(op, StackExperts) for op in ops):
         return False
-    known = (StackExperts, DequantizeFp8, Transpose, SplitGateUp)
+    known = (StackExperts, Dequantize, Transpose, SplitGateUp)
     return operand.weights[0].ndim > 1 and all(
         isinstance(op, known) and not (isinstance(op, SplitGateUp) and op.axis != -2) for op in ops
     )
 
 
-Parts = Iterator[tuple[slice, slice, Any]]
-
-
-def _transposed(parts: Parts) -> Parts:
-    for experts, _, part in parts:
+def _transposed(given: Iterator[Band]) -> Iterator[Band]:
+    for experts, _, part in given:
         turned = part.swapaxes(-1, -2)
         del part
         yield experts, slice(0, turned.shape[-2]), turned
 
 
 def _fill(
-    parts: Parts, names: Sequence[str], targets: list[_Target], split: SplitGateUp | None
+    given: Iterator[Band],
+    names: Sequence[str],
+    targets: list[_Target],
+    split: SplitGateUp | None,
 ) -> dict[str, mx.array]:
-    """Write parts of ``[…, k·O, I]`` into the buffers of ``k`` targets ``[…, O, I]``."""
+    """Write bands of ``[…, k·O, I]`` into the buffers of ``k`` targets ``[…, O, I]``."""
     rows = targets[0].rows
-    for experts, band, part in parts:
+    for experts, band, part in given:
         for number, target in enumerate(targets):
             if split is not None and split.interleaved:
                 target.put(experts, slice(0, rows), part[:, number::2])

@@ -25,9 +25,9 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.execute import run_plan as ex
-from vllm_moe_compat.execute.arrays import Arrays
-from vllm_moe_compat.execute.build_tensor import make, take
+from vllm_moe_compat.execute.build_tensor import make, make_build
 from vllm_moe_compat.execute.quantization_policy import Choices, choose
+from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.load.context import is_listed
 from vllm_moe_compat.plan.packing import Requantize
 from vllm_moe_compat.plan.planner import Build, Plan
@@ -104,8 +104,9 @@ class Pending:
             if piece.names[0] in self.waiting:
                 operand = Arrays([self.waiting.pop(piece.names[0])])
                 return make((), operand, piece.names, "", piece.formats)
-            operand = take(piece.build, self.sources)
-            return make(piece.build.ops, operand, piece.names, piece.dtype, piece.formats)
+            return make_build(
+                piece.build, self.sources, piece.dtype, names=piece.names, formats=piece.formats
+            )
         except (RuntimeError, ValueError, MemoryError) as error:
             self.clear()
             files = {name: info.file for name, info in self.job.tensors.items()}
@@ -200,7 +201,7 @@ def execute(
         for piece in pending.pieces:
             result |= pending.make(piece)
             mx.clear_cache()
-            done(len(piece.build.weights) + len(piece.build.scales))
+            done(len(piece.build.sources))
     except CompatError:
         result.clear()
         raise
@@ -242,9 +243,9 @@ def _show(job: Job, weights: Mapping[str, mx.array], real: Collection[Build]) ->
     sources: dict[str, mx.array] = {}
     for build in job.plan.builds:
         if build in real:
-            given |= make(build.ops, take(build, given), build.targets, job.packed_dtype)
+            given |= make_build(build, given, job.packed_dtype)
             continue
-        for name in (*build.weights, *build.scales):
+        for name in build.sources:
             sources[name] = given.pop(name)
         for index, spec in enumerate(build.results(job.tensors, "BF16")):
             # Of one number that is there: an operation on it would show.

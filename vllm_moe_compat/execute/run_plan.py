@@ -18,7 +18,7 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.envs import DTYPE, QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, CompatError, InsufficientMemoryError
-from vllm_moe_compat.execute.build_tensor import make, take
+from vllm_moe_compat.execute.build_tensor import make_build
 from vllm_moe_compat.load.context import serving_dtype
 from vllm_moe_compat.plan.planner import Build, Plan
 
@@ -98,8 +98,7 @@ def execute(
             if build.layer != layer:
                 mx.clear_cache()
                 layer = build.layer
-            operand = take(build, weights)
-            weights.update(make(build.ops, operand, build.targets, dtype))
+            weights.update(make_build(build, weights, dtype))
             done(len(build.weights))
     except (RuntimeError, ValueError, MemoryError) as error:
         weights.clear()
@@ -123,7 +122,7 @@ def failure(build: Build, error: BaseException, files: Mapping[str, str]) -> Com
 
     The error's traceback is dropped by the caller: its frames hold tensors.
     """
-    known = sorted({files[n] for n in (*build.weights, *build.scales) if files.get(n)})
+    known = sorted({files[n] for n in build.sources if files.get(n)})
     where = known[0] + (f" and {len(known) - 1} more" if len(known) > 1 else "") if known else ""
     what = f"{where + ': ' if where else ''}{' and '.join(build.targets)} could not be built"
     if isinstance(error, MemoryError) or "alloc" in str(error):

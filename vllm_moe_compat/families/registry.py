@@ -3,7 +3,7 @@
 ``TRANSFORMS_BY_MODULE`` is explicit: a module that is not in it is never touched. A
 row says in the field's words where the module's experts live, what they are called
 and what it ignores. Dense rows get FP8 only; MoE rows get FP8 plus stacking. What
-upstream gets right by itself is what ``Moe.reads`` and ``Row.fp8`` say.
+upstream gets right by itself is what ``Moe.reads`` and ``Row.digests`` say.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _moe(module: str, moe: Moe = STANDARD, *more: Workaround, **fields: Any) -> 
 
 def _deepseek(module: str, moe: Moe = STANDARD, *more: Workaround, **fields: Any) -> Row:
     """A family whose own ``sanitize`` multiplies 128x128 blocks out."""
-    fields.setdefault("fp8", ("block",))
+    fields.setdefault("digests", ("fp8 block 128",))
     return _row(module, *_FP8_128, *more, moe=moe, **fields)
 
 
@@ -227,7 +227,7 @@ _MOE_ROWS = (
     ),
     _deepseek("deepseek_v32", extras=BEYOND, config=(cfg.ROPE, cfg.FIRST_DENSE)),
     _deepseek("glm_moe_dsa", extras=BEYOND, config=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
-    _row("deepseek_v41", fp8=("any",)),
+    _row("deepseek_v41", keeps=("fp8",)),
     _deepseek(
         "kimi_k25",
         STANDARD,
@@ -287,7 +287,7 @@ _MOE_ROWS = (
     _moe(
         "minimax_m3_vl",
         BLOCK_SPARSE,
-        fp8=("mxfp8",),
+        keeps=("fp8 mx",),
         extras=Extras(prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")),
         drops=Extras(prefixes=("model.vision_tower.", "model.multi_modal_projector.")),
         renames=(
@@ -328,7 +328,7 @@ _MOE_ROWS = (
     ),
     _moe("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
     _moe("mellum", config=(cfg.NUM_EXPERTS,)),
-    _deepseek("mistral4", MISTRAL_4, fp8=("block", "tensor")),
+    _deepseek("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor")),
     _deepseek(
         "mimo_v2_flash",
         drops=Extras(prefixes=("model.mtp",)),

@@ -5,17 +5,16 @@ The rows themselves are data, in ``registry``; the planner reads them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.checkpoint.names import layer_of
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
 ANY, ALL = "any", "all"
 """In ``Moe.reads``: every layout. In ``Row.fp8``: every form, multiplied out by upstream."""
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.$")
 GLU = ("gate_proj", "up_proj", "down_proj")
 W123 = ("w1", "w3", "w2")
 
@@ -81,6 +80,12 @@ class ConfigFix:
     apply: Callable[[dict[str, Any], dict[str, Any]], bool]
 
 
+def _is_layer(prefix: str) -> bool:
+    """Whether names with this prefix are right below a layer: ``model.layers.3.``."""
+    layer = layer_of(prefix.removesuffix("."))
+    return prefix.endswith(".") and layer is not None and f"{layer.path}." == prefix
+
+
 @dataclass(frozen=True, slots=True)
 class Moe:
     """Where a module's routed experts are in checkpoints, and where it wants them.
@@ -114,7 +119,7 @@ class Moe:
                 source
                 for source in self.sources
                 if path.endswith(source)
-                and _LAYER.search(f"{path}." if not source else path.removesuffix(source))
+                and _is_layer(f"{path}." if not source else path.removesuffix(source))
             ),
             None,
         )
@@ -159,9 +164,9 @@ class Row:
         arithmetic: what it computes with.
         renames: patterns of names that it does not know, and what it calls them.
         splits: ends of fused tensors' names → the ends of their equal parts.
-        fp8: the FP8 forms that its ``sanitize`` multiplies out in bfloat16: any of
-            ``block`` (of 128x128, 2-D, float scales) and ``tensor``, or ``all``; ``any``
-            for one whose FP8 is none of our business.
+        digests: kinds of stored numbers that its ``sanitize`` turns into floats, in
+            bfloat16: ``fp8 block 128``, ``fp8 tensor``.
+        keeps: kinds that it keeps packed, so that they are none of our business.
         latent: where ``kv_b_proj`` is left whole that the module wants split.
         model_types: further ``model_type`` s that are this module's.
         config: what its arguments do not understand.
@@ -177,7 +182,8 @@ class Row:
     arithmetic: Arithmetic | None = None
     renames: tuple[tuple[str, str], ...] = ()
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    fp8: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()
     config: tuple[ConfigFix, ...] = ()

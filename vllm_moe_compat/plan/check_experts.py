@@ -6,22 +6,19 @@ the layer, the expert and the projection are named, before anything is read.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import expert_width
 from vllm_moe_compat.checkpoint.experts import PROJECTIONS, ExpertBlock, is_transposed
+from vllm_moe_compat.checkpoint.findings import CONVERT, Finding
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import Layout
-from vllm_moe_compat.checkpoint.names import fold_numbers
-from vllm_moe_compat.checkpoint.numbers.fp8 import FLOATS
+from vllm_moe_compat.checkpoint.names import fold_numbers, layer_of
+from vllm_moe_compat.dtypes import FLOATS
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families.row import Moe, Row
-from vllm_moe_compat.plan.findings import CONVERT, Finding
-
-_LAYER = re.compile(r"(?:layers|h)\.\d+\.")
-_STACKABLE = ("F8_E4M3", *FLOATS)
 
 
 def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -33,8 +30,8 @@ def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterat
             for name in block.names():
                 yield _unsupported(name, "is an expert's", f"the dense layers of {row.module}")
             continue
-        layer = _LAYER.search(block.path)
-        place = layer[0] if layer else block.path
+        layer = layer_of(block.path)
+        place = layer.path if layer else block.path
         if places.setdefault(place, block.path) != block.path:
             yield Finding(block.path, f"repeats {places[place]}", "one set of experts", rank=0)
         if block.packed:
@@ -60,7 +57,7 @@ def _packed(layout: Layout, block: ExpertBlock) -> Iterator[Finding]:
         *(n for p, ns in block.per_expert.items() if not p.endswith(".bias") for n in ns.values()),
         *(name for part, name in block.combined.items() if not part.endswith(".bias")),
     ]
-    if any(layout.tensors[name].dtype in FLOATS for name in weights):
+    if any(layout.weights[name].dtype in FLOATS for name in weights):
         for name in block.packed:
             yield _unsupported(name, "is packed", "floats like the layer's other experts")
 
@@ -111,41 +108,51 @@ def _per_expert(
             )
         yield from _alike(layout, projection.removesuffix(".weight"), list(names.values()))
         if not bias:
-            (_, shape), _ = _forms(layout, names.values()).most_common(1)[0]
+            (_, shape), _ = _forms(layout.weights, names.values()).most_common(1)[0]
             shapes[f"{block.path}.*.{words.get(part, part)}.weight"] = shape
     if complete:
         yield from _orientation(shapes, hidden, fused="gate_up" in wanted)
 
 
 def _alike(layout: Layout, projection: str, names: list[str]) -> Iterator[Finding]:
-    """Yield the experts whose shape or dtype is not that of most."""
-    for kind in ("weight", "scale"):
-        if kind == "scale":
-            names = [layout.fp8.pairs[name] for name in names if name in layout.fp8.pairs]
-            if not names:
-                return
-        forms = _forms(layout, names)
-        usual, _ = forms.most_common(1)[0]
-        if kind == "weight" and usual[0] not in _STACKABLE:
-            for name in names:
-                yield _unsupported(name, f"is {usual[0]}", "bf16, f16, f32 or block FP8")
-            return
-        if len(forms) == 1:
-            continue
+    """Yield the experts whose shape or dtype, or whose parts' one, is not that of most."""
+    forms = _forms(layout.weights, names)
+    usual, _ = forms.most_common(1)[0]
+    if usual[0] not in FLOATS and layout.numbers.isdisjoint(names):
         for name in names:
-            info = layout.tensors[name]
-            if (info.dtype, info.shape) != usual:
-                yield Finding(
-                    name,
-                    f"is {info.dtype} {list(info.shape)}",
-                    f"the {usual[0]} {list(usual[1])} of the other experts' {projection}",
-                    rank=3,
-                )
+            yield _unsupported(name, f"is {usual[0]}", "bf16, f16, f32 or block FP8")
+        return
+    yield from _unlike(layout.weights, projection, names)
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        for role, part in layout.numbers.stored(name).parts:
+            parts.setdefault(role, []).append(part)
+    for each in parts.values():
+        yield from _unlike(layout.tensors, projection, each)
 
 
-def _forms(layout: Layout, names: Iterable[str]) -> Counter[tuple[str, tuple[int, ...]]]:
+def _unlike(
+    tensors: Mapping[str, TensorInfo], projection: str, names: list[str]
+) -> Iterator[Finding]:
+    forms = _forms(tensors, names)
+    if len(forms) == 1:
+        return
+    usual, _ = forms.most_common(1)[0]
+    for name in names:
+        info = tensors[name]
+        if (info.dtype, info.shape) != usual:
+            yield Finding(
+                name,
+                f"is {info.dtype} {list(info.shape)}",
+                f"the {usual[0]} {list(usual[1])} of the other experts' {projection}",
+                rank=3,
+            )
+
+
+def _forms(
+    tensors: Mapping[str, TensorInfo], names: Iterable[str]
+) -> Counter[tuple[str, tuple[int, ...]]]:
     """Count dtypes and shapes."""
-    tensors = layout.tensors
     return Counter([((info := tensors[name]).dtype, info.shape) for name in names])
 
 
@@ -181,7 +188,7 @@ def _combined(
             return
     into = "gate_up" if "gate_up" in block.combined else "up"
     name, down = block.combined[into], block.combined["down"]
-    shape, beside = layout.tensors[name].shape, layout.tensors[down].shape
+    shape, beside = layout.weights[name].shape, layout.weights[down].shape
     hidden = expert_width(config)
     if lies_transposed(moe, block, layout, config) is not None:
         if layout.num_experts and shape[0] != layout.num_experts:
@@ -209,14 +216,14 @@ def lies_transposed(
         Whether as ``[E, H, 2I]``; None where the shapes contradict each other.
     """
     hidden = expert_width(config)
-    down = layout.tensors[block.combined["down"]].shape
+    down = layout.weights[block.combined["down"]].shape
     if "gate_up" in block.combined:
-        gate_up = layout.tensors[block.combined["gate_up"]].shape
+        gate_up = layout.weights[block.combined["gate_up"]].shape
         transposed = is_transposed(gate_up, down)
         if transposed is None or hidden in (None, gate_up[1 if transposed else 2]):
             return transposed
         return None
-    up = layout.tensors[block.combined["up"]].shape
+    up = layout.weights[block.combined["up"]].shape
     if len(up) != 3 or down != (up[0], up[2], up[1]) or hidden not in (None, *up[1:]):
         return None
     if hidden is None or up[1] == up[2]:

@@ -12,28 +12,22 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from vllm_moe_compat import dtypes
 from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Requantize
 from vllm_moe_compat.plan.planner import Plan
-from vllm_moe_compat.plan.specs import Spec
 
 NONE = "none"
 WORKING_BYTES = 96 * 2**20
 """What the steps of one build hold, whatever its size: see ``execute.TEMPORARY_BYTES``."""
 
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-_FLOATS = ("BF16", "F16", "F32")
 _WEIGHTS = (".weight", ".experts.gate_up_proj", ".experts.down_proj")
 
 
 def nbytes(spec: Spec | TensorInfo) -> int:
-    """Return the bytes of a tensor; a dtype without a name here counts as bytes."""
-    return math.prod(spec.shape) * _BITS.get(spec.dtype, 8) // 8
+    """Return the bytes of a tensor."""
+    return dtypes.nbytes(spec.dtype, spec.shape)
 
 
 def packed_bytes(spec: Spec, packing: Requantize, float_bytes: int = 2) -> int:
@@ -81,9 +75,7 @@ def estimate(
         spare: setting → names of tensors that it leaves as they are.
     """
     spare = spare or {}
-    gone = set(plan.drops).union(
-        *(b.weights for b in plan.builds), *(b.scales for b in plan.builds)
-    )
+    gone = set(plan.drops).union(*(build.sources for build in plan.builds))
     specs = [
         (name, build.weights[0], spec)
         for build in plan.builds
@@ -108,9 +100,13 @@ def estimate(
         peak[setting] = final[setting] + whole + WORKING_BYTES
     dropped = sum(nbytes(tensors[name]) for name in plan.drops if name in tensors)
     alike = Counter([(info.dtype, info.shape) for info in tensors.values()])
-    read = sum(nbytes(Spec(*form)) * count for form, count in alike.items())
-    return Estimate(read - dropped, final, peak)
+    read = sum(nbytes(Spec(*form)) * count for form, count in alike.items()) - dropped
+    for build in plan.builds:
+        if build.restriction is not None:
+            whole = sum(nbytes(tensors[name]) for name in build.sources)
+            read -= whole - build.bytes_read(tensors)
+    return Estimate(read, final, peak)
 
 
 def _packs(name: str, spec: Spec) -> bool:
-    return spec.dtype in _FLOATS and len(spec.shape) > 1 and name.endswith(_WEIGHTS)
+    return spec.dtype in dtypes.FLOATS and len(spec.shape) > 1 and name.endswith(_WEIGHTS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_moe_compat.plan.specs import Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
 
 
 @dataclass(frozen=True, slots=True)
-class Requantize:
+class Requantize(Op):
     """A float ``[…, O, I]`` becomes MLX's packed form, group by group along ``I``.
 
     ``uint32 […, O, I·bits/32]`` and scales ``[…, O, I/group]``: in the weight's own
@@ -26,7 +26,7 @@ class Requantize:
 
     def result(self, given: Operand, target: str) -> Operand:
         """Pack every weight; scales and biases are added."""
-        if given.scales or not all(self.fits(spec.shape) for spec in given.weights):
+        if given.parts or not all(self.fits(spec.shape) for spec in given.weights):
             raise ValueError(f"{given} is not made of whole groups of {self.group}")
         affine = self.mode == "affine"
         scales = tuple(
@@ -36,11 +36,16 @@ class Requantize:
         packed = tuple(
             Spec("U32", (*w.shape[:-1], w.shape[-1] * self.bits // 32)) for w in given.weights
         )
-        return Operand(packed, scales, scales if affine else ())
+        return Operand(packed, {"scales": scales} | ({"biases": scales} if affine else {}))
 
     def inverse(self) -> Unpack:
         """Return the operation that gives floats again; this one rounds, it does not."""
         return Unpack(self.bits, self.group, self.mode)
+
+    @property
+    def words(self) -> str:
+        """``quantise to affine 8-bit g64``."""
+        return f"quantise to {self}"
 
     @property
     def config(self) -> dict[str, int | str]:
@@ -52,7 +57,7 @@ class Requantize:
 
 
 @dataclass(frozen=True, slots=True)
-class Unpack:
+class Unpack(Op):
     """MLX's packed form becomes floats ``[…, O, I]`` in the target dtype."""
 
     bits: int
@@ -70,6 +75,11 @@ class Unpack:
     def inverse(self) -> Requantize:
         """Return the operation that packs again."""
         return Requantize(self.bits, self.group, self.mode)
+
+    @property
+    def words(self) -> str:
+        """``dequantise affine 8-bit g64``."""
+        return f"dequantise {Requantize(self.bits, self.group, self.mode)}"
 
 
 QUANTIZE_SETTINGS = {

@@ -1,60 +1,59 @@
-"""What the steps of a rewriting give, before anything is read: names, dtypes, shapes."""
+"""Names, dtypes and shapes that a rewrite step gives, before anything is read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.plan.ops import Op
-from vllm_moe_compat.plan.planner import Build
-from vllm_moe_compat.plan.specs import Operand, Spec
-from vllm_moe_compat.rewrite.planner import Step, quantises
+from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
+from vllm_moe_compat.rewrite.planner import RewriteStep
 
 
 def results(
-    step: Step, tensors: Mapping[str, TensorInfo], dtype: str
+    step: RewriteStep, tensors: Mapping[str, TensorInfo], dtype: str
 ) -> Iterator[tuple[str, Spec]]:
-    """Yield what a step gives, name by name, by the operations' own algebra.
+    """Yield name and spec of every tensor of a step, by the operations' own algebra.
 
     Args:
-        step: of a ``Rewriting``.
-        tensors: the sources' descriptions, FP8 by its name.
-        dtype: safetensors' name of what dequantising gives.
+        step: of a ``RewritePlan``.
+        tensors: the sources' descriptions, as their headers have them.
+        dtype: safetensors' name of the dtype that dequantising gives.
     """
-    dtype = "F32" if quantises(step) else dtype
+    dtype = "F32" if step.quantizes else dtype
     made: dict[str, Operand] = {}
-    for build in step.there:
-        specs = build.results(tensors, dtype) if not step.moved else _results(build, tensors)
-        scales = _results(build, tensors, build.scales) if step.moved else ()
-        for number, name in enumerate(build.targets):
-            made[name] = Operand((specs[number],), scales[number : number + 1])
-    for write in step.back:
-        parts = [made.get(n) or Operand((_spec(tensors[n]),)) for n in write.sources]
-        weights = tuple(spec for part in parts for spec in part.weights)
-        scales = tuple(spec for part in parts for spec in part.scales)
-        if step.moved:
-            found = _through(write.ops, weights), _through(write.ops, scales)
+    for build in step.builds:
+        parts: dict[str, tuple[Spec, ...]] = {}
+        if step.stays_stored:
+            specs = _moved(build.ops, _specs(build.weights, tensors))
+            parts = {role: _moved(build.ops, _specs(ns, tensors)) for role, ns in build.parts}
         else:
-            operand = Operand(weights, scales)
+            specs = build.results(tensors, dtype)
+        for number, name in enumerate(build.targets):
+            own = {role: each[number : number + 1] for role, each in parts.items()}
+            made[name] = Operand((specs[number],), own)
+    for write in step.writes:
+        each = [made.get(n) or Operand(_specs((n,), tensors)) for n in write.sources]
+        operand = Operand(
+            tuple(spec for one in each for spec in one.weights),
+            {role: tuple(s for one in each for s in one.parts[role]) for role in each[0].parts},
+        )
+        if step.stays_stored:
+            moved = {role: _moved(write.ops, specs) for role, specs in operand.parts.items()}
+            operand = Operand(_moved(write.ops, operand.weights), moved)
+        else:
             for op in write.ops:
                 operand = op.result(operand, dtype)
-            found = operand.weights, operand.scales
-        yield from zip(write.weights, found[0], strict=True)
-        yield from zip(write.scales, found[1], strict=True)
+        yield from zip(write.weights, operand.weights, strict=True)
+        for role, names in write.parts:
+            yield from zip(names, operand.parts[role], strict=True)
 
 
-def _spec(info: TensorInfo) -> Spec:
-    return Spec(info.dtype, info.shape)
+def _specs(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> tuple[Spec, ...]:
+    return tuple(Spec(tensors[name].dtype, tensors[name].shape) for name in names)
 
 
-def _results(
-    build: Build, tensors: Mapping[str, TensorInfo], names: Sequence[str] = ()
-) -> tuple[Spec, ...]:
-    return _through(build.ops, tuple(_spec(tensors[n]) for n in names or build.weights))
-
-
-def _through(ops: Sequence[Op], specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
-    """Return what operations that only move values give."""
+def _moved(ops: Sequence[Op], specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
+    """Return the specs after operations that only move values."""
     operand = Operand(specs)
     for op in ops:
         operand = op.result(operand, "")

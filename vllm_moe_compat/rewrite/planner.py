@@ -14,22 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.numbers.form import WrittenWeights
+from vllm_moe_compat.checkpoint.operations import Dequantize, Op, Spec
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families.row import Moe, Row
+from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.norms import norms
-from vllm_moe_compat.plan.ops import (
-    Add,
-    DequantizeFp8,
-    Op,
-    QuantizeFp8,
-    SplitGateUp,
-    StackExperts,
-    Transpose,
-    scale_grid,
-)
-from vllm_moe_compat.plan.planner import Build, Plan, make_plan
-from vllm_moe_compat.plan.upstream import is_foreign
-from vllm_moe_compat.rewrite.written_layout import STACKED, Form, Part, builds_of
+from vllm_moe_compat.plan.ops import Add, SplitGateUp, StackExperts, Transpose
+from vllm_moe_compat.plan.planner import Plan, make_plan
+from vllm_moe_compat.plan.upstream import keeps_numbers
+from vllm_moe_compat.rewrite.written_layout import STACKED, Part, WrittenLayout, builds_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,59 +33,71 @@ class Write:
     Attributes:
         sources: the tensors that it is made of: a build's targets.
         ops: the inverse operations, the last one first.
-        weights: what comes out: a build's sources.
-        scales: their scales; none where nothing is quantised.
+        weights: the tensors that come out: a build's sources.
+        parts: role → their further tensors; empty where floats are written.
     """
 
     sources: tuple[str, ...]
     ops: tuple[Op, ...]
     weights: tuple[str, ...]
-    scales: tuple[str, ...] = ()
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors that come out."""
+        return (*self.weights, *(name for _, names in self.parts for name in names))
 
 
 def invert(build: Build) -> Write:
     """Return what undoes the build."""
     ops = tuple(op.inverse() for op in reversed(build.ops))
-    return Write(build.targets, ops, build.weights, build.scales)
+    return Write(build.targets, ops, build.weights, build.parts)
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What is done at once, and alone in memory.
+class RewriteStep:
+    """One step of a rewrite; only its tensors are in memory meanwhile.
 
     Attributes:
-        there: builds that make the stacked form; none where it is there.
-        back: what is made of it.
-        moved: whether FP8 weights and scales go through together, none multiplied:
-            every operation then means both.
+        builds: make the stacked tensors; none where the checkpoint has them.
+        writes: make the wanted tensors of those.
+        stays_stored: whether weights move in their stored number form, together with their
+            parts and without being dequantised: every operation then applies to both.
     """
 
-    there: tuple[Build, ...]
-    back: tuple[Write, ...]
-    moved: bool = False
+    builds: tuple[Build, ...]
+    writes: tuple[Write, ...]
+    stays_stored: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the step rounds to a stored form, and so has to start from exact products."""
+        return any(
+            isinstance(op.inverse(), Dequantize) for write in self.writes for op in write.ops
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Rewriting:
-    """How a checkpoint is written anew.
+class RewritePlan:
+    """How a checkpoint is written in another layout.
 
     Attributes:
         steps: in the order of the checkpoint's tensors.
         kept: tensors that stay as they are.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[RewriteStep, ...]
     kept: tuple[str, ...]
 
 
-def plan_rewriting(
+def plan_rewrite(
     layout: Layout,
     row: Row,
     config: Mapping[str, Any],
-    form: Form,
+    wanted: WrittenLayout,
     linear: Callable[[str], bool] = lambda name: False,
-) -> Rewriting:
-    """Plan how to bring a checkpoint into another form.
+) -> RewritePlan:
+    """Plan how to write a checkpoint in another layout.
 
     Names become those that the row's module knows. What it ignores has no part in it,
     and neither have scales of activations.
@@ -100,16 +106,16 @@ def plan_rewriting(
         layout: what the checkpoint holds.
         row: what is known about its module.
         config: the checkpoint's.
-        form: the wanted one.
-        linear: which weights ``[O, I]``, besides experts and those that are FP8 already,
-            an FP8 form is to quantise.
+        wanted: the layout to write.
+        linear: whether a weight ``[O, I]`` that is no expert and is stored as floats is to
+            be written in the wanted number form.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
         SettingError: the row has nothing of the kind that the form names.
         UnsupportedCheckpointError: a form that is not read, or cannot be written.
     """
-    if is_foreign(row, layout) or any(block.packed for block in layout.experts):
+    if keeps_numbers(row, layout) or any(block.packed for block in layout.experts):
         raise UnsupportedCheckpointError(
             f"{row.module} keeps this checkpoint's {layout.words} packed, where floats or block "
             "FP8 were expected; start from a bf16 or FP8 release of the model."
@@ -117,34 +123,34 @@ def plan_rewriting(
     moe = replace(row.moe, reads=()) if row.moe is not None else None
     there = make_plan(
         layout,
-        replace(row, moe=moe, fp8=(), arithmetic=None),
+        replace(row, moe=moe, digests=(), arithmetic=None),
         config,
         split=True,
         exact=True,
     )
-    steps: list[Step] = []
+    steps: list[RewriteStep] = []
     kept: list[str] = []
     of_experts: set[str] = set()
     for prefix, parts in _parts(row, layout, there).items():
         assert row.moe is not None
-        wanted = list(builds_of(form, row.moe, prefix, parts))
+        inverses = list(builds_of(wanted, row.moe, prefix, parts))
         for group in _groups(parts):
             names = {part.name for part in group}
             builds = [build for build in there.builds if names & {*build.targets}]
-            back = [build for build in wanted if names & {*build.targets}]
-            of_experts |= names | {n for b in builds for n in (*b.weights, *b.scales)}
+            back = [build for build in inverses if names & {*build.targets}]
+            of_experts |= names | {name for build in builds for name in build.sources}
             if builds == back or (not builds and all(_nothing(build) for build in back)):
-                kept += [name for b in back for name in (*b.weights, *b.scales)]
+                kept += [name for build in back for name in build.sources]
             else:
                 steps += _steps(builds, back, layout)
-    steps += _others(layout, row, there, form, linear, of_experts, kept)
+    steps += _others(layout, row, there, wanted, linear, of_experts, kept)
     order = {name: number for number, name in enumerate(layout.tensors)}
     steps.sort(key=lambda step: order[_first(step)])
-    return Rewriting(tuple(steps), tuple(sorted(kept, key=order.__getitem__)))
+    return RewritePlan(tuple(steps), tuple(sorted(kept, key=order.__getitem__)))
 
 
-def _first(step: Step) -> str:
-    return step.there[0].weights[0] if step.there else step.back[0].sources[0]
+def _first(step: RewriteStep) -> str:
+    return step.builds[0].weights[0] if step.builds else step.writes[0].sources[0]
 
 
 def _nothing(build: Build) -> bool:
@@ -196,7 +202,7 @@ def _groups(parts: Mapping[tuple[str, str], Part]) -> Iterator[list[Part]]:
                 yield found
 
 
-def _steps(builds: Sequence[Build], back: Sequence[Build], layout: Layout) -> Iterator[Step]:
+def _steps(builds: Sequence[Build], back: Sequence[Build], layout: Layout) -> Iterator[RewriteStep]:
     """Yield the steps from one layer's ``builds`` to the sources of ``back``."""
     pairs = [(b, w) for b in builds for w in back if b.targets == w.targets]
     if len(pairs) == len(builds) == len(back) and all(map(_alone, (*builds, *back))):
@@ -211,77 +217,81 @@ def _steps(builds: Sequence[Build], back: Sequence[Build], layout: Layout) -> It
 def _alone(build: Build) -> bool:
     """Whether the build only stacks and dequantises experts that are tensors of their own."""
     return any(isinstance(op, StackExperts) for op in build.ops) and all(
-        isinstance(op, StackExperts | DequantizeFp8) for op in build.ops
+        isinstance(op, StackExperts | Dequantize) for op in build.ops
     )
 
 
 def _one(build: Build, number: int, target: str) -> Build:
     """Return the part of a stacking build that is about one expert."""
-    ops = tuple(op for op in build.ops if isinstance(op, DequantizeFp8))
+    ops = tuple(op for op in build.ops if isinstance(op, Dequantize))
     place = slice(number, number + 1)
-    return Build(target, build.weights[place], build.scales[place], ops)
+    parts = tuple((role, names[place]) for role, names in build.parts)
+    return Build(target, build.weights[place], parts, ops)
 
 
-def _step(builds: Sequence[Build], back: Sequence[Build], layout: Layout) -> Step:
+def _step(builds: Sequence[Build], back: Sequence[Build], layout: Layout) -> RewriteStep:
     if _agree(builds, back, layout):
-        return Step(
-            tuple(_without_fp8(b) for b in builds),
-            tuple(invert(_without_fp8(b)) for b in back),
-            moved=True,
+        return RewriteStep(
+            tuple(_still_stored(b) for b in builds),
+            tuple(invert(_still_stored(b)) for b in back),
+            stays_stored=True,
         )
-    return Step(tuple(builds), tuple(map(invert, back)))
+    return RewriteStep(tuple(builds), tuple(map(invert, back)))
 
 
-def _without_fp8(build: Build) -> Build:
-    ops = tuple(op for op in build.ops if not isinstance(op, DequantizeFp8))
+def _still_stored(build: Build) -> Build:
+    """Return the build without dequantising."""
+    ops = tuple(op for op in build.ops if not isinstance(op, Dequantize))
     return replace(build, ops=ops)
 
 
 def _agree(builds: Sequence[Build], back: Sequence[Build], layout: Layout) -> bool:
-    """Whether both forms are FP8, scaled alike, so that nothing need be multiplied."""
-    found = {_stacked_block(b, layout) for b in builds} | {_stacked_block(b, None) for b in back}
-    if len(found) != 1 or None in found or not builds:
+    """Whether both layouts store their numbers alike, so that none has to be dequantised."""
+    found = {_stacked_form(b, layout) for b in builds} | {_stacked_form(b, None) for b in back}
+    (form, *others) = found
+    if others or form is None or not builds:
         return False
-    rows = {
-        spec.shape[-2] % fp8.block[0]
-        for fp8 in found
-        if fp8 is not None
+    height = form.rows_per_part
+    splits = [op for b in (*builds, *back) for op in b.ops if isinstance(op, SplitGateUp)]
+    whole = all(
+        spec.shape[-2] % height == 0
         for build in builds
         for spec in build.results(layout.tensors, "F32")
-    }
-    splits = [op for b in (*builds, *back) for op in b.ops if isinstance(op, SplitGateUp)]
-    ((height, _),) = (fp8.block for fp8 in found if fp8 is not None)
-    return not splits or (rows == {0} and (height == 1 or not any(op.interleaved for op in splits)))
+    )
+    return not splits or (whole and (height == 1 or not any(op.interleaved for op in splits)))
 
 
-def _stacked_block(build: Build, layout: Layout | None) -> DequantizeFp8 | None:
-    """Return how the build's stacked weights would be scaled if they stayed FP8."""
-    fp8 = next((op for op in build.ops if isinstance(op, DequantizeFp8)), None)
-    known = (StackExperts, DequantizeFp8, Transpose, SplitGateUp)
-    if fp8 is None or not all(isinstance(op, known) for op in build.ops):
+def _stacked_form(build: Build, layout: Layout | None) -> Dequantize | None:
+    """Return how the build's stacked weights would be dequantised if they stayed stored."""
+    op = next((op for op in build.ops if isinstance(op, Dequantize)), None)
+    known = (StackExperts, Dequantize, Transpose, SplitGateUp)
+    if op is None or not all(isinstance(op, known) for op in build.ops):
         return None
     if layout is not None:
-        weight, scale = (layout.tensors[names[0]] for names in (build.weights, build.scales))
-        if scale.shape != scale_grid(weight.shape, fp8.block):
+        weight = _spec(layout, build.weights[0])
+        parts = {role: _spec(layout, names[0]) for role, names in build.parts}
+        if not op.parts_follow(weight, parts):
             return None
-    if any(isinstance(op, Transpose) for op in build.ops):
-        return replace(fp8, block=(fp8.block[1], fp8.block[0]))
-    return fp8
+    return op.transposed() if any(isinstance(op, Transpose) for op in build.ops) else op
+
+
+def _spec(layout: Layout, name: str) -> Spec:
+    return Spec(layout.tensors[name].dtype, layout.tensors[name].shape)
 
 
 def _others(
     layout: Layout,
     row: Row,
     there: Plan,
-    form: Form,
+    wanted_layout: WrittenLayout,
     linear: Callable[[str], bool],
     done: set[str],
     kept: list[str],
-) -> Iterator[Step]:
-    """Yield the steps of all that is no routed expert; what has none goes to ``kept``."""
+) -> Iterator[RewriteStep]:
+    """Yield the steps of all but routed experts; tensors that have none go to ``kept``."""
     builds = [b for b in there.builds if not done & {*b.weights}]
-    taken = done | {name for b in builds for name in b.weights} | layout.fp8_scales
-    shifts = dict(_shifts(layout, row, form))
+    taken = done | {name for b in builds for name in b.weights} | layout.numbers.parts
+    shifts = dict(_shifts(layout, row, wanted_layout))
     builds += [
         Build(n, (n,), (), (shifts[n],) if n in shifts else ())
         for n in layout.tensors
@@ -291,22 +301,22 @@ def _others(
         specs = build.results(layout.tensors, "F32")
         wanted = []
         for name, spec in zip(build.targets, specs, strict=True):
-            quantised = len(spec.shape) == 2 and (bool(build.scales) or linear(name))
-            scale, ops = form.fp8(spec.shape, name) if quantised else ((), ())
-            wanted.append(Build(name, (name,), scale, ops))
+            quantised = len(spec.shape) == 2 and (bool(build.parts) or linear(name))
+            stored = wanted_layout.stored(spec.shape, name) if quantised else WrittenWeights()
+            wanted.append(Build(name, (name,), stored.parts, stored.ops))
         if wanted == [build]:
-            kept += [*build.weights, *build.scales]
+            kept += build.sources
         elif _nothing(build):
-            yield Step((), tuple(map(invert, wanted)))
+            yield RewriteStep((), tuple(map(invert, wanted)))
         else:
             yield _step([build], wanted, layout)
 
 
-def _shifts(layout: Layout, row: Row, form: Form) -> list[tuple[str, Op]]:
+def _shifts(layout: Layout, row: Row, wanted: WrittenLayout) -> list[tuple[str, Op]]:
     """Return what happens to norms that are stored less 1 unless experts are stacked."""
     if row.arithmetic is None or row.arithmetic.mark != "per-expert" or not layout.experts:
         return []
-    before, after = bool(layout.experts[0].stacked), form.layout == STACKED
+    before, after = bool(layout.experts[0].stacked), wanted.experts == STACKED
     if before == after:
         return []
     found, _, _ = norms(layout, row, stacking=True)
@@ -318,8 +328,3 @@ def _shifts(layout: Layout, row: Row, form: Form) -> list[tuple[str, Op]]:
         if name.endswith("conv1d.weight") and info.shape[-1:] == (1,)
     ]
     return [(name, op.inverse()) for name, op in found if isinstance(op, Add)] + turned
-
-
-def quantises(step: Step) -> bool:
-    """Whether the step rounds to FP8, and so wants to start from exact products."""
-    return any(isinstance(op, QuantizeFp8) for write in step.back for op in write.ops)

@@ -1,8 +1,7 @@
-"""A checkpoint's tensors in another layout, one after the other.
+"""A rewrite plan carried out on MLX arrays.
 
-Executes what ``plan.inverse`` plans. Tensors leave the caller's dict as they are read
-and are handed out as they are made, so what is held at any time is one step: a layer's
-gate and up, its down, or a single expert.
+Tensors leave the caller's dict as they are read and are handed out as they are made, so
+only one step is held at any time: a layer's gate and up, its down, or a single expert.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
-from vllm_moe_compat.checkpoint.numbers.fp8 import infer_fp8
-from vllm_moe_compat.execute.arrays import Arrays, Stack, run
-from vllm_moe_compat.execute.build_tensor import make, take
+from vllm_moe_compat.checkpoint.numbers import infer_dtypes
+from vllm_moe_compat.checkpoint.operations import Op
+from vllm_moe_compat.execute.arrays import run
+from vllm_moe_compat.execute.build_tensor import make_build, take
 from vllm_moe_compat.execute.run_plan import describe, failure
+from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.plan.ops import Op
-from vllm_moe_compat.rewrite.planner import Rewriting, Step, plan_rewriting, quantises
-from vllm_moe_compat.rewrite.written_layout import Form
+from vllm_moe_compat.rewrite.planner import RewritePlan, RewriteStep, plan_rewrite
+from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 Weights = MutableMapping[str, mx.array]
 
@@ -30,116 +30,114 @@ def rewrite(
     weights: Weights,
     row: Row,
     config: Mapping[str, Any],
-    form: Form,
+    wanted: WrittenLayout,
     *,
     tensors: Mapping[str, TensorInfo] | None = None,
     linear: Callable[[str], bool] = lambda name: False,
     dtype: str = "bfloat16",
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield a checkpoint's tensors in the wanted form.
+    """Yield a checkpoint's tensors in the wanted layout.
 
-    The whole is planned, and refused where it must be, before the first is read.
+    The whole is planned, and refused where it must be, before the first tensor is read.
 
     Args:
-        weights: name → array, FP8 as ``uint8``; emptied but for what the module ignores.
-        row: what is known about the module.
+        weights: name → array, FP8 as ``uint8``; emptied but for tensors that the module
+            ignores.
+        row: of the checkpoint's module.
         config: the checkpoint's.
-        form: the wanted one.
-        tensors: the headers of ``weights``, which know FP8 by its name; else it is
-            recognised by its scales.
-        linear: which weights ``[O, I]`` an FP8 form is to quantise besides experts and
-            those that are FP8 already.
-        dtype: what FP8 becomes where the form is none.
+        wanted: the layout to write.
+        tensors: the headers of ``weights``, with the dtypes that MLX does not tell apart;
+            else those are inferred from the tensors beside them.
+        linear: whether a weight ``[O, I]`` that is no expert and is stored as floats is to
+            be written in the wanted number form.
+        dtype: the dtype of dequantised weights where floats are written.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
-        SettingError: the row has nothing of the kind that the form names.
+        SettingError: the layout names a source or a spelling that the row does not have.
         UnsupportedCheckpointError: a form that is not read, or cannot be written.
         CheckpointFileError: a tensor could not be made.
         InsufficientMemoryError: likewise, for want of memory.
     """
-    infos = tensors if tensors is not None else infer_fp8(describe(weights))
+    infos = tensors if tensors is not None else infer_dtypes(describe(weights))
     layout = detect(infos, config, row.ignored)
-    plan = plan_rewriting(layout, row, config, form, linear)
-    for name in layout.fp8.static:
+    plan = plan_rewrite(layout, row, config, wanted, linear)
+    for name in layout.numbers.unused:
         weights.pop(name, None)
-    return carry_out(plan, weights, dtype, {n: info.file for n, info in infos.items()})
+    return run_rewrite(plan, weights, dtype, {n: info.file for n, info in infos.items()})
 
 
-def carry_out(
-    plan: Rewriting, weights: Weights, dtype: str, files: Mapping[str, str] | None = None
+def run_rewrite(
+    plan: RewritePlan, weights: Weights, dtype: str, files: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield what the steps make and what is kept; ``weights`` loses what was read.
+    """Yield the tensors that the steps make, then those that are kept.
 
     Args:
         plan: made for exactly these tensors.
-        weights: name → array.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` for what is dequantised.
-        files: where the sources come from, for messages.
+        weights: name → array; loses every tensor that was read.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` for dequantised weights.
+        files: name → file of the sources, for messages.
 
     Raises:
         CheckpointFileError: a tensor could not be made.
         InsufficientMemoryError: likewise, for want of memory.
     """
     for step in plan.steps:
-        yield from _one(step, weights, dtype, files or {})
+        yield from _run_step(step, weights, dtype, files or {})
         mx.clear_cache()
     for name in plan.kept:
         yield name, weights.pop(name)
 
 
-def _one(
-    step: Step, weights: Weights, dtype: str, files: Mapping[str, str]
+def _run_step(
+    step: RewriteStep, weights: Weights, dtype: str, files: Mapping[str, str]
 ) -> Iterator[tuple[str, mx.array]]:
-    dtype = "float32" if quantises(step) else dtype
+    dtype = "float32" if step.quantizes else dtype
     made: dict[str, Arrays] = {}
-    for build in step.there:
+    for build in step.builds:
         try:
-            operand = take(build, weights)
-            if step.moved:
-                operand = _moved(build.ops, operand)
-                scales = operand.scales
-                each = zip(build.targets, operand.weights, scales, strict=True)
-                made |= {name: Arrays([weight], [scale]) for name, weight, scale in each}
-                del operand, scales, each
+            if step.stays_stored:
+                operand = _move(build.ops, take(build, weights))
+                for number, name in enumerate(build.targets):
+                    parts = {role: [arrays[number]] for role, arrays in operand.parts.items()}
+                    made[name] = Arrays([operand.weights[number]], parts)
+                del operand
             else:
-                arrays = make(build.ops, operand, build.targets, dtype)
+                arrays = make_build(build, weights, dtype)
                 made |= {name: Arrays([array]) for name, array in arrays.items()}
-                del operand, arrays
+                del arrays
         except (RuntimeError, ValueError, MemoryError) as error:
             made.clear()
             raise failure(build, error.with_traceback(None), files) from error
-    for write in step.back:
+    for write in step.writes:
         operand = Arrays([])
         for name in write.sources:
             part = made.pop(name, None) or Arrays([weights.pop(name)])
             operand.weights += part.weights
-            operand.scales += part.scales
+            for role, arrays in part.parts.items():
+                operand.parts.setdefault(role, []).extend(arrays)
             del part
-        if step.moved:
-            operand = _moved(write.ops, operand)
+        if step.stays_stored:
+            operand = _move(write.ops, operand)
         else:
             for op in write.ops:
                 operand = run(op, operand, dtype)
-        named = [*write.weights, *write.scales]
-        found = [*operand.weights, *operand.scales]
+        found = [*operand.weights, *(a for role, _ in write.parts for a in operand.parts[role])]
         del operand
         if write.ops:
             mx.eval(found)
-        for name in named:
+        for name in write.names:
             yield name, found.pop(0)
 
 
-def _moved(ops: Sequence[Op], operand: Arrays) -> Arrays:
-    """Do to the scales ``[…, o, i]`` what is done to the weights ``[…, O, I]``."""
+def _move(ops: Sequence[Op], operand: Arrays) -> Arrays:
+    """Apply operations that move values to weights ``[…, O, I]`` and parts ``[…, o, i]``."""
     for op in ops:
-        weights, scales = (
-            run(op, Arrays(list(given)), "float32").weights
-            for given in (operand.weights, operand.scales)
-        )
-        operand = Arrays(_whole(weights), _whole(scales))
+        parts = {role: _moved(op, arrays) for role, arrays in operand.parts.items()}
+        operand = Arrays(_moved(op, operand.weights), parts)
     return operand
 
 
-def _whole(given: Sequence[Any]) -> list[mx.array]:
-    return [part.all() if isinstance(part, Stack) else part for part in given]
+def _moved(op: Op, given: Sequence[Any]) -> list[mx.array]:
+    moved = run(op, Arrays(list(given)), "float32").weights
+    return [array.all() if isinstance(array, Stack) else array for array in moved]

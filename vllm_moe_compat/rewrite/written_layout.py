@@ -1,9 +1,9 @@
-"""A layout to write, and the builds by which a checkpoint written so is loaded.
+"""A layout to write, and the builds that would load a checkpoint written in it.
 
-Where a plan goes from a checkpoint to the stacked form of MLX, writing goes the other
-way: these builds, inverted. Names come from the registry row: ``Moe.sources`` and
-``Moe.spelling``. Axes: ``E`` experts, ``I`` intermediate, ``H`` hidden; gate and up are
-``[E, I, H]`` when stacked, down is ``[E, H, I]``, their biases ``[E, I]`` and ``[E, H]``.
+A plan goes from a checkpoint to MLX's stacked experts; writing goes the other way: these
+builds, inverted. Names come from the registry row: ``Moe.sources`` and ``Moe.spelling``.
+Axes: ``E`` experts, ``I`` intermediate, ``H`` hidden; gate and up are ``[E, I, H]`` when
+stacked, down is ``[E, H, I]``, their biases ``[E, I]`` and ``[E, H]``.
 """
 
 from __future__ import annotations
@@ -12,65 +12,53 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_moe_compat.checkpoint.experts import PROJECTIONS
+from vllm_moe_compat.checkpoint.numbers.form import WrittenNumbers, WrittenWeights
+from vllm_moe_compat.checkpoint.operations import Op
 from vllm_moe_compat.errors import SettingError, UnsupportedCheckpointError
 from vllm_moe_compat.families.row import COMBINED, GLU, PER_EXPERT, TRANSPOSED, Moe
-from vllm_moe_compat.plan.ops import DequantizeFp8, Op, SplitGateUp, StackExperts, Transpose
-from vllm_moe_compat.plan.planner import Build
+from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
 
 STACKED = "stacked"
 LAYOUTS = (PER_EXPERT, COMBINED, TRANSPOSED, STACKED)
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class WrittenLayout:
     """How a checkpoint is to be written.
 
     Attributes:
-        layout: of the routed experts: one matrix each (``PER_EXPERT``), gate and up of
-            all in one ``[E, 2I, H]`` (``COMBINED``) or ``[E, H, 2I]`` (``TRANSPOSED``),
+        experts: layout of the routed experts: one matrix each (``PER_EXPERT``), gate and up
+            of all in one ``[E, 2I, H]`` (``COMBINED``) or ``[E, H, 2I]`` (``TRANSPOSED``),
             or MLX's own ``[E, I, H]`` each (``STACKED``).
         spelling: names of gate, up and down where each expert has its own; the row's
             where none are given.
-        block: rows and columns under one FP8 scale, of the matrix as it is written; 0
-            stands for a whole axis, so ``(1, 0)`` is one per row. None writes floats.
-        e8m0: whether scales are powers of two, stored as their exponents.
-        home: which of the row's sources the experts go to; else the first that can
-            hold the layout.
+        numbers: the stored number form of experts and linear layers; None writes floats.
+        home: the source of the row that the experts go to; else the first that can hold
+            the layout.
 
     Raises:
-        SettingError: there is no such layout, projection or block.
+        SettingError: there is no such layout or projection.
     """
 
-    layout: str = PER_EXPERT
+    experts: str = PER_EXPERT
     spelling: tuple[str, ...] = ()
-    block: tuple[int, int] | None = None
-    e8m0: bool = False
+    numbers: WrittenNumbers | None = None
     home: str = ""
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
+        if self.experts not in LAYOUTS:
             known = ", ".join(map(repr, LAYOUTS))
-            raise SettingError(f"layout is {self.layout!r}, where one of {known} was expected.")
+            raise SettingError(f"layout is {self.experts!r}, where one of {known} was expected.")
         if unknown := [name for name in self.spelling if name not in PROJECTIONS]:
             known = ", ".join(PROJECTIONS)
             raise SettingError(f"spelling has {unknown[0]!r}, where one of {known} was expected.")
-        if self.block is not None and min(self.block) < 0:
-            raise SettingError(f"block is {self.block}, where two whole numbers were expected.")
 
-    def block_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return the block of a matrix ``[…, O, I]``, whole axes by their size."""
-        assert self.block is not None
-        return self.block[0] or shape[-2], self.block[1] or shape[-1]
-
-    def scale_of(self, weight: str) -> str:
-        """Return the name of a weight's scale: per row as compressed-tensors has it."""
-        return f"{weight}_scale" if self.block == (1, 0) else f"{weight}_scale_inv"
-
-    def fp8(self, shape: tuple[int, ...], *weights: str) -> tuple[tuple[str, ...], tuple[Op, ...]]:
-        """Return the scales of weights written as ``[…, O, I]``, and what dequantises them."""
-        if self.block is None or weights[0].endswith("bias"):
-            return (), ()
-        return tuple(map(self.scale_of, weights)), (DequantizeFp8(self.block_of(shape), self.e8m0),)
+    def stored(self, shape: tuple[int, ...], *weights: str) -> WrittenWeights:
+        """Say how weights of ``shape`` ``[…, O, I]`` are stored; biases are floats."""
+        if self.numbers is None or weights[0].endswith("bias"):
+            return WrittenWeights()
+        return self.numbers.write(shape, *weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,44 +70,45 @@ class Part:
 
 
 def builds_of(
-    form: Form, moe: Moe, prefix: str, parts: Mapping[tuple[str, str], Part]
+    layout: WrittenLayout, moe: Moe, prefix: str, parts: Mapping[tuple[str, str], Part]
 ) -> Iterator[Build]:
-    """Yield the builds that stack one layer's experts of a checkpoint in the form.
+    """Yield the builds that stack one layer's experts of a checkpoint in the layout.
 
     Args:
-        form: what the checkpoint looks like.
+        layout: of the checkpoint.
         moe: the module's convention.
         prefix: of the layer's names: ``model.layers.0.``.
         parts: gate, up or down, and ``weight`` or ``bias`` → the stacked tensor.
 
     Raises:
-        SettingError: the form names a source or a spelling that the row does not have.
+        SettingError: the layout names a source or a spelling that the row does not have.
         UnsupportedCheckpointError: experts of this module cannot be written so.
     """
     kinds = [kind for kind in ("weight", "bias") if any(key[1] == kind for key in parts)]
     into = dict(moe.into)
-    if form.layout == STACKED:
+    if layout.experts == STACKED:
         for (part, kind), stacked in parts.items():
             name = f"{prefix}{moe.target}.{into[part]}.{kind}"
-            scales, ops = form.fp8(stacked.shape, name)
-            yield Build(stacked.name, (name,), scales, ops)
+            stored = layout.stored(stacked.shape, name)
+            yield Build(stacked.name, (name,), stored.parts, stored.ops)
         return
-    home = f"{prefix}{_home(form, moe)}"
-    if form.layout == PER_EXPERT:
-        spelled = dict(zip(into, _spelling(form, moe), strict=True))
+    home = f"{prefix}{_home(layout, moe)}"
+    if layout.experts == PER_EXPERT:
+        spelled = dict(zip(into, _spelling(layout, moe), strict=True))
         for (part, kind), stacked in parts.items():
             experts, *shape = stacked.shape
             names = tuple(f"{home}.{e}.{spelled[part]}.{kind}" for e in range(experts))
-            scales, ops = form.fp8(tuple(shape), *names)
-            yield Build(stacked.name, names, scales, (StackExperts(experts), *ops))
+            stored = layout.stored(tuple(shape), *names)
+            ops = (StackExperts(experts), *stored.ops)
+            yield Build(stacked.name, names, stored.parts, ops)
         return
     for kind in kinds:
         for part in ("gate" if moe.gated else "up", "down"):
-            yield _combined(form, moe, home, parts, part, kind)
+            yield _combined(layout, moe, home, parts, part, kind)
 
 
 def _combined(
-    form: Form,
+    layout: WrittenLayout,
     moe: Moe,
     home: str,
     parts: Mapping[tuple[str, str], Part],
@@ -132,7 +121,7 @@ def _combined(
     joined = part == "gate"
     shape = (*first.shape[:-2], first.shape[-2] * (1 + joined), first.shape[-1])
     turned: tuple[Op, ...] = ()
-    if form.layout == TRANSPOSED and kind == "weight":
+    if layout.experts == TRANSPOSED and kind == "weight":
         shape, turned = (*shape[:-2], shape[-1], shape[-2]), (Transpose(),)
         if not moe.gated and rest[0] == rest[1] and not moe.transposed:
             raise UnsupportedCheckpointError(
@@ -144,12 +133,12 @@ def _combined(
     if _linear(moe) and home.endswith(moe.sources[0]):
         spelled, ending = moe.spelling[0 if joined else 1], f".{kind}"
     name = f"{home}.{spelled}{ending}"
-    scales, ops = form.fp8(shape, name)
-    ops += turned
+    stored = layout.stored(shape, name)
+    ops = (*stored.ops, *turned)
     if not joined:
-        return Build(first.name, (name,), scales, ops)
+        return Build(first.name, (name,), stored.parts, ops)
     split = SplitGateUp(moe.interleaved, -2 if kind == "weight" else -1)
-    return Build(first.name, (name,), scales, (*ops, split), (parts["up", kind].name,))
+    return Build(first.name, (name,), stored.parts, (*ops, split), (parts["up", kind].name,))
 
 
 def _linear(moe: Moe) -> bool:
@@ -157,13 +146,13 @@ def _linear(moe: Moe) -> bool:
     return moe.spelling[0].endswith("_linear")
 
 
-def _home(form: Form, moe: Moe) -> str:
-    if form.home:
-        if form.home not in moe.sources:
+def _home(layout: WrittenLayout, moe: Moe) -> str:
+    if layout.home:
+        if layout.home not in moe.sources:
             known = " or ".join(moe.sources)
-            raise SettingError(f"home is {form.home!r}, where {known} was expected.")
-        return form.home
-    if form.layout != PER_EXPERT:
+            raise SettingError(f"home is {layout.home!r}, where {known} was expected.")
+        return layout.home
+    if layout.experts != PER_EXPERT:
         if _linear(moe):
             return moe.sources[0]
         homes = [source for source in moe.sources if source.endswith("experts")]
@@ -171,16 +160,16 @@ def _home(form: Form, moe: Moe) -> str:
         homes = [source for source in moe.sources if source.endswith(("experts", "moe.mlp"))]
     if not homes:
         raise UnsupportedCheckpointError(
-            f"experts under {' or '.join(moe.sources)} cannot be written as {form.layout!r}, "
+            f"experts under {' or '.join(moe.sources)} cannot be written as {layout.experts!r}, "
             f"which no checkpoint of theirs is; write them as {PER_EXPERT!r} or {STACKED!r}."
         )
     return homes[0]
 
 
-def _spelling(form: Form, moe: Moe) -> tuple[str, ...]:
+def _spelling(layout: WrittenLayout, moe: Moe) -> tuple[str, ...]:
     """Return the projections' names in the order of ``moe.into``."""
     count = len(moe.into)
-    names = form.spelling or (GLU if _linear(moe) else moe.spelling[:3])
+    names = layout.spelling or (GLU if _linear(moe) else moe.spelling[:3])
     found = tuple(names[len(names) - count :]) if len(names) >= count else ()
     meant = [part for part, _ in moe.into]
     if [PROJECTIONS.get(name) for name in found] != meant:

@@ -26,7 +26,7 @@ from vllm_moe_compat.commands.main import main
 from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.execute import arrays
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
-from vllm_moe_compat.plan.specs import Spec
+from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.rewrite.written_layout import LAYOUTS, Form
 
 SIZES = Sizes(hidden=128, intermediate=64)

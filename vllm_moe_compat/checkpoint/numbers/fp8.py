@@ -1,36 +1,54 @@
-"""Which tensors are FP8, where their scales are, and what part a scale covers.
+"""FP8: E4M3 weights and the scales that they are multiplied by.
 
-Every published form is one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by
-factors, each of which covers a block of rows and columns. The forms differ in the
-block (128x128, a whole row, the whole tensor), in the scale's name and in whether
-it is stored as a float or as an E8M0 exponent. Only the last two axes count, so
-the rule is the same for 3-D combined and for stacked experts.
+Every published variant is one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by
+factors, each of which covers a block of rows and columns. The variants differ in the
+block (128x128, a whole row, the whole tensor), in the scale's name and in whether the
+scale is stored as a float or as an E8M0 exponent. Only the last two axes count, so the
+rule is the same for 3-D combined and for stacked experts.
 
 Names: ``weight_scale_inv`` is DeepSeek's and Qwen's, ``weight_scale`` that of
 compressed-tensors and ModelOpt, ``.scale`` DeepSeek's newest.
 
-Nothing is refused here: what does not fit is listed, and the planner says so.
+A weight read without its scale gives small integers, and with a wrong grid plausible
+nonsense; both would load. Where the config names no block, 128x128 is taken if every
+grid fits it, and refused otherwise: a grid does not tell its block (192 rows with 2
+scales may be blocks of 96 or of 128).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from vllm_moe_compat.checkpoint.experts import STATIC_SCALES
+from vllm_moe_compat.checkpoint.config import quantization_configs
+from vllm_moe_compat.checkpoint.experts import UNUSED_SCALES
+from vllm_moe_compat.checkpoint.findings import CONVERT, Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.numbers.form import (
+    Details,
+    FoundNumbers,
+    NumberForm,
+    StoredWeight,
+)
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import SCALE, DequantizeFp8, scale_grid
+from vllm_moe_compat.dtypes import FLOATS
+from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-FLOATS = ("BF16", "F16", "F32")
-E8M0 = ("F8_E8M0", "U8")
+Block: TypeAlias = tuple[int, int]
+Shape: TypeAlias = tuple[int, ...]
+Alike: TypeAlias = tuple[str, Shape, str, Shape, bool]
+"""Dtype and shape of a weight and of its scale, and whether it is named ``…_scale_inv``."""
+
 DEFAULT_BLOCK = (128, 128)
+_E8M0 = ("F8_E8M0", "U8")
+_DTYPES = ("F8_E4M3", "F8_E5M2")
 _NOT_WEIGHTS = ("_scale", "_scale_inv", "_scale_2", "_global_scale", ".scales", ".scale", "_scales")
 _INVERSE = "_scale_inv"
 
 
 def _scale_names(weight: str) -> Iterator[str]:
-    """Yield what the scale of a weight may be called, the commonest first."""
+    """Yield the names that a weight's scale may have, the commonest first."""
     yield f"{weight}_scale_inv"
     yield f"{weight}_scale"
     if weight.endswith(".weight"):
@@ -40,63 +58,211 @@ def _scale_names(weight: str) -> Iterator[str]:
         yield f"{weight}_weight_scale_inv"
 
 
-Form: TypeAlias = tuple[str, tuple[int, ...], str, tuple[int, ...]]
-
-
 @dataclass(slots=True)
-class Fp8Tensors:
-    """The FP8 tensors of a checkpoint, by how they can be read.
+class Fp8Tensors(FoundNumbers):
+    """The FP8 tensors of a checkpoint.
 
     Attributes:
-        pairs: weight → its scale.
-        bare: FP8 weights with no scale of any kind.
+        form: FP8.
+        tensors: all tensors, for shapes and dtypes.
+        blocks: rows and columns under one scale, as the config names them.
+        weights: weight → itself and its scale.
+        bare: FP8 weights without a scale.
         orphans: scales whose weight is missing.
         plain: scale → its weight, where that is not FP8.
-        static: scales of activations and of KV caches, which MLX has no use for.
-        forms: dtype and shape of a weight and of its scale → the weights that are so.
+        unused: scales of activations and of KV caches.
+        alike: weights by what tells them apart.
     """
 
-    pairs: dict[str, str] = field(default_factory=dict)
+    form: NumberForm
+    tensors: Mapping[str, TensorInfo]
+    blocks: tuple[Block, ...] = ()
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
     bare: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     plain: dict[str, str] = field(default_factory=dict)
-    static: list[str] = field(default_factory=list)
-    forms: dict[Form, list[str]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    alike: dict[Alike, list[str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.pairs or self.bare or self.orphans or self.plain)
+        return bool(self.weights or self.bare or self.orphans or self.plain)
 
+    def scale_of(self, weight: str) -> str:
+        """Return the name of a weight's scale."""
+        return self.weights[weight].parts[0][1]
 
-def find_fp8(tensors: Mapping[str, TensorInfo]) -> Fp8Tensors:
-    """Pair every FP8 weight with its scale."""
-    found = Fp8Tensors()
-    static: list[str] = []
-    for name, info in tensors.items():
-        if info.dtype in FP8_DTYPES and not name.endswith(_NOT_WEIGHTS):
-            scale = f"{name}_scale_inv"
-            if scale not in tensors:
-                scale = next((s for s in _scale_names(name) if s in tensors), "")
-            if scale:
-                found.pairs[name] = scale
-                beside = tensors[scale]
-                form = info.dtype, info.shape, beside.dtype, beside.shape
-                found.forms.setdefault(form, []).append(name)
+    def logical(self, weight: str) -> TensorInfo:
+        """Describe a weight: as its tensor is."""
+        return self.tensors[weight]
+
+    def stray(self) -> Collection[str]:
+        """Return FP8 weights without a scale."""
+        return self.bare
+
+    def block_of(self, weight: Shape, scale: Shape) -> Block | None:
+        """Return the rows and columns under one factor; None where the shapes do not fit."""
+        return block_of(weight, scale, self.blocks)
+
+    def dequantize(self, weight: str) -> DequantizeFp8:
+        """Return the product of a weight with its scale."""
+        scale = self.tensors[self.scale_of(weight)]
+        block = self.block_of(self.tensors[weight].shape, scale.shape)
+        assert block is not None, "findings has refused it"
+        return DequantizeFp8(block, scale.dtype in _E8M0)
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield FP8 weights whose scale is missing or does not fit, and stray scales."""
+        for name in self.bare:
+            expected = f"{name.rpartition('.')[2]}_scale_inv"
+            yield Finding(name, "is FP8 without a scale", expected, rank=1, topic="fp8")
+        for name in self.orphans:
+            found, expected = "scales a weight that is missing", "that weight beside it"
+            yield Finding(name, found, expected, rank=1, topic="fp8")
+        for name, weight in self.plain.items():
+            found = f"scales a weight that is {self.tensors[weight].dtype}"
+            yield Finding(name, found, "an FP8 weight beside it", rank=1, topic="fp8")
+        for names in self.alike.values():
+            finding = self._pair(names[0])
+            if finding is not None:
+                about_weight = finding.name == names[0]
+                for name in names:
+                    yield finding.of(name if about_weight else self.scale_of(name))
+
+    def _pair(self, name: str) -> Finding | None:
+        scale_name = self.scale_of(name)
+        weight, scale = self.tensors[name], self.tensors[scale_name]
+        if weight.dtype != "F8_E4M3":
+            return _unsupported(name, f"is {weight.dtype}")
+        if scale.dtype not in (*FLOATS, *_E8M0):
+            return _unsupported(scale_name, f"holds {scale.dtype} scales")
+        if len(weight.shape) < 2:
+            return _unsupported(name, f"is FP8 of shape {list(weight.shape)}")
+        if self.block_of(weight.shape, scale.shape) is not None:
+            return None
+        rows, columns = self.blocks[0] if self.blocks else DEFAULT_BLOCK
+        source = "the config's" if self.blocks else "the usual"
+        unnamed = "" if self.blocks else " and the config has no weight_block_size"
+        return Finding(
+            scale_name,
+            f"has the shape {list(scale.shape)} for a weight of {list(weight.shape)}{unnamed}",
+            f"{list(scale_grid(weight.shape, (rows, columns)))} for {source} blocks of "
+            f"{rows}x{columns}",
+            topic="fp8",
+        )
+
+    def kinds(self) -> list[frozenset[str]]:
+        """Return the kinds of each group of like weights.
+
+        ``fp8`` is any; ``fp8 block 128`` a 2-D weight in blocks of 128x128 and ``fp8
+        tensor`` one with a single scale, both with float ``…_scale_inv``; ``fp8 mx`` has an
+        E8M0 exponent per 32 columns.
+        """
+        return list(map(self._kinds, self.alike))
+
+    def _kinds(self, alike: Alike) -> frozenset[str]:
+        _, weight, dtype, scale, inverse = alike
+        found = {"fp8"}
+        if inverse and dtype in FLOATS:
+            if scale in ((), (*weight[:-2], 1, 1)):
+                found.add("fp8 tensor")
+            if len(weight) == 2 and self.block_of(weight, scale) == (128, 128):
+                found.add("fp8 block 128")
+        if dtype in _E8M0 and (*scale[:-1], *(32 * n for n in scale[-1:])) == weight:
+            found.add("fp8 mx")
+        return frozenset(found)
+
+    @property
+    def details(self) -> Details:
+        """The variants in words, and the blocks as they occur."""
+        found: set[str] = set()
+        blocks: set[Block] = set()
+        for _, weight, _, scale, _ in self.alike:
+            block = self.block_of(weight, scale)
+            if block is None:
+                continue
+            blocks.add(block)
+            if block == weight[-2:] and not self.blocks:
+                found.add("per-tensor")
             else:
-                found.bare.append(name)
-        elif name.endswith((_INVERSE, "weight_scale")):
-            # Nearly all scales have their weight beside them: that is seen at once.
-            weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
-            if weight is None or weight.dtype not in FP8_DTYPES:
-                _look_for_weight(name, tensors, found)
-        elif name.endswith(STATIC_SCALES):
-            static.append(name)
-    if found.pairs:
-        found.static = static
-    return found
+                found.add("per-channel" if 1 in block else "block")
+        named = tuple(block for block in self.blocks if block in blocks)
+        words = f"{' and '.join(sorted(found))} FP8".strip()
+        return Details(
+            words if self.weights or not self.bare else "FP8 without scales",
+            len(self.weights) + len(self.bare),
+            named or tuple(sorted(blocks)[:8]),
+            tuple(sorted({dtype for _, _, dtype, _, _ in self.alike})),
+            len(self.unused),
+        )
+
+
+class Fp8(NumberForm):
+    """E4M3 with scales."""
+
+    name = "fp8"
+    methods = frozenset({"fp8", "compressed-tensors", "modelopt"})
+    dtypes = frozenset(_DTYPES)
+
+    def find(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Fp8Tensors:
+        """Pair every FP8 weight with its scale."""
+        found = Fp8Tensors(self, tensors)
+        unused: list[str] = []
+        for name, info in tensors.items():
+            if info.dtype in _DTYPES and not name.endswith(_NOT_WEIGHTS):
+                scale = f"{name}_scale_inv"
+                if scale not in tensors:
+                    scale = next((s for s in _scale_names(name) if s in tensors), "")
+                if not scale:
+                    found.bare.append(name)
+                    continue
+                found.weights[name] = StoredWeight(name, ((SCALE, scale),))
+                beside = tensors[scale]
+                inverse = scale.endswith(_INVERSE)
+                alike = info.dtype, info.shape, beside.dtype, beside.shape, inverse
+                found.alike.setdefault(alike, []).append(name)
+            elif name.endswith((_INVERSE, "weight_scale")):
+                # Nearly all scales have their weight beside them: look there first.
+                weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
+                if weight is None or weight.dtype not in _DTYPES:
+                    _look_for_weight(name, tensors, found)
+            elif name.endswith(UNUSED_SCALES):
+                unused.append(name)
+        if found.weights:
+            found.unused = unused
+            found.blocks = block_sizes(config)
+        return found
+
+    def infer(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Name as E4M3 the weights that MLX's loader calls ``uint8`` (``U8``).
+
+        A ``uint8`` weight is FP8 when its scale is ``_scale_inv`` or a float, and also
+        when it has none of any kind: packed 4-bit formats always have one.
+        """
+        return {
+            name: replace(info, dtype="F8_E4M3")
+            if info.dtype == "U8" and _is_weight(name, tensors)
+            else info
+            for name, info in tensors.items()
+        }
+
+
+FORM = Fp8()
+
+
+def _unsupported(name: str, found: str) -> Finding:
+    return Finding(
+        name,
+        found,
+        "FP8 of the E4M3 kind with float or E8M0 scales",
+        remedy=CONVERT,
+        error=UnsupportedCheckpointError,
+        rank=1,
+        topic="fp8",
+    )
 
 
 def _look_for_weight(scale: str, tensors: Mapping[str, TensorInfo], found: Fp8Tensors) -> None:
-    """List a scale whose weight is missing or not FP8; 4-bit formats are not ours."""
+    """List a scale whose weight is missing or not FP8; scales of 4-bit formats are not ours."""
     inverse = scale.endswith(_INVERSE)
     weight = scale.removesuffix(_INVERSE if inverse else "_scale")
     weight = weight if weight in tensors or inverse else weight.removesuffix("_weight")
@@ -104,19 +270,30 @@ def _look_for_weight(scale: str, tensors: Mapping[str, TensorInfo], found: Fp8Te
     if info is None:
         if inverse or f"{weight}_packed" not in tensors:
             found.orphans.append(scale)
-    elif info.dtype in FLOATS or (inverse and info.dtype not in FP8_DTYPES):
+    elif info.dtype in FLOATS or (inverse and info.dtype not in _DTYPES):
         found.plain[scale] = weight
 
 
-def block_of(
-    weight: tuple[int, ...], scale: tuple[int, ...], blocks: tuple[tuple[int, int], ...]
-) -> tuple[int, int] | None:
+def _is_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    if name.endswith(_NOT_WEIGHTS):
+        return False
+    for scale in _scale_names(name):
+        if scale in tensors:
+            return scale.endswith(_INVERSE) or tensors[scale].dtype in FLOATS
+    if name.endswith(".weight"):
+        return name.removesuffix("weight") + "scales" not in tensors
+    if name.endswith((".gate_up_proj", ".down_proj", ".up_proj")):
+        return name + "_scales" not in tensors
+    return False
+
+
+def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | None:
     """Return the rows and columns that one factor of a scale covers.
 
     Args:
         weight: shape ``[…, O, I]``.
         scale: shape of its scale: nothing, ``[O, 1]``, ``[O]``, a grid; per expert or not.
-        blocks: what the config names; without any, the usual 128x128 is tried.
+        blocks: as the config names them; without any, 128x128 is tried.
 
     Returns:
         None where the shapes do not fit each other.
@@ -130,7 +307,8 @@ def block_of(
     count = 1
     for size in scale:
         count *= size
-    if count == 1 or (lead and scale[: len(lead)] == tuple(lead) and _ones(scale[len(lead) :])):
+    rest = scale[len(lead) :]
+    if count == 1 or (lead and scale[: len(lead)] == tuple(lead) and set(rest) <= {1}):
         return rows, columns
     if scale in ((*lead, rows, 1), (*lead, rows)):
         return 1, columns
@@ -139,32 +317,41 @@ def block_of(
     return None
 
 
-def _ones(shape: tuple[int, ...]) -> bool:
-    return all(size == 1 for size in shape)
+def block_sizes(config: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Return the rows and columns that share one scale, for every block that is named.
 
+    ``weight_block_size`` is the hub's; compressed-tensors names ``block_structure``,
+    or a ``group_size`` along the columns, per group of layers.
 
-def infer_fp8(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Name as E4M3 what must be: MLX's loader calls FP8 bytes ``uint8`` (``U8``).
-
-    A ``uint8`` weight is FP8 when its scale is ``_scale_inv`` or a float, and also
-    when it has none of any kind: packed 4-bit formats always have one.
+    Raises:
+        LayoutError: a block that is not two positive whole numbers.
     """
-    return {
-        name: replace(info, dtype="F8_E4M3")
-        if info.dtype == "U8" and _is_fp8_weight(name, tensors)
-        else info
-        for name, info in tensors.items()
-    }
+    found: list[Block] = []
+    for entry in quantization_configs(config):
+        if (value := entry.get("weight_block_size")) is not None:
+            found.append(_block("weight_block_size", value))
+        groups = entry.get("config_groups")
+        for group in groups.values() if isinstance(groups, Mapping) else ():
+            weights = group.get("weights") if isinstance(group, Mapping) else None
+            if not isinstance(weights, Mapping):
+                continue
+            if (value := weights.get("block_structure")) is not None:
+                if isinstance(value, str):
+                    value = [int(n) for n in value.split("x") if n.isdigit()]
+                found.append(_block("block_structure", value))
+            elif weights.get("strategy") == "group":
+                found.append(_block("group_size", [1, weights.get("group_size")]))
+    return tuple(dict.fromkeys(found))
 
 
-def _is_fp8_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    if name.endswith(_NOT_WEIGHTS):
-        return False
-    for scale in _scale_names(name):
-        if scale in tensors:
-            return scale.endswith(_INVERSE) or tensors[scale].dtype in FLOATS
-    if name.endswith(".weight"):
-        return name.removesuffix("weight") + "scales" not in tensors
-    if name.endswith((".gate_up_proj", ".down_proj", ".up_proj")):
-        return name + "_scales" not in tensors
-    return False
+def _block(key: str, value: Any) -> Block:
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value)
+    ):
+        raise LayoutError(
+            f"config.json: {key} is {value!r}, where two positive whole numbers "
+            "were expected; download the config again or correct it."
+        )
+    return value[0], value[1]

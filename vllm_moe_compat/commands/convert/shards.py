@@ -20,9 +20,9 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers
 from vllm_moe_compat.checkpoint.index import INDEX
+from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.plan.specs import Spec
 
 ALIGNMENT = 8
 BYTES_AT_ONCE = 64 * 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from vllm_moe_compat.plan.specs import Spec
+from vllm_moe_compat.checkpoint.operations import Spec
 
 
 def _nothing(folder: Path) -> None:

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.checkpoint.operations import Operand, Spec
 from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import quantize as requantize
@@ -29,7 +30,6 @@ from vllm_moe_compat.execute.run_plan import describe
 from vllm_moe_compat.load import context as loads
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.plan.specs import Operand, Spec
 
 _LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -19,13 +19,13 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers, weight_files
 from vllm_moe_compat.checkpoint.index import check_index
 from vllm_moe_compat.checkpoint.layout import Layout, detect
+from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.errors import CheckpointFileError, LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.planner import make_plan
-from vllm_moe_compat.plan.specs import Spec
 from vllm_moe_compat.rewrite import run_rewrite as rewrite
 from vllm_moe_compat.rewrite.outcome import results
 from vllm_moe_compat.rewrite.planner import Rewriting, plan_rewriting

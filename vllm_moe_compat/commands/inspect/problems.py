@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vllm_moe_compat.checkpoint.files import FileFault
+from vllm_moe_compat.checkpoint.findings import Finding, grouped
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.commands.inspect.model import Problem, Severity
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.plan.findings import Finding, grouped
 
 FILES: dict[str, tuple[Severity, str]] = {
     "no-weights": ("error", "there is no `model*.safetensors`, which is all that mlx-lm loads"),

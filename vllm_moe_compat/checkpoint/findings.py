@@ -30,6 +30,7 @@ class Finding:
         rank: which of several faults is told, the lowest first: 0 for what a layer
             holds at all, 1 for what is missing, 2 for what does not belong, 3 for
             one tensor among many.
+        topic: what the fault is about: ``experts``, or the name of a number form.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Finding:
     remedy: str = AGAIN
     error: type[CompatError] = LayoutError
     rank: int = 2
+    topic: str = "experts"
 
     def of(self, name: str) -> Finding:
         """Return the same fault of another tensor."""

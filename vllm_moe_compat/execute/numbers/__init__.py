@@ -1,0 +1,24 @@
+"""How the operations of stored number forms are carried out on MLX arrays.
+
+One file per form, as in ``checkpoint/numbers``; ``EXECUTORS`` is the list of them.
+"""
+
+from __future__ import annotations
+
+from vllm_moe_compat.checkpoint.operations import Op
+from vllm_moe_compat.execute.numbers import fp8
+from vllm_moe_compat.execute.numbers.executor import Executor
+
+EXECUTORS: dict[type[Op], Executor] = dict(fp8.EXECUTORS)
+
+
+def executor_of(op: Op) -> Executor:
+    """Return what carries out an operation of a stored number form.
+
+    Raises:
+        TypeError: no executor is listed for it.
+    """
+    executor = EXECUTORS.get(type(op))
+    if executor is None:
+        raise TypeError(f"{type(op).__name__} has no entry in execute.numbers.EXECUTORS")
+    return executor

@@ -1,0 +1,47 @@
+"""Arrays with their parts, and experts that are stacked without being copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+TEMPORARY_BYTES = 16 * 2**20
+"""The most bytes that the float32 intermediates of one step may take."""
+
+
+class Stack:
+    """``E`` equal arrays seen as one ``[E, …]`` that is never built as a whole."""
+
+    def __init__(self, members: list[mx.array]) -> None:
+        self._members: list[Any] = list(members)
+        self.shape = (len(members), *members[0].shape)
+
+    def all(self) -> mx.array:
+        """Return the whole as an array and release the members."""
+        return self.take(0, self.shape[0])
+
+    def pop(self, expert: int) -> mx.array:
+        """Return one member and release it."""
+        member, self._members[expert] = self._members[expert], None
+        return cast("mx.array", member)
+
+    def take(self, start: int, stop: int) -> mx.array:
+        """Return ``[start:stop]`` as an array and release those members."""
+        chunk = mx.stack(self._members[start:stop])
+        self._members[start:stop] = [None] * (stop - start)
+        return chunk
+
+
+@dataclass(slots=True)
+class Arrays:
+    """An ``Operand`` with its values; a weight may be a ``Stack``."""
+
+    weights: list[Any]
+    parts: dict[str, list[Any]] = field(default_factory=dict)
+
+    def only(self) -> dict[str, mx.array]:
+        """Return the parts of a single weight, by role."""
+        return {role: arrays[0] for role, arrays in self.parts.items()}

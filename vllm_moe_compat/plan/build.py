@@ -1,0 +1,187 @@
+"""A ``Build``: one tensor to make, as data, and the part of it that is wanted.
+
+A build may be restricted to some experts, rows or columns of its targets ``[E, O, I]``:
+one expert that is read from disk, or the share of one rank. The restriction is part of the
+build, so the sources that are read, the memory estimate and the checks follow it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.names import layer_of
+from vllm_moe_compat.checkpoint.operations import Dequantize, Op, Operand, Spec
+from vllm_moe_compat.dtypes import nbytes
+from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
+
+Span: TypeAlias = tuple[int, int]
+"""``(start, stop)`` along one axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """The wanted part of a build's targets ``[E, O, I]``; None stands for a whole axis."""
+
+    experts: Span | None = None
+    rows: Span | None = None
+    columns: Span | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the wanted part of a tensor ``[…, O, I]``."""
+        lead, rows, columns = list(whole[:-2]), *whole[-2:]
+        if self.experts is not None:
+            lead[0] = _length(self.experts)
+        rows = rows if self.rows is None else _length(self.rows)
+        columns = columns if self.columns is None else _length(self.columns)
+        return (*lead, rows, columns)
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One tensor to make.
+
+    Attributes:
+        target: its name.
+        weights: the tensors that hold the numbers it is made of, in order.
+        parts: role → the further tensors of those weights, in the same order; empty where
+            they are stored as floats.
+        ops: the operations, first to last; none where the tensor only gets another name.
+        others: further targets, where the operations give more than one weight.
+        restriction: the wanted part of the targets.
+    """
+
+    target: str
+    weights: tuple[str, ...]
+    parts: tuple[tuple[str, tuple[str, ...]], ...]
+    ops: tuple[Op, ...]
+    others: tuple[str, ...] = ()
+    restriction: Restriction | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All tensors that come out, in the operations' order."""
+        return (self.target, *self.others)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All tensors that go in."""
+        return (*self.weights, *(name for _, names in self.parts for name in names))
+
+    @property
+    def layer(self) -> str:
+        """The layer of the target, or the target itself."""
+        layer = layer_of(self.target)
+        return layer.path if layer else self.target
+
+    def results(self, tensors: Mapping[str, TensorInfo], dtype: str) -> tuple[Spec, ...]:
+        """Return what the targets will be, by the operations' own algebra.
+
+        Args:
+            tensors: the sources' descriptions.
+            dtype: safetensors' name of the dtype that dequantising gives.
+        """
+        parts = {role: _specs(names, tensors) for role, names in self.parts}
+        operand = Operand(_specs(self.weights, tensors), parts)
+        for op in self.ops:
+            operand = op.result(operand, dtype)
+        if self.restriction is None:
+            return operand.weights
+        return tuple(
+            Spec(spec.dtype, self.restriction.shape(spec.shape)) for spec in operand.weights
+        )
+
+    def restricted(self, to: Restriction) -> Build:
+        """Return the build of a part of the targets ``[…, O, I]``.
+
+        Experts that are tensors of their own are left out as sources; of other sources the
+        part is read that ``region`` gives.
+        """
+        stack = next((op for op in self.ops if isinstance(op, StackExperts)), None)
+        if stack is None or to.experts is None:
+            return replace(self, restriction=to)
+        chosen = slice(*to.experts)
+        ops = tuple(StackExperts(_length(to.experts)) if op is stack else op for op in self.ops)
+        rest = replace(to, experts=None)
+        return replace(
+            self,
+            weights=self.weights[chosen],
+            parts=tuple((role, names[chosen]) for role, names in self.parts),
+            ops=ops,
+            restriction=None if rest == Restriction() else rest,
+        )
+
+    @property
+    def region(self) -> Restriction:
+        """The part of each source weight that has to be read.
+
+        Rows and columns are widened to whole blocks of the parts. Gate and up in one tensor
+        are read with all of their rows, and so is any source of an operation that has no
+        rows and columns to follow.
+        """
+        if self.restriction is None:
+            return Restriction()
+        experts, rows, columns = (
+            self.restriction.experts,
+            self.restriction.rows,
+            self.restriction.columns,
+        )
+        for op in reversed(self.ops):
+            match op:
+                case Transpose():
+                    rows, columns = columns, rows
+                case SplitGateUp():
+                    rows = None
+                case Dequantize():
+                    rows = _widened(rows, op.rows_per_part)
+                    columns = _widened(columns, op.columns_per_part)
+                case StackExperts():
+                    experts = None
+                case _:
+                    return Restriction()
+        return Restriction(experts, rows, columns)
+
+    def bytes_read(self, tensors: Mapping[str, TensorInfo]) -> int:
+        """Return the bytes of the sources' parts that have to be read."""
+        region = self.region
+        if region == Restriction():
+            return sum(nbytes(tensors[name].dtype, tensors[name].shape) for name in self.sources)
+        whole = tensors[self.weights[0]].shape
+        wanted = _clipped(region, whole).shape(whole)
+        share = math.prod(wanted) / math.prod(whole)
+        read = 0
+        for name in self.weights:
+            read += nbytes(tensors[name].dtype, wanted)
+        for _, names in self.parts:
+            for name in names:
+                info = tensors[name]
+                follows = len(info.shape) == len(whole) and math.prod(info.shape) > 1
+                size = nbytes(info.dtype, info.shape)
+                read += math.ceil(size * share) if follows else size
+        return read
+
+
+def _clipped(region: Restriction, whole: tuple[int, ...]) -> Restriction:
+    def clip(span: Span | None, size: int) -> Span | None:
+        return None if span is None else (span[0], min(span[1], size))
+
+    return Restriction(
+        region.experts, clip(region.rows, whole[-2]), clip(region.columns, whole[-1])
+    )
+
+
+def _widened(span: Span | None, block: int) -> Span | None:
+    """Return the span of whole blocks; the last block may end behind the tensor."""
+    return None if span is None else (span[0] // block * block, -(-span[1] // block) * block)
+
+
+def _specs(names: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> tuple[Spec, ...]:
+    """Describe the sources of one build; several are alike, or there were no plan."""
+    return tuple(Spec(tensors[n].dtype, tensors[n].shape) for n in names[:1]) * len(names)
