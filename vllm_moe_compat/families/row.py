@@ -13,27 +13,9 @@ from typing import Any
 from vllm_moe_compat.checkpoint.extras import Extras
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
-ANY, ALL = "any", "all"
-"""In ``Moe.reads``: every layout. In ``Row.fp8``: every form, multiplied out by upstream."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.$")
 GLU = ("gate_proj", "up_proj", "down_proj")
 W123 = ("w1", "w3", "w2")
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """What a release of mlx-lm has learnt, for one module and one form.
-
-    Attributes:
-        module: the last part of the module's path; ``*`` for every module.
-        since: the first mlx-lm version that has it.
-        then: fields of the row → what they are since then, as in ``Workaround.then``;
-            empty where the whole workaround is superfluous.
-    """
-
-    module: str
-    since: str
-    then: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +29,7 @@ class Workaround:
         remove_when: the condition on which the workaround goes.
         form: the checkpoint form that it serves.
         proofs: forms of ``upstream.forms`` in which upstream fails while it is needed.
-        then: fields of a row → what they are once upstream does it: of ``Row``, or
-            ``reads`` of its experts, ``widens`` and ``marks`` of its arithmetic.
         families: the recorded families that show it; the row's own where there are none.
-        fixed_in: the releases of mlx-lm that do it, as far as there are any.
     """
 
     id: str
@@ -59,9 +38,7 @@ class Workaround:
     remove_when: str
     form: str
     proofs: tuple[str, ...]
-    then: tuple[tuple[str, Any], ...]
     families: tuple[str, ...] = ()
-    fixed_in: tuple[Fixed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +113,10 @@ class Arithmetic:
         suffixes: how the norms' names end.
         mark: ``conv1d``: a convolution in torch's order; ``per-expert``: a layer
             whose experts are not stacked; ``router``: a router under ``.moe.``.
-        widens: whether narrow norms have to be widened before.
-        marks: whether the plan does it where upstream misses the mark.
     """
 
     suffixes: tuple[str, ...]
     mark: str
-    widens: bool = True
-    marks: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +133,8 @@ class Row:
         renames: patterns of names that it does not know, and what it calls them.
         splits: ends of fused tensors' names → the ends of their equal parts.
         fp8: the FP8 forms that its ``sanitize`` multiplies out in bfloat16: any of
-            ``block`` (of 128x128, 2-D, float scales) and ``tensor``, or ``all``; ``any``
-            for one whose FP8 is none of our business.
+            ``block`` (of 128x128, 2-D, float scales) and ``tensor``; ``mxfp8`` and ``any``
+            for a module that keeps those forms, or every form, packed.
         latent: where ``kv_b_proj`` is left whole that the module wants split.
         model_types: further ``model_type`` s that are this module's.
         config: what its arguments do not understand.

@@ -23,7 +23,7 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.numbers.fp8 import E8M0
 from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.families.row import ALL, Moe, Row
+from vllm_moe_compat.families.row import Moe, Row
 from vllm_moe_compat.plan.check_experts import check_experts, lies_transposed
 from vllm_moe_compat.plan.check_numbers import check_fp8
 from vllm_moe_compat.plan.findings import refuse
@@ -151,8 +151,7 @@ def make_plan(
     """
     if is_foreign(row, layout):
         return Plan(row.module, layout.words, digested=len(layout.fp8.pairs))
-    # What upstream is known to multiply out by now is left to it in float32, too.
-    digested = digests_fp8(row, layout) and not split and (not exact or ALL in row.fp8)
+    digested = digests_fp8(row, layout) and not split and not exact
     blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
     take = row.moe is not None and any(
         (split and (b.per_expert or _is_fp8(b, layout)))

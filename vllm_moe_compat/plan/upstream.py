@@ -5,13 +5,11 @@ from __future__ import annotations
 from vllm_moe_compat.checkpoint.experts import ExpertBlock, is_transposed
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.numbers.fp8 import E8M0, FLOATS
-from vllm_moe_compat.families.row import ALL, ANY, COMBINED, PER_EXPERT, TRANSPOSED, Moe, Row
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, Moe, Row
 
 
 def digests_block(moe: Moe, block: ExpertBlock, layout: Layout) -> bool:
     """Whether the module stacks these experts by itself, once they are floats."""
-    if ANY in moe.reads and not block.packed:
-        return True
     at_home = moe.source_of(block.path) == moe.sources[0]
     if not at_home or block.packed or not block.spelling <= {*moe.spelling, "gate_up_proj"}:
         return False
@@ -30,8 +28,6 @@ def digests_fp8(row: Row, layout: Layout) -> bool:
     """Whether the module multiplies all of the checkpoint's scales in by itself."""
     if not layout.fp8.pairs or not row.fp8:
         return False
-    if ALL in row.fp8:
-        return True
     tensors = layout.tensors
     shapes = {
         (tensors[w].shape, tensors[s].shape, tensors[s].dtype, s.endswith("_scale_inv"))
