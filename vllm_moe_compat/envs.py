@@ -93,14 +93,6 @@ QUANTIZE = Variable(
     "model.",
     ("none", "8bit", "mxfp8", "6bit", "4bit"),
 )
-FORCE = Variable(
-    "VLLM_MOE_COMPAT_FORCE",
-    "0",
-    "1 keeps every workaround at work, also where the installed mlx-lm is recorded to have learnt "
-    "what it does.",
-    ("0", "1"),
-    "switch",
-)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
@@ -119,7 +111,6 @@ VARIABLES: tuple[Variable, ...] = (
     BACKEND,
     DTYPE,
     QUANTIZE,
-    FORCE,
     SMOKE_MODEL,
     SMOKE_GOLDEN,
 )

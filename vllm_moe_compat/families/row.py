@@ -13,26 +13,8 @@ from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.checkpoint.names import layer_of
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
-ANY, ALL = "any", "all"
-"""In ``Moe.reads``: every layout. In ``Row.fp8``: every form, multiplied out by upstream."""
 GLU = ("gate_proj", "up_proj", "down_proj")
 W123 = ("w1", "w3", "w2")
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """What a release of mlx-lm has learnt, for one module and one form.
-
-    Attributes:
-        module: the last part of the module's path; ``*`` for every module.
-        since: the first mlx-lm version that has it.
-        then: fields of the row → what they are since then, as in ``Workaround.then``;
-            empty where the whole workaround is superfluous.
-    """
-
-    module: str
-    since: str
-    then: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +28,7 @@ class Workaround:
         remove_when: the condition on which the workaround goes.
         form: the checkpoint form that it serves.
         proofs: forms of ``upstream.forms`` in which upstream fails while it is needed.
-        then: fields of a row → what they are once upstream does it: of ``Row``, or
-            ``reads`` of its experts, ``widens`` and ``marks`` of its arithmetic.
         families: the recorded families that show it; the row's own where there are none.
-        fixed_in: the releases of mlx-lm that do it, as far as there are any.
     """
 
     id: str
@@ -58,9 +37,7 @@ class Workaround:
     remove_when: str
     form: str
     proofs: tuple[str, ...]
-    then: tuple[tuple[str, Any], ...]
     families: tuple[str, ...] = ()
-    fixed_in: tuple[Fixed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +118,10 @@ class Arithmetic:
         suffixes: how the norms' names end.
         mark: ``conv1d``: a convolution in torch's order; ``per-expert``: a layer
             whose experts are not stacked; ``router``: a router under ``.moe.``.
-        widens: whether narrow norms have to be widened before.
-        marks: whether the plan does it where upstream misses the mark.
     """
 
     suffixes: tuple[str, ...]
     mark: str
-    widens: bool = True
-    marks: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,12 @@
-"""What upstream does not do yet, each said once and shared by the rows that need it.
+"""What mlx-lm does not do yet: one ``Workaround`` each, shared by the rows that need it.
 
-``proofs`` are the forms of checkpoint in which upstream fails as long as that is so:
-``vllm-moe-compat status`` and the tests marked ``compat`` try them. A release of mlx-lm
-that does it is recorded in ``fixed_in``, per module and form; from that version on, rows
-step aside. What to delete in the end is listed in docs/removal.md.
+``proofs`` are the checkpoint forms in which mlx-lm fails while the workaround is needed.
+``vllm-moe-compat status`` and the tests marked ``compat`` try them.
 """
 
 from __future__ import annotations
 
-from vllm_moe_compat.checkpoint.extras import Extras
-from vllm_moe_compat.families.row import ALL, ANY, Workaround
+from vllm_moe_compat.families.row import Workaround
 
 _PR = "https://github.com/ml-explore/mlx-lm/pull/1224 (closed unmerged)"
 
@@ -20,7 +17,6 @@ FP8 = Workaround(
     remove_when="the module's own sanitize multiplies scales in, per block, channel and tensor",
     form="FP8",
     proofs=("block FP8 128", "block FP8", "per-channel FP8"),
-    then=(("fp8", (ALL,)),),
 )
 FP8_FORMS = Workaround(
     id="fp8-forms",
@@ -30,7 +26,6 @@ FP8_FORMS = Workaround(
     remove_when="the module's own sanitize takes every form of scale",
     form="FP8 other than blocks of 128x128",
     proofs=("block FP8", "per-channel FP8"),
-    then=(("fp8", (ALL,)),),
 )
 MINISTRAL_FP8 = Workaround(
     id="ministral-fp8",
@@ -40,7 +35,6 @@ MINISTRAL_FP8 = Workaround(
     remove_when="the module's own sanitize calls from_fp8",
     form="per-tensor FP8",
     proofs=("per-tensor FP8", "block FP8 128"),
-    then=(("fp8", (ALL,)),),
 )
 STACK_EXPERTS = Workaround(
     id="stack-experts",
@@ -49,7 +43,6 @@ STACK_EXPERTS = Workaround(
     remove_when="the module's own sanitize stacks per-expert tensors",
     form="per-expert",
     proofs=("per-expert",),
-    then=(("reads", (ANY,)),),
 )
 OTHER_LAYOUTS = Workaround(
     id="other-layouts",
@@ -58,7 +51,6 @@ OTHER_LAYOUTS = Workaround(
     remove_when="the module's own sanitize takes per-expert and combined experts",
     form="experts in another layout than the release's",
     proofs=("per-expert", "per-expert w1/w2/w3", "combined", "combined transposed"),
-    then=(("reads", (ANY,)),),
 )
 NESTED_VISION = Workaround(
     id="nested-vision",
@@ -67,7 +59,6 @@ NESTED_VISION = Workaround(
     remove_when="the module's own sanitize drops `model.language_model.visual.*`",
     form="vision tower nested in the language model",
     proofs=("nested vision tower",),
-    then=(("drops", Extras()),),
 )
 NORM_SHIFT = Workaround(
     id="norm-shift",
@@ -77,7 +68,6 @@ NORM_SHIFT = Workaround(
     remove_when="the module's own sanitize shifts norms in float32",
     form="bfloat16 norms, served in float32",
     proofs=("bfloat16 norms",),
-    then=(("widens", False),),
 )
 NORM_MARK = Workaround(
     id="norm-mark",
@@ -86,7 +76,6 @@ NORM_MARK = Workaround(
     remove_when="the shift no longer depends on conv1d",
     form="no linear attention",
     proofs=("release",),
-    then=(("marks", False),),
     families=("qwen3_5 softmax",),
 )
 EARLY_RETURN = Workaround(
@@ -97,7 +86,6 @@ EARLY_RETURN = Workaround(
     remove_when="the rest of sanitize no longer depends on the experts",
     form="combined or FP8 experts",
     proofs=("combined", "block FP8"),
-    then=(("marks", False),),
 )
 LAYER_61 = Workaround(
     id="layer-61",
@@ -106,7 +94,6 @@ LAYER_61 = Workaround(
     remove_when="the module's own sanitize drops layers from num_hidden_layers on",
     form="another depth than 61 layers",
     proofs=("release",),
-    then=(("around", None),),
     families=("deepseek_v3 deep", "kimi_k25 deep"),
 )
 ERNIE_BIAS = Workaround(
@@ -116,7 +103,6 @@ ERNIE_BIAS = Workaround(
     remove_when="Ernie4_5_MoeMLP has the bias",
     form="every form",
     proofs=("release",),
-    then=(("around", None),),
 )
 JAMBA_ROUTER = Workaround(
     id="jamba-router",
@@ -125,7 +111,6 @@ JAMBA_ROUTER = Workaround(
     remove_when="JambaSparseMoeBlock takes the softmax first",
     form="every form",
     proofs=("release",),
-    then=(("around", None),),
 )
 HUNYUAN_ROUTER = Workaround(
     id="hunyuan-router",
@@ -135,7 +120,6 @@ HUNYUAN_ROUTER = Workaround(
     remove_when="mlx-lm has a module for hunyuan_v1_moe",
     form="model_type hunyuan_v1_moe",
     proofs=("release",),
-    then=(("around", None),),
 )
 TIED_HEAD = Workaround(
     id="tied-head",
@@ -144,7 +128,6 @@ TIED_HEAD = Workaround(
     remove_when="the module's own sanitize loads tied checkpoints",
     form="tied embeddings",
     proofs=("release",),
-    then=(("around", None),),
     families=("qwen3_vl_moe tied",),
 )
 LATENT = Workaround(
@@ -154,7 +137,6 @@ LATENT = Workaround(
     remove_when="the module's own sanitize splits kv_b_proj",
     form="every published form",
     proofs=("release",),
-    then=(("latent", False),),
 )
 GPT_OSS_BF16 = Workaround(
     id="gpt-oss-bf16",
@@ -163,7 +145,6 @@ GPT_OSS_BF16 = Workaround(
     remove_when="the module's own sanitize loads what transformers saves",
     form="unquantised or FP8",
     proofs=("release",),
-    then=(("reads", (ANY,)),),
 )
 NAMES = Workaround(
     id="names",
@@ -172,7 +153,6 @@ NAMES = Workaround(
     remove_when="the module's own sanitize knows the names",
     form="saved with save_original_format=False",
     proofs=("in-library",),
-    then=(("renames", ()), ("splits", ())),
 )
 CONFIG = Workaround(
     id="config",
@@ -181,5 +161,4 @@ CONFIG = Workaround(
     remove_when="the module's ModelArgs read them",
     form="config.json written by transformers 5",
     proofs=("saved config",),
-    then=(("config", ()),),
 )

@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_compat import dormancy
 from vllm_moe_compat.checkpoint.headers import read_headers, weight_files
 from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.checkpoint.names import fold
@@ -69,7 +68,7 @@ def load_config_hook(
     told = registry.row_of_config(config, utils.MODEL_REMAPPING)
     if config.get("model_file") is not None:
         told = None
-    changed = registry.fix_config(dormancy.awake(told), config) if told is not None else []
+    changed = registry.fix_config(told, config) if told is not None else []
     row, module, reason = _find_row(ensure, utils, config)
     if changed and not quiet:
         logger.info("%s: config.json put into mlx-lm's words: %s", model_dir, ", ".join(changed))
@@ -82,9 +81,6 @@ def load_config_hook(
         if module and not quiet:
             _judge_unmapped(model_dir, module, reason)
         return config
-    if not quiet and (learnt := dormancy.learnt(row)):
-        logger.info("%s: %s", model_dir, dormancy.words(row, learnt))
-    row = dormancy.awake(row)
     if quiet and QUANTIZE.read() != "none":
         return config
     from vllm_moe_compat.execute.run_plan import target_dtype
@@ -138,7 +134,6 @@ def sanitize_hook(
     row = registry.row_for(owner)
     if row is None or _inside.get() or loads.aside.get() or not _are_arrays(weights):
         return original(model, weights, *args, **kwargs)
-    row = dormancy.awake(row)
     token = _inside.set(True)
     try:
         load = loads.current.get()

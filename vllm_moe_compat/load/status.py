@@ -19,7 +19,7 @@ RIGHT, WRONG, REFUSED, FAILS = "right", "wrong", "refused", "fails"
 PATCHED, WAITING, REVERTED, UNAPPLIED, OFF = "patched", "waiting", "reverted", "not applied", "off"
 UNPATCHABLE, DISPLACED = "unpatchable", "displaced"
 ACTIVE, DORMANT, BROKEN = "active", "dormant", "broken"
-NEEDED, LEARNT, NOT_PROBED = "needed", "left to mlx-lm", "not probed"
+NEEDED, NOT_PROBED = "needed", "not probed"
 
 _SPOKEN = {WAITING: "waiting for their import"}
 
@@ -67,7 +67,7 @@ class WorkaroundStatus:
         id: its short name.
         form: the checkpoint form that it serves.
         state: ``needed`` (upstream fails in a probe of it), ``dormant`` (upstream is right
-            in all of them), ``left to mlx-lm`` (by the recorded version), ``not probed``.
+            in all of them), ``not probed``.
         evidence: what the probes said, or why there was none.
         why: what goes wrong without it.
         upstream: where upstream discusses it, or where its code is.
@@ -175,7 +175,7 @@ class Status:
             lines += [
                 f"    {entry.id}: {entry.state}" + (f", {entry.evidence}" if entry.evidence else "")
                 for entry in row.workarounds
-                if entry.state in (DORMANT, LEARNT) or row.probes
+                if row.probes
             ]
         if self.load is not None:
             lines.append(f"  last load: {self.load}")

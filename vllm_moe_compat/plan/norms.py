@@ -37,16 +37,16 @@ def norms(
     ]
     convs = [n for n in layout.tensors if n.endswith("conv1d.weight")]
     raw = [n for n in convs if layout.tensors[n].shape[-1:] != (1,)]
-    narrow = tuple(n for n in found if rule.widens and layout.tensors[n].dtype in _NARROW)
+    narrow = tuple(n for n in found if layout.tensors[n].dtype in _NARROW)
     published = any(n.startswith("model.") for n in found)
     match rule.mark:
         case "conv1d":
-            unmarked = published and not convs
-            if raw or (unmarked and not rule.marks):
+            if raw:
                 return [], narrow, False
+            unmarked = published and not convs
             return [(n, Add(1.0)) for n in found if unmarked], (), False
         case "per-expert":
-            if stacking and rule.marks:
+            if stacking:
                 ops: list[tuple[str, Op]] = [(n, Add(1.0)) for n in found]
                 return ops + [(n, Transpose()) for n in raw], (), True
             return [], narrow if any(b.per_expert for b in layout.experts) else (), False

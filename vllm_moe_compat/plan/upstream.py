@@ -6,13 +6,11 @@ from collections.abc import Collection
 
 from vllm_moe_compat.checkpoint.experts import ExpertBlock, is_transposed
 from vllm_moe_compat.checkpoint.layout import Layout
-from vllm_moe_compat.families.row import ANY, COMBINED, PER_EXPERT, TRANSPOSED, Moe, Row
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, Moe, Row
 
 
 def digests_block(moe: Moe, block: ExpertBlock, layout: Layout) -> bool:
     """Whether the module stacks these experts by itself, once they are floats."""
-    if ANY in moe.reads and not block.packed:
-        return True
     at_home = moe.source_of(block.path) == moe.sources[0]
     if not at_home or block.packed or not block.spelling <= {*moe.spelling, "gate_up_proj"}:
         return False

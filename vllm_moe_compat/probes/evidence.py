@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_moe_compat import dormancy
 from vllm_moe_compat.families.row import Row, Workaround
 from vllm_moe_compat.load.status import (
     ACTIVE,
     BROKEN,
     DORMANT,
     FAILS,
-    LEARNT,
     NEEDED,
     NOT_PROBED,
     REFUSED,
@@ -136,20 +134,11 @@ def proofs(workaround: Workaround, probes: Iterable[Probe]) -> list[Probe]:
 
 def workarounds(row: Row, examined: Examined | None) -> tuple[WorkaroundStatus, ...]:
     """Say of each of the row's workarounds whether it is needed, and by what evidence."""
-    learnt = {w.id: fixed for w, fixed in dormancy.learnt(row) if not fixed.then}
-    partly = {w.id: fixed for w, fixed in dormancy.learnt(row) if fixed.then}
     found = []
     for workaround in row.workarounds:
-        if workaround.id in learnt:
-            state = LEARNT
-            evidence = f"recorded: mlx-lm {learnt[workaround.id].since} and later do it"
-        elif examined is None:
-            state, evidence = NOT_PROBED, ""
-        else:
+        state, evidence = NOT_PROBED, ""
+        if examined is not None:
             state, evidence = _judge(workaround, examined)
-        if workaround.id in partly:
-            fields = ", ".join(f"{name} {value}" for name, value in partly[workaround.id].then)
-            evidence += f"{'; ' if evidence else ''}recorded: mlx-lm does {fields}"
         found.append(
             WorkaroundStatus(
                 workaround.id,
@@ -193,4 +182,4 @@ def state_of(examined: Examined, entries: Iterable[WorkaroundStatus]) -> tuple[s
         why = f"{first.family}, {first.form}: {first.patched.word} ({first.patched.why[:200]})"
         return BROKEN, why + (f", and {len(bad) - 1} more" if len(bad) > 1 else "")
     states = {entry.state for entry in entries}
-    return (DORMANT if states and states <= {DORMANT, LEARNT} else ACTIVE), ""
+    return (DORMANT if states == {DORMANT} else ACTIVE), ""
