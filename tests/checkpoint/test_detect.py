@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
-from vllm_moe_compat.checkpoint.numbers.fp8 import infer_fp8
+from vllm_moe_compat.checkpoint.numbers import infer_dtypes
 from vllm_moe_compat.errors import CompatError, LayoutError
 
 L = "model.layers.0.mlp"
@@ -59,14 +59,14 @@ def test_extras_are_set_aside_before_anything_else():
     tensors = fp8("mtp.layers.0.mlp.experts.3.up_proj.weight", "model.visual.x.weight")
     layout = detect(tensors, {}, Extras(("model.visual",), ("mtp.",)))
     assert not layout.tensors
-    assert not layout.fp8
+    assert not layout.numbers.found
     assert not layout.experts
     assert layout.ignored == tensors.keys()
 
 
 def test_scales_find_their_weights_in_two_and_three_dimensions():
     layout = detect(fp8("a.weight", f"{L}.experts.gate_up_proj"), {})
-    assert layout.fp8.pairs == {
+    assert {n: dict(f.weights[n].parts)["scale"] for n, f in layout.numbers.weights.items()} == {
         "a.weight": "a.weight_scale_inv",
         f"{L}.experts.gate_up_proj": f"{L}.experts.gate_up_proj_scale_inv",
     }
@@ -77,14 +77,14 @@ def test_e4m3_scales_of_packed_formats_are_no_weights():
         "a.weight": TensorInfo("U8", (4, 4)),
         "a.weight_scale": TensorInfo("F8_E4M3", (4, 1)),
     }
-    assert not detect(tensors, {}).fp8
-    assert not detect(infer_fp8(tensors), {}).fp8
+    assert not detect(tensors, {}).numbers.found
+    assert not detect(infer_dtypes(tensors), {}).numbers.found
 
 
 def test_bytes_with_a_scale_and_bytes_without_any_are_fp8():
     u8 = TensorInfo("U8", (4, 4))
     scale = TensorInfo("F32", (1, 1))
-    tensors = infer_fp8({"a.weight": u8, "a.weight_scale_inv": scale, "b.weight": u8, "c": u8})
+    tensors = infer_dtypes({"a.weight": u8, "a.weight_scale_inv": scale, "b.weight": u8, "c": u8})
     assert [tensors[n].dtype for n in ("a.weight", "b.weight", "c")] == ["F8_E4M3"] * 2 + ["U8"]
 
 
@@ -102,8 +102,9 @@ def test_each_familys_key_counts(key: str):
 
 def test_a_block_comes_from_either_section():
     quantization = {"quantization_config": {"weight_block_size": [64, 32]}}
-    assert detect(fp8("a.weight"), quantization).blocks == ((64, 32),)
-    assert detect(fp8("a.weight"), {"text_config": quantization}).blocks == ((64, 32),)
+    assert detect(fp8("a.weight"), quantization).numbers.found[0].blocks == ((64, 32),)
+    nested = {"text_config": quantization}
+    assert detect(fp8("a.weight"), nested).numbers.found[0].blocks == ((64, 32),)
 
 
 @pytest.mark.parametrize("value", [-1, "8", 2.0, True, [8]])
@@ -168,7 +169,7 @@ def test_any_names_and_config_give_a_plan_or_a_named_refusal(tensors: Any, confi
     for row in TRANSFORMS_BY_MODULE.values():
         with contextlib.suppress(CompatError):
             plan = make_plan(detect(tensors, config, row.ignored), row, config)
-            sources = [n for b in plan.builds for n in (*b.weights, *b.scales)]
+            sources = [name for build in plan.builds for name in build.sources]
             assert len(sources) == len(set(sources))
             assert set(sources) <= tensors.keys()
 

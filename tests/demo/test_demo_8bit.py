@@ -9,7 +9,7 @@ import pytest
 import vllm_moe_compat
 from support.engine import in_process_llm
 from vllm_moe_compat import demo
-from vllm_moe_compat.load.context import last_report
+from vllm_moe_compat.load.report import last_report
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ def loaded(demo_checkpoint: demo.DemoCheckpoint) -> tuple[Any, Any]:
     import mlx.core as mx
     import mlx_lm
 
-    from vllm_moe_compat.load.context import serving_dtype_as
+    from vllm_moe_compat.load.options import loading_with
 
-    with vllm_moe_compat.applied(), serving_dtype_as("float32"):
+    with vllm_moe_compat.applied(), loading_with(dtype="float32"):
         model, tokenizer = mlx_lm.load(str(demo_checkpoint.path))
     model.set_dtype(mx.float32)
     return model, tokenizer

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_compat.execute import arrays
-from vllm_moe_compat.execute import build_tensor as fill
-from vllm_moe_compat.execute import fp8_tables as lookup
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8
+from vllm_moe_compat.execute import build_tensor, fp8_tables
 from vllm_moe_compat.execute.fp8_tables import bits
-from vllm_moe_compat.plan.ops import DequantizeFp8, SplitGateUp, StackExperts
+from vllm_moe_compat.execute.numbers import fp8
+from vllm_moe_compat.execute.stack import DTYPES, Arrays
+from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts
 
 BLOCKS = [(128, 128), (64, 32), (1, 2048), (4096, 4096), (100, 24), (3, 5)]
 
@@ -21,7 +22,7 @@ def product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: st
     """By conversion and multiplication, weight by weight."""
     rows, columns = weight.shape[1:]
     wide = mx.repeat(mx.repeat(scale, block[0], axis=1)[:, :rows], block[1], axis=2)[:, :, :columns]
-    return (mx.from_fp8(weight, dtype=mx.float32) * wide).astype(arrays.DTYPES[dtype])
+    return (mx.from_fp8(weight, dtype=mx.float32) * wide).astype(DTYPES[dtype])
 
 
 def operands(
@@ -46,7 +47,7 @@ def same(found: mx.array, wanted: mx.array) -> bool:
     block=st.sampled_from(BLOCKS),
     indices=st.sampled_from([1, 1000, 2**17]),
     entries=st.sampled_from([1, 2**12, 2**21]),
-    dtype=st.sampled_from(list(arrays.DTYPES)),
+    dtype=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 2**16),
 )
 def test_a_table_gives_the_products_bit_for_bit(
@@ -54,10 +55,10 @@ def test_a_table_gives_the_products_bit_for_bit(
 ):
     weight, scale = operands((experts, rows, columns), block, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "_INDICES", indices)
-        patch.setattr(lookup, "_ENTRIES", entries)
-        multiply, kind = arrays.multiplied_in(dtype), arrays.DTYPES[dtype]
-        found = lookup.product(weight, scale, block, multiply, kind)
+        patch.setattr(fp8_tables, "_INDICES", indices)
+        patch.setattr(fp8_tables, "_ENTRIES", entries)
+        multiply, kind = fp8._multiply(dtype), DTYPES[dtype]
+        found = fp8_tables.product(weight, scale, block, multiply, kind)
     assert same(found, product(weight, scale, block, dtype))
 
 
@@ -66,21 +67,20 @@ def test_halves_go_straight_into_their_targets_wherever_blocks_end(block):
     shape = (5, 400, 512)  # A half has 200 rows, which no block divides.
     weight, scale = operands(shape, block, 3)
     wanted = product(weight, scale, block, "bfloat16")
-    given_ = arrays.Arrays([weight[e] for e in range(5)], [scale[e] for e in range(5)])
+    given_ = Arrays([weight[e] for e in range(5)], {"scale": [scale[e] for e in range(5)]})
     ops = (StackExperts(5), DequantizeFp8(block), SplitGateUp())
     with pytest.MonkeyPatch.context() as patch:
         taken = []
-        patch.setattr(
-            fill, "_looked_up", lambda *args, of=fill._looked_up: taken.append(1) or of(*args)
-        )
-        made = fill.make(ops, given_, ["gate", "up"], "bfloat16")
-    assert bool(taken) == (block[0] * block[1] >= 8 * lookup.VALUES)
+        tables = fp8_tables.Tables
+        patch.setattr(fp8_tables, "Tables", lambda *args: taken.append(1) or tables(*args))
+        made = build_tensor.make(ops, given_, ["gate", "up"], "bfloat16")
+    assert bool(taken) == (block[0] * block[1] >= 8 * fp8_tables.VALUES)
     assert same(made["gate"], mx.contiguous(wanted[:, :200]))
     assert same(made["up"], mx.contiguous(wanted[:, 200:]))
     assert given_.weights == []
 
 
 def test_small_blocks_are_multiplied():
-    assert lookup.pays(512, 512, (128, 128))
-    assert not lookup.pays(512, 512, (4, 4))
-    assert not lookup.pays(512, 64, (1, 128))
+    assert fp8_tables.pays(512, 512, (128, 128))
+    assert not fp8_tables.pays(512, 512, (4, 4))
+    assert not fp8_tables.pays(512, 64, (1, 128))

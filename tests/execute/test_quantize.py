@@ -21,7 +21,8 @@ from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpoin
 from vllm_moe_compat.execute import arrays
 from vllm_moe_compat.execute import run_plan as ex
 from vllm_moe_compat.load import context, memory
-from vllm_moe_compat.load.context import last_report, serving_dtype_as
+from vllm_moe_compat.load.options import loading_with
+from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.plan.ops import JoinGateUp, SplitGateUp
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 
@@ -270,7 +271,7 @@ def test_the_serving_dtype_is_that_of_the_scales(tmp_path: Path, monkeypatch):
     path = build(fp8=Fp8(), sizes=SIZES).write(tmp_path)
     monkeypatch.setenv("VLLM_MOE_COMPAT_DTYPE", "")
     monkeypatch.setenv(QUANTIZE, "8bit")
-    with serving_dtype_as("float32"):
+    with loading_with(dtype="float32"):
         assert parameters(load(path))[f"{EXPERTS}.up_proj.scales"].dtype == mx.float32
     assert parameters(load(path))[f"{EXPERTS}.up_proj.scales"].dtype == mx.bfloat16
 

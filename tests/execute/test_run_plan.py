@@ -13,19 +13,16 @@ from hypothesis import strategies as st
 
 from support.checkpoints import dequantize as oracle
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8, QuantizeFp8, scale_grid
+from vllm_moe_compat.checkpoint.operations import Operand, Spec
+from vllm_moe_compat.execute import arrays, stack
 from vllm_moe_compat.execute import run_plan as ex
 from vllm_moe_compat.execute.build_tensor import make
-from vllm_moe_compat.plan.ops import (
-    DequantizeFp8,
-    Operand,
-    QuantizeFp8,
-    Spec,
-    StackExperts,
-    UnstackExperts,
-    scale_grid,
-)
-from vllm_moe_compat.plan.planner import Build, Plan
+from vllm_moe_compat.execute.numbers import fp8
+from vllm_moe_compat.execute.stack import Arrays
+from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.ops import StackExperts, UnstackExperts
+from vllm_moe_compat.plan.planner import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALES = {mx.float32: torch.float32, mx.bfloat16: torch.bfloat16, mx.float16: torch.float16}
@@ -49,6 +46,10 @@ def expected(
     return oracle(values, factors, block).to(DTYPES[dtype])
 
 
+def dequantize(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
+    return arrays.dequantize(weight, DequantizeFp8(block), {"scale": scale}, dtype)
+
+
 def equal(found: mx.array, wanted: torch.Tensor) -> bool:
     as_float = np.array(found.astype(mx.float32))
     return found.shape == tuple(wanted.shape) and np.array_equal(as_float, wanted.float().numpy())
@@ -56,7 +57,7 @@ def equal(found: mx.array, wanted: torch.Tensor) -> bool:
 
 def test_every_byte_of_e4m3_has_torchs_value():
     values = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    found = arrays.dequantize(mx.array(values), mx.ones((1, 1)), (128, 128), "float32")
+    found = dequantize(mx.array(values), mx.ones((1, 1)), (128, 128), "float32")
     wanted = torch.tensor(values).view(torch.float8_e4m3fn).float().numpy()
     assert np.array_equal(np.array(found), wanted, equal_nan=True)
 
@@ -82,8 +83,8 @@ def test_dequantising_rounds_the_exact_product_once(
     weight = random_fp8((*lead, rows, columns), rng)
     factors = scales(scale_grid(weight.shape, block), scale, rng)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "TEMPORARY_BYTES", budget)
-        found = arrays.dequantize(mx.array(weight), factors, block, dtype)
+        patch.setattr(stack, "TEMPORARY_BYTES", budget)
+        found = dequantize(mx.array(weight), factors, block, dtype)
     assert equal(found, expected(weight, factors, block, dtype))
 
 
@@ -100,20 +101,18 @@ def test_stacking_first_equals_dequantising_first(experts, rows, columns, block,
     rng = np.random.default_rng(seed)
     weights = [mx.array(random_fp8((rows, columns), rng)) for _ in range(experts)]
     factors = [scales(scale_grid((rows, columns), block), mx.float32, rng) for _ in weights]
-    each = [
-        arrays.dequantize(w, s, block, "bfloat16") for w, s in zip(weights, factors, strict=True)
-    ]
+    each = [dequantize(w, s, block, "bfloat16") for w, s in zip(weights, factors, strict=True)]
     store = {f"w{e}": w for e, w in enumerate(weights)} | {
         f"s{e}": s for e, s in enumerate(factors)
     }
     build = Build(
         "out",
         tuple(f"w{e}" for e in range(experts)),
-        tuple(f"s{e}" for e in range(experts)),
+        (("scale", tuple(f"s{e}" for e in range(experts))),),
         (StackExperts(experts), DequantizeFp8(block)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "TEMPORARY_BYTES", budget)
+        patch.setattr(stack, "TEMPORARY_BYTES", budget)
         ex.execute(Plan("m", "", (build,)), store, "bfloat16")
     assert list(store) == ["out"]
     assert mx.array_equal(store["out"].view(mx.uint16), mx.stack(each).view(mx.uint16))
@@ -130,23 +129,23 @@ def test_quantising_undoes_dequantising(rows, columns, block, seed):
     rng = np.random.default_rng(seed)
     op = QuantizeFp8(block)
     weight = mx.array(rng.standard_normal((2, rows, columns)).astype(np.float32))
-    packed = arrays.run(op, arrays.Arrays([weight]), "float32")
+    packed = arrays.run(op, Arrays([weight]), "float32")
     values = arrays.run(op.inverse(), packed, "float32").weights[0]
-    again = arrays.run(op, arrays.Arrays([values]), "float32")
+    again = arrays.run(op, Arrays([values]), "float32")
     assert mx.array_equal(again.weights[0], packed.weights[0])
-    assert mx.allclose(again.scales[0], packed.scales[0], rtol=1e-6)
+    assert mx.allclose(again.parts["scale"][0], packed.parts["scale"][0], rtol=1e-6)
     # E4M3 keeps four significant bits: half a step is 1/16 of the number.
     largest = mx.abs(weight).max().item()
     assert mx.abs(values - weight).max().item() <= largest / 16
     spec = Operand((Spec("F32", weight.shape),))
     result = op.result(spec, "F32")
     assert packed.weights[0].shape == result.weights[0].shape
-    assert packed.scales[0].shape == result.scales[0].shape
+    assert packed.parts["scale"][0].shape == result.parts["scale"][0].shape
     assert op.inverse().result(result, "F32") == spec
 
 
 def test_a_block_of_zeros_quantises_to_zeros():
-    packed, scale = arrays.quantize(mx.zeros((4, 4)), (2, 2))
+    packed, scale = fp8.quantize(mx.zeros((4, 4)), (2, 2))
     assert not packed.any().item()
     assert (scale == 1).all().item()
 
@@ -155,11 +154,13 @@ def test_unstacking_undoes_stacking():
     weights = [mx.full((3, 5), e, dtype=mx.uint8) for e in range(4)]
     factors = [mx.full((1, 1), float(e)) for e in range(4)]
     op = StackExperts(4)
-    stacked = arrays.run(op, arrays.Arrays(list(weights), list(factors)), "float32")
-    whole = arrays.Arrays([stacked.weights[0].take(0, 4)], stacked.scales)
+    stacked = arrays.run(op, Arrays(list(weights), {"scale": list(factors)}), "float32")
+    whole = Arrays([stacked.weights[0].take(0, 4)], stacked.parts)
     apart = arrays.run(op.inverse(), whole, "float32")
     assert all(mx.array_equal(a, b).item() for a, b in zip(apart.weights, weights, strict=True))
-    assert all(mx.array_equal(a, b).item() for a, b in zip(apart.scales, factors, strict=True))
+    assert all(
+        mx.array_equal(a, b).item() for a, b in zip(apart.parts["scale"], factors, strict=True)
+    )
     assert isinstance(op.inverse(), UnstackExperts)
 
 
@@ -177,13 +178,13 @@ def experts_of(count: int, rows: int, columns: int) -> tuple[dict[str, mx.array]
             )
         ops = (StackExperts(count), DequantizeFp8((128, 128)))
         scale_names = tuple(f"{n}_scale_inv" for n in names)
-        builds.append(Build(f"layers.{layer}.out", tuple(names), scale_names, ops))
+        builds.append(Build(f"layers.{layer}.out", tuple(names), (("scale", scale_names),), ops))
     mx.eval(store)
     return store, Plan("m", "", tuple(builds))
 
 
 def test_the_peak_is_the_final_size_plus_a_fraction_of_one_layer(monkeypatch):
-    monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 2**20)
+    monkeypatch.setattr(stack, "TEMPORARY_BYTES", 2**20)
     store, plan = experts_of(16, 256, 512)
     gc.collect()
     mx.clear_cache()
@@ -200,7 +201,7 @@ def test_the_peak_is_the_final_size_plus_a_fraction_of_one_layer(monkeypatch):
 def test_only_what_the_plan_names_is_touched():
     other = mx.ones(3)
     store = {"a": mx.zeros((2, 2), dtype=mx.uint8), "a_s": mx.ones((1, 1)), "b": other, "c": other}
-    build = Build("a", ("a",), ("a_s",), (DequantizeFp8((2, 2)),))
+    build = Build("a", ("a",), (("scale", ("a_s",)),), (DequantizeFp8((2, 2)),))
     ex.execute(Plan("m", "", (build,), drops=("c", "not there")), store, "float32")
     assert set(store) == {"a", "b"}
     assert store["b"] is other
@@ -215,15 +216,15 @@ def test_arrays_are_described_without_being_read():
 
 @pytest.mark.parametrize("name", ["float8", "BF16", "no"])
 def test_a_serving_dtype_that_is_none_is_refused(name: str):
-    from vllm_moe_compat.load.context import serving_dtype_as
+    from vllm_moe_compat.load.options import loading_with
 
-    with pytest.raises(ValueError, match=name), serving_dtype_as(name):
+    with pytest.raises(ValueError, match=name), loading_with(dtype=name):
         pass
 
 
 def test_no_caller_keeps_the_sources_alive():
-    operand = arrays.Arrays([mx.zeros((2, 2), dtype=mx.uint8)] * 2, [mx.ones((1, 1))] * 2)
+    operand = Arrays([mx.zeros((2, 2), dtype=mx.uint8)] * 2, {"scale": [mx.ones((1, 1))] * 2})
     made = make((StackExperts(2), DequantizeFp8((2, 2))), operand, ["a"], "float32")
     assert not operand.weights
-    assert not operand.scales
+    assert not operand.parts
     assert made["a"].shape == (2, 2, 2)

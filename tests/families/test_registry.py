@@ -52,7 +52,7 @@ def test_a_class_that_two_modules_share_is_its_owners():
     assert row_for(solar_open.Model) is row("glm4_moe")
     assert row_of_config({"model_type": "solar_open"}, {}) is row("solar_open")
     ours, owners = row("solar_open"), row("glm4_moe")
-    assert (ours.moe, ours.extras, ours.fp8) == (owners.moe, owners.extras, owners.fp8)
+    assert (ours.moe, ours.extras, ours.digests) == (owners.moe, owners.extras, owners.digests)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
@@ -68,7 +68,7 @@ def test_a_workaround_says_why_where_and_until_when(row):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
 def test_a_row_without_workarounds_would_be_none(row):
     """But for a row that says whose FP8 is not ours to read."""
-    assert row.workarounds or row.fp8 == ("any",)
+    assert row.workarounds or row.keeps == ("fp8", "mxfp4 blocks")
     assert bool(row.config) == ("config" in {w.id for w in row.workarounds})
     assert bool(row.renames or row.splits) == ("names" in {w.id for w in row.workarounds})
 

@@ -19,7 +19,7 @@ from parity.forms import FORM_BY_NAME, build
 from support.checkpoints import Checkpoint
 from support.loading import load, new_model, parameters, same_bits
 from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.load.context import last_report
+from vllm_moe_compat.load.report import last_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

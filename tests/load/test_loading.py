@@ -14,7 +14,8 @@ import torch
 import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import distance, load, new_model, parameters, read, same_bits
-from vllm_moe_compat.load.context import last_report, serving_dtype_as
+from vllm_moe_compat.load.options import loading_with
+from vllm_moe_compat.load.report import last_report
 
 LIMIT = 1e-5
 RAGGED = Sizes(hidden=192, intermediate=200)
@@ -134,7 +135,7 @@ def test_mlx_form_passes_bit_for_bit(bits: int | None, tmp_path: Path, caplog):
 def test_experts_come_out_as_their_values_dequantised_and_rounded_once(form: str, tmp_path: Path):
     checkpoint = build(form, Fp8(scale=torch.float32), sizes=RAGGED)
     checkpoint.write(tmp_path)
-    with serving_dtype_as("bfloat16"):
+    with loading_with(dtype="bfloat16"):
         found = parameters(load(tmp_path))
     for layer in range(4):
         wanted = checkpoint.model.model.layers[layer].mlp.experts
@@ -162,7 +163,7 @@ def test_target_dtype_follows_setting_then_server_then_device(
     monkeypatch.setenv("VLLM_MOE_COMPAT_DTYPE", setting)
     path = build(fp8=Fp8()).write(tmp_path)
     if serving:
-        with serving_dtype_as(serving):
+        with loading_with(dtype=serving):
             found = parameters(load(path))
     else:
         found = parameters(load(path))

@@ -23,7 +23,8 @@ from support.loading import load, new_model, parameters, read, same_bits
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.load import patching
-from vllm_moe_compat.load.context import current, last_report
+from vllm_moe_compat.load.context import current
+from vllm_moe_compat.load.report import last_report
 
 STOCK = {
     (mlx_lm.utils, "load_config"): mlx_lm.utils.load_config,

@@ -24,10 +24,11 @@ from parity.test_parity import check
 from parity.verdict import judge
 from support.checkpoints import Checkpoint
 from support.loading import read
+from support.rewriting import layout_to
 from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.families.registry import fix_config, row_of_config
 from vllm_moe_compat.rewrite.run_rewrite import rewrite
-from vllm_moe_compat.rewrite.written_layout import LAYOUTS, Form
+from vllm_moe_compat.rewrite.written_layout import LAYOUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
@@ -57,7 +58,7 @@ def test_every_layout_computes_the_same(family: Family, tmp_path: Path):
         fixed = json.loads((folder / "config.json").read_text())
         fix_config(row, fixed)
         for layout in LAYOUTS:
-            form = Form(layout, block=block, e8m0=block is not None)
+            form = layout_to(layout, block=block, e8m0=block is not None)
             headers = read_headers(folder)
             made = rewrite(read(folder), row, fixed, form, tensors=headers, dtype="float32")
             tensors = {name: _torch(name, array) for name, array in made}

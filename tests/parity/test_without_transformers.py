@@ -28,10 +28,10 @@ from parity.mlx_families import FAMILIES, MlxFamily, Tensors
 from parity.reference import GRAIN, TOKENS, four_bits
 from support.checkpoints import Checkpoint
 from support.loading import new_model, parameters, same_bits
+from support.rewriting import layout_to
 from vllm_moe_compat.families.registry import row_for
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT
 from vllm_moe_compat.rewrite.run_rewrite import rewrite
-from vllm_moe_compat.rewrite.written_layout import Form
 
 BLOCK = (32, 32)
 # Form: layout, none being the family's own, and how FP8 is described.
@@ -111,7 +111,7 @@ def checkpoint(family: MlxFamily, form: str) -> Checkpoint:
     config = dict(reference.config)
     row = row_for(type(new_model(config)))
     assert row is not None
-    written = rewrite(dict(reference.parameters), row, config, Form(layout or family.layout))
+    written = rewrite(dict(reference.parameters), row, config, layout_to(layout or family.layout))
     tensors: dict[str, torch.Tensor] = {}
     for name, array in family.published(dict(written)).items():
         tensors[name] = torch.from_numpy(np.array(array.astype(mx.float32)))

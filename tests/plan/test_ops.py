@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_compat.plan.ops import DequantizeFp8, Operand, Spec, StackExperts, scale_grid
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8, scale_grid
+from vllm_moe_compat.checkpoint.operations import Operand, Spec
+from vllm_moe_compat.plan.ops import StackExperts
 
 SIZE = st.integers(1, 300)
 BLOCK = st.tuples(st.integers(1, 200), st.integers(1, 200))
@@ -28,7 +30,8 @@ def test_edge_blocks_count_whole(shape, block, grid):
 @given(experts=st.integers(1, 9), rows=SIZE, columns=SIZE, block=BLOCK)
 def test_every_operation_and_its_inverse_cancel(experts, rows, columns, block):
     grid = scale_grid((rows, columns), block)
-    given_ = Operand((Spec("F8_E4M3", (rows, columns)),) * experts, (Spec("F32", grid),) * experts)
+    scales = (Spec("F32", grid),) * experts
+    given_ = Operand((Spec("F8_E4M3", (rows, columns)),) * experts, {"scale": scales})
     stack, dequantize = StackExperts(experts), DequantizeFp8(block)
     stacked = stack.result(given_, "BF16")
     assert stacked.weights == (Spec("F8_E4M3", (experts, rows, columns)),)
@@ -51,6 +54,6 @@ def test_unequal_tensors_do_not_stack():
 
 
 def test_a_grid_of_another_block_does_not_scale():
-    operand = Operand((Spec("F8_E4M3", (192, 192)),), (Spec("F32", (2, 2)),))
+    operand = Operand((Spec("F8_E4M3", (192, 192)),), {"scale": (Spec("F32", (2, 2)),)})
     with pytest.raises(ValueError, match="does not scale"):
         DequantizeFp8((64, 64)).result(operand, "BF16")

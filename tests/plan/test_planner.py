@@ -6,9 +6,10 @@ import pytest
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8
 from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.plan.ops import DequantizeFp8, SplitGateUp, StackExperts
+from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts
 from vllm_moe_compat.plan.planner import Plan, make_plan
 
 MOE = TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"]
@@ -36,7 +37,7 @@ def plan(tensors: dict[str, TensorInfo], row=MOE) -> Plan:
 def test_per_expert_bf16_is_only_stacked():
     found = plan(per_expert("BF16"))
     assert len(found.builds) == 6
-    assert all(b.ops == (StackExperts(3),) and not b.scales for b in found.builds)
+    assert all(b.ops == (StackExperts(3),) and not b.parts for b in found.builds)
     assert (found.experts, found.stacked, found.dequantized) == (3, 2, 0)
 
 
@@ -44,7 +45,7 @@ def test_per_expert_fp8_is_stacked_and_then_dequantised():
     found = plan(per_expert("F8_E4M3"))
     (build, *_) = found.builds
     assert build.ops == (StackExperts(3), DequantizeFp8((128, 128)))
-    assert build.scales == tuple(f"{name}_scale_inv" for name in build.weights)
+    assert build.parts == (("scale", tuple(f"{name}_scale_inv" for name in build.weights)),)
     assert found.dequantized == 18
 
 

@@ -15,8 +15,8 @@ from vllm_moe_compat import envs
 from vllm_moe_compat.families import workarounds as w
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row, Workaround
-from vllm_moe_compat.load import context
 from vllm_moe_compat.load import status as state
+from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.probes import evidence
 from vllm_moe_compat.probes.evidence import Examined, examine
 from vllm_moe_compat.probes.probe import probe
@@ -129,14 +129,14 @@ def test_probing_leaves_the_process_alone(
     monkeypatch.setenv(envs.QUANTIZE.name, "4bit")
     monkeypatch.setenv(envs.DTYPE.name, "bfloat16")
     row = TRANSFORMS_BY_MODULE["mlx_lm.models.olmoe"]
-    before = context.last_report()
+    before = last_report()
     caplog.clear()
     made = probe(families()["olmoe"], row, "block FP8", patched=True)
     assert made is not None
     assert made.patched == state.Verdict(state.RIGHT, distance=made.patched.distance)
     assert made.upstream.word == state.REFUSED
     assert "Received" in made.upstream.why
-    assert context.last_report() is before
+    assert last_report() is before
     assert not caplog.records
     model = sys.modules[row.module].Model
     assert model.sanitize.__wrapped__.__module__ == row.module

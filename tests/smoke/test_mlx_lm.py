@@ -12,8 +12,7 @@ import pytest
 
 import vllm_moe_compat
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.load.context import last_report
-from vllm_moe_compat.load.report import LoadReport
+from vllm_moe_compat.load.report import LoadReport, last_report
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]
 

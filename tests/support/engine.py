@@ -53,9 +53,9 @@ class Greedy:
         from mlx_lm.utils import load_model
 
         import vllm_moe_compat
-        from vllm_moe_compat.load.context import serving_dtype_as
+        from vllm_moe_compat.load.options import loading_with
 
-        with vllm_moe_compat.applied(), serving_dtype_as(dtype):
+        with vllm_moe_compat.applied(), loading_with(dtype=dtype):
             self.model, _ = load_model(path)
         self.model.set_dtype(getattr(mx, dtype))
         self._known: dict[tuple[int, ...], list[int]] = {}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
@@ -28,11 +28,14 @@ from vllm_moe_compat.execute import run_plan as ex
 from vllm_moe_compat.execute.build_tensor import make, make_build
 from vllm_moe_compat.execute.quantization_policy import Choices, choose
 from vllm_moe_compat.execute.stack import Arrays
-from vllm_moe_compat.load.context import is_listed
+from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.packing import Requantize
-from vllm_moe_compat.plan.planner import Build, Plan
+from vllm_moe_compat.plan.planner import Plan
+from vllm_moe_compat.plan.quantization import is_listed
 
 Weights = MutableMapping[str, mx.array]
+Executor: TypeAlias = Callable[..., tuple[dict[str, mx.array], Choices]]
+"""The signature of ``execute``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +241,7 @@ def _show(job: Job, weights: Mapping[str, mx.array], real: Collection[Build]) ->
     """Put stand-ins for all that the plan makes, and the tensors themselves for ``real``."""
     # Handles of their own: `param *= x` in a sanitize changes the very array that it is given.
     given = {name: array.astype(array.dtype) for name, array in weights.items()}
-    ex.prepare(job.plan, given, job.float_dtype)
+    ex.widen_and_drop(job.plan, given, job.float_dtype)
     stand_ins: dict[int, tuple[Build, int]] = {}
     sources: dict[str, mx.array] = {}
     for build in job.plan.builds:

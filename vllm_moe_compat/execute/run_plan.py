@@ -1,11 +1,9 @@
-"""The only place where a plan meets MLX.
+"""A plan carried out on MLX arrays.
 
-In goes the very dict that mlx-lm's loader holds, still unread from disk for the
-most part; sources are taken *out* of it as they are consumed, since that dict is
-what keeps them in memory. Each target is evaluated on its own, a few experts at
-a time, so the peak is the final size plus a fraction of one layer.
-
-How a target is made is ``fill``'s business.
+It works on the very dict that mlx-lm's loader holds, still unread from disk for the most
+part; sources are taken *out* of it as they are consumed, since that dict is what keeps them
+in memory. Each target is evaluated on its own, a few experts at a time
+(``build_tensor``), so the peak is the final size plus a fraction of one layer.
 """
 
 from __future__ import annotations
@@ -16,58 +14,20 @@ from typing import Any
 import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.envs import DTYPE, QUANTIZE
+from vllm_moe_compat.dtypes import stored_name
+from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, CompatError, InsufficientMemoryError
 from vllm_moe_compat.execute.build_tensor import make_build
-from vllm_moe_compat.load.context import serving_dtype
-from vllm_moe_compat.plan.planner import Build, Plan
-
-_NAMES = {
-    mx.bool_: "BOOL",
-    mx.uint8: "U8",
-    mx.int8: "I8",
-    mx.uint16: "U16",
-    mx.int16: "I16",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-    mx.uint64: "U64",
-    mx.int64: "I64",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.float32: "F32",
-    mx.complex64: "C64",
-}
+from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.planner import Plan
 
 
 def describe(weights: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Describe arrays as their headers would, reading nothing; FP8 shows as ``U8``."""
     return {
-        name: TensorInfo(_NAMES.get(array.dtype, str(array.dtype)), tuple(array.shape))
+        name: TensorInfo(stored_name(array.dtype), tuple(array.shape))
         for name, array in weights.items()
     }
-
-
-def target_dtype() -> str:
-    """Return what FP8 weights become: the setting, else what serves, else the device's.
-
-    MLX's CPU device gathers experts in float32 only.
-    """
-    chosen = DTYPE.read()
-    if chosen != "auto":
-        return chosen
-    if serving := serving_dtype.get():
-        return serving
-    return "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
-
-
-def packed_dtype() -> str:
-    """Return the dtype of values that are packed at once, and of their scales.
-
-    The setting, else what serves, else bfloat16: packed experts are multiplied in
-    any dtype on every device.
-    """
-    chosen = DTYPE.read()
-    return chosen if chosen != "auto" else serving_dtype.get() or "bfloat16"
 
 
 def execute(
@@ -91,7 +51,7 @@ def execute(
         CheckpointFileError: a build failed; nothing is left in ``weights`` then.
         InsufficientMemoryError: likewise, for want of memory.
     """
-    prepare(plan, weights, dtype)
+    widen_and_drop(plan, weights, dtype)
     layer = ""
     try:
         for build in plan.builds:
@@ -108,8 +68,8 @@ def execute(
             mx.clear_cache()
 
 
-def prepare(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> None:
-    """Widen and drop what the plan says; reads nothing."""
+def widen_and_drop(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> None:
+    """Widen and drop the tensors that the plan lists; reads nothing."""
     if dtype == "float32":
         for name in plan.widen:
             weights[name] = weights[name].astype(mx.float32)

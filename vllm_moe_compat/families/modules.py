@@ -1,15 +1,17 @@
-"""Which module of mlx-lm loads a config, without importing mlx-lm, which imports MLX.
+"""Find the mlx-lm module that loads a config, and its registry row.
 
-mlx-lm's own tables are read from its source, so that they are those of the version
-that is installed; where none is, the registry answers alone.
+mlx-lm's own tables answer. They are read from its source, since importing mlx-lm imports
+MLX; where mlx-lm is imported already, its live tables count. Without mlx-lm the registry
+answers alone.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +21,28 @@ from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.row import Row
 
 PACKAGE = "mlx_lm.models"
+OWN_CODE = "it is the checkpoint's own code"
+UNMAPPED = "it is not in the map of supported modules"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModule:
+    """The module that loads a checkpoint.
+
+    Attributes:
+        path: its import path; empty where mlx-lm has none.
+        row: of the registry; None where there is none.
+        reason: why there is no row; else empty.
+    """
+
+    path: str
+    row: Row | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MlxLm:
-    """What mlx-lm's source says.
+    """The tables of the installed mlx-lm.
 
     Attributes:
         version: the one installed; None where there is none.
@@ -53,20 +72,43 @@ class MlxLm:
             if isinstance(architecture, str) and (kind, architecture) in self.by_architecture:
                 name = self.by_architecture[kind, architecture]
                 break
+        if f"{PACKAGE}.{name}" in sys.modules:
+            return name
         if self.folder is None or not _is_name(name):
             return None
         return name if (self.folder / f"{name}.py").is_file() else None
 
-    def owner_of(self, module: str) -> str:
-        """Return the module that its ``Model`` is from: it may be imported from another."""
-        assert self.folder is not None
+    def row_of(self, module: str) -> Row | None:
+        """Return the row that covers the ``sanitize`` of a module's ``Model``.
+
+        A class that inherits its ``sanitize`` is covered by its parent's row; one that
+        overrides it is covered by a row of its own or not at all.
+        """
+        live = getattr(sys.modules.get(f"{PACKAGE}.{module}"), "Model", None)
+        if isinstance(live, type):
+            return registry.row_for(live)
+        row = registry.TRANSFORMS_BY_MODULE.get(f"{PACKAGE}.{module}")
+        if row is not None or self.folder is None:
+            return row
         tree = ast.parse((self.folder / f"{module}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            names = node.names if isinstance(node, ast.ImportFrom) and node.level == 1 else ()
-            if any((name.asname or name.name) == "Model" for name in names):
-                assert isinstance(node, ast.ImportFrom)
-                return self.owner_of(node.module or module)
-        return module
+        parent = _parent_module(tree)
+        return self.row_of(parent) if parent is not None else None
+
+
+def _parent_module(tree: ast.Module) -> str | None:
+    """Return the sibling module that a module's ``Model`` has its ``sanitize`` from."""
+    imported: dict[str, str] = {}
+    base: ast.expr | None = ast.Name("Model")
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for name in node.names:
+                imported[name.asname or name.name] = node.module or name.name
+        elif isinstance(node, ast.ClassDef) and node.name == "Model":
+            methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            base = node.bases[0] if node.bases and "sanitize" not in methods else None
+    if isinstance(base, ast.Attribute):
+        base = base.value
+    return imported.get(base.id) if isinstance(base, ast.Name) else None
 
 
 def _is_name(name: str) -> bool:
@@ -74,9 +116,21 @@ def _is_name(name: str) -> bool:
     return 0 < len(name) < 100 and all(c.isalnum() or c in "_-" for c in name)
 
 
-@cache
 def mlx_lm() -> MlxLm:
-    """Read the tables of the mlx-lm that is installed; empty ones where none is."""
+    """Return the tables of the mlx-lm that is installed; empty ones where none is."""
+    source = _from_source()
+    utils = sys.modules.get("mlx_lm.utils")
+    if utils is None:
+        return source
+    return replace(
+        source,
+        by_type=getattr(utils, "MODEL_REMAPPING", source.by_type),
+        by_architecture=getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", source.by_architecture),
+    )
+
+
+@cache
+def _from_source() -> MlxLm:
     try:
         spec = importlib.util.find_spec("mlx_lm")  # of the package itself: imports nothing
         folder = Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
@@ -99,21 +153,23 @@ def mlx_lm() -> MlxLm:
     )
 
 
-def row_to_fix(config: Mapping[str, Any]) -> Row | None:
-    """Return the row whose module a config asks for, before anything is changed in it."""
+def row_of_config(config: Mapping[str, Any]) -> Row | None:
+    """Return the row whose module a config asks for, before any key of it is translated."""
     if config.get("model_file") is not None:
         return None
     return registry.row_of_config(config, mlx_lm().by_type)
 
 
-def find(config: Mapping[str, Any]) -> tuple[str | None, Row | None]:
-    """Return the module that loads a config, once it is in mlx-lm's words, and its row."""
+def find(config: Mapping[str, Any]) -> FoundModule:
+    """Return the module that loads a config whose keys are translated for mlx-lm."""
+    if config.get("model_file") is not None:
+        return FoundModule(str(config["model_file"]), None, OWN_CODE)
     source = mlx_lm()
     if source.folder is None:
         row = registry.row_of_config(config, {})
-        return (row.module if row else None), row
+        return FoundModule("", None, UNMAPPED) if row is None else FoundModule(row.module, row)
     module = source.module_of(config)
     if module is None:
-        return None, None
-    row = registry.TRANSFORMS_BY_MODULE.get(f"{PACKAGE}.{source.owner_of(module)}")
-    return f"{PACKAGE}.{module}", row
+        return FoundModule("", None, "mlx-lm has no module for it")
+    row = source.row_of(module)
+    return FoundModule(f"{PACKAGE}.{module}", row, "" if row is not None else UNMAPPED)

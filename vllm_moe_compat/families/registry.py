@@ -31,6 +31,7 @@ from vllm_moe_compat.families.row import (
 _MOE = (w.FP8, w.OTHER_LAYOUTS)
 _FP8_128 = (w.FP8_FORMS, w.OTHER_LAYOUTS)
 _ROPE = (cfg.ROPE,)
+_INT4 = ("compressed-tensors int4",)
 
 STANDARD = Moe()
 PLAIN = Moe(target="mlp.experts")
@@ -148,7 +149,7 @@ _MOE_ROWS = (
         w.TIED_HEAD,
         extras=Extras(prefixes=("visual", "model.visual", "vision_tower")),
         config=(cfg.ROPE, cfg.NUM_EXPERTS, cfg.NORM_TOPK),
-        around=repairs.tied_head,
+        sanitize_wrapper=repairs.tied_head,
     ),
     _moe("olmoe", config=_ROPE),
     _moe("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, config=_ROPE),
@@ -163,6 +164,7 @@ _MOE_ROWS = (
         w.FP8,
         w.GPT_OSS_BF16,
         moe=Moe(target="mlp.experts", reads=(), transposed=True, interleaved=True),
+        keeps=("mxfp4 blocks",),
         config=_ROPE,
     ),
     _moe(
@@ -195,7 +197,7 @@ _MOE_ROWS = (
         Moe(sources=("feed_forward.experts",), target="feed_forward.switch_mlp"),
         w.JAMBA_ROUTER,
         config=(own.JAMBA_OFFSET,),
-        around=repairs.jamba_router,
+        sanitize_wrapper=repairs.jamba_router,
     ),
     _moe(
         "lfm2_moe",
@@ -221,22 +223,24 @@ _MOE_ROWS = (
         "deepseek_v3",
         STANDARD,
         w.LAYER_61,
+        keeps=_INT4,
         drops=BEYOND,
         config=_ROPE,
-        around=repairs.layer_61,
+        sanitize_wrapper=repairs.layer_61,
     ),
     _deepseek("deepseek_v32", extras=BEYOND, config=(cfg.ROPE, cfg.FIRST_DENSE)),
     _deepseek("glm_moe_dsa", extras=BEYOND, config=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
-    _row("deepseek_v41", keeps=("fp8",)),
+    _row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
     _deepseek(
         "kimi_k25",
         STANDARD,
         w.LAYER_61,
+        keeps=_INT4,
         extras=KIMI_VISION,
         drops=BEYOND | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
         config=_ROPE,
-        around=repairs.layer_61,
+        sanitize_wrapper=repairs.layer_61,
     ),
     _moe(
         "kimi_vl",
@@ -266,6 +270,7 @@ _MOE_ROWS = (
     _moe(
         "kimi_k3",
         Moe(sources=("block_sparse_moe.experts",), spelling=W123),
+        keeps=("compressed-tensors",),
         extras=KIMI_VISION | BEYOND | Extras(prefixes=("model.mtp", "mtp")),
     ),
     _moe("glm4_moe", extras=BEYOND, config=_ROPE),
@@ -281,7 +286,7 @@ _MOE_ROWS = (
         ),
         renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
         config=_ROPE,
-        around=repairs.ernie_bias,
+        sanitize_wrapper=repairs.ernie_bias,
     ),
     _deepseek("minimax", BLOCK_SPARSE, renames=BLOCK_NAMES, config=(cfg.ROPE, *cfg.MINIMAX)),
     _moe(
@@ -324,11 +329,11 @@ _MOE_ROWS = (
         STANDARD,
         w.HUNYUAN_ROUTER,
         config=(own.HUNYUAN_MOE, cfg.ROPE, own.HUNYUAN_ROPE),
-        around=repairs.hunyuan_weights,
+        sanitize_wrapper=repairs.hunyuan_weights,
     ),
     _moe("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
     _moe("mellum", config=(cfg.NUM_EXPERTS,)),
-    _deepseek("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor")),
+    _deepseek("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), keeps=_INT4),
     _deepseek(
         "mimo_v2_flash",
         drops=Extras(prefixes=("model.mtp",)),
@@ -339,7 +344,7 @@ _MOE_ROWS = (
     _moe("bailing_moe"),
     _moe("bailing_moe_linear"),
     _moe("bailing_moe_v3", extras=BEYOND | Extras(parts=("mtp.",))),
-    _moe("muse_spark", Moe(target="mlp.experts", reads=(COMBINED,))),
+    _moe("muse_spark", Moe(target="mlp.experts", reads=(COMBINED,)), keeps=("nvfp4",)),
     _moe(
         "phixtral",
         Moe(

@@ -139,11 +139,12 @@ class Row:
         splits: ends of fused tensors' names → the ends of their equal parts.
         digests: kinds of stored numbers that its ``sanitize`` turns into floats, in
             bfloat16: ``fp8 block 128``, ``fp8 tensor``.
-        keeps: kinds that it keeps packed, so that they are none of our business.
+        keeps: kinds of stored numbers, and packed forms of ``plan.check_packed``, that it
+            reads and keeps packed: they are none of our business.
         latent: where ``kv_b_proj`` is left whole that the module wants split.
         model_types: further ``model_type`` s that are this module's.
         config: what its arguments do not understand.
-        around: called in place of ``sanitize`` with it, the model, the tensors and the
+        sanitize_wrapper: called in place of ``sanitize`` with it, the model, the tensors and the
             config as it was read.
     """
 
@@ -160,7 +161,7 @@ class Row:
     latent: bool = False
     model_types: tuple[str, ...] = ()
     config: tuple[ConfigFix, ...] = ()
-    around: Callable[..., Any] | None = None
+    sanitize_wrapper: Callable[..., Any] | None = None
 
     @property
     def ignored(self) -> Extras:

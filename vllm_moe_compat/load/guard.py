@@ -12,9 +12,9 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.checkpoint.numbers import FORMS
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-
-_OURS = ("fp8", "dequantized", "modelopt", "compressed-tensors")
+from vllm_moe_compat.plan.quantization import DEQUANTIZED
 
 
 def check(model: Any, weights: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
@@ -32,8 +32,9 @@ def check(model: Any, weights: Mapping[str, Any], config: Mapping[str, Any], whe
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    ours = {None, DEQUANTIZED, *(method for form in FORMS for method in form.methods)}
     methods = {entry.get("quant_method") for entry in quantization_configs(config)}
-    if config.get("quantization") is not None or not methods <= {None, *_OURS}:
+    if config.get("quantization") is not None or not methods <= ours:
         return
     found = {
         name: array.dtype

@@ -1,33 +1,35 @@
 """What the two hooks do; ``patching`` puts them in place.
 
-A load passes ``load_config`` first and the class's ``sanitize`` second. Where a
-``sanitize`` is called with tensors that no ``load_config`` announced (other
-loaders and tests do that), the plan is made from the dict alone.
+A load passes ``load_config`` first and the class's ``sanitize`` second. Where a ``sanitize``
+is called with tensors that no ``load_config`` announced (other loaders and tests do that),
+the plan is made from the dict alone.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
-from vllm_moe_compat.checkpoint.headers import read_headers, weight_files
-from vllm_moe_compat.checkpoint.layout import detect
-from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.envs import QUANTIZE
-from vllm_moe_compat.errors import CheckpointFileError, UnsupportedCheckpointError
-from vllm_moe_compat.families import forward_fixes as repairs
-from vllm_moe_compat.families import registry
+from vllm_moe_compat.checkpoint.headers import weight_files
+from vllm_moe_compat.errors import UnsupportedCheckpointError
+from vllm_moe_compat.families import forward_fixes, registry
+from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context as loads
-from vllm_moe_compat.load import guard
-from vllm_moe_compat.load.sanitize import carry_out
+from vllm_moe_compat.load import context, guard
+from vllm_moe_compat.load.options import load_options, serving_here
+from vllm_moe_compat.load.report import remember
+from vllm_moe_compat.load.sanitize import run_load
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import estimate
+from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of, translate
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
+from vllm_moe_compat.plan.serving import NONE
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -51,65 +53,88 @@ def load_config_hook(
     Raises:
         CompatError: the checkpoint cannot be loaded right.
     """
-    loads.current.set(None)
+    context.current.set(None)
     config = original(*args, **kwargs)
-    if loads.aside.get():
-        return config
     path = args[0] if args else kwargs.get("model_path")
-    if not isinstance(config, dict) or path is None:
+    if not load_options().hooks or not isinstance(config, dict) or path is None:
         return config
     model_dir = Path(path)
     if not weight_files(model_dir):
         return config  # A tokenizer's folder, or mlx-lm will say what is missing.
+    if _is_for_tokenizer(utils):
+        translate(config)
+        return config
 
-    quiet = _asked_for_tokenizer(utils)
-    setting = "none" if quiet else QUANTIZE.read()
+    headers = read_headers_of(model_dir)
     read_config = copy.deepcopy(config)
-    told = registry.row_of_config(config, utils.MODEL_REMAPPING)
-    if config.get("model_file") is not None:
-        told = None
-    changed = registry.fix_config(told, config) if told is not None else []
-    row, module, reason = _find_row(ensure, utils, config)
-    if changed and not quiet:
-        logger.info("%s: config.json put into mlx-lm's words: %s", model_dir, ", ".join(changed))
-    if row is None:
-        if module and setting != "none":
-            raise UnsupportedCheckpointError(
-                f"{model_dir}: {module} cannot be quantised while loading, since {reason}; unset "
-                f"{QUANTIZE.name}, or quantise the checkpoint with `mlx_lm.convert -q`."
-            )
-        if module and not quiet:
-            _judge_unmapped(model_dir, module, reason)
+    planned = make(headers, read_config, serving_here())
+    reason = planned.reason
+    if planned.row is not None:
+        try:
+            importlib.import_module(planned.row.module)
+        except ImportError:
+            return config  # mlx-lm will say what is missing.
+        reason = ensure(planned.row) or ""
+    if planned.translated:
+        keys = ", ".join(planned.translated)
+        logger.info("%s: translated config.json keys for mlx-lm: %s", model_dir, keys)
+    if planned.row is None or reason:
+        _judge_unpatched(model_dir, planned, reason)
+    planned.refuse()
+    config.clear()
+    config.update(planned.config)
+    if planned.row is None or planned.plan is None or reason:
         return config
-    if quiet and QUANTIZE.read() != "none":
-        return config
-    from vllm_moe_compat.execute.run_plan import target_dtype
-
-    later = loads.deferred.get() is not None
-    exact = later or target_dtype() != "bfloat16"
-    load = loads.prepare(model_dir, config, row, setting, original=read_config, exact=exact)
-    if not quiet:
-        if not later:
-            _check_memory(load)
-        loads.current.set(load)
+    load = context.LoadContext(model_dir, planned, planned.row, planned.plan, config, headers.sizes)
+    if load_options().executor is None:
+        _check_memory(load)
+    context.current.set(load)
     return config
 
 
-def _check_memory(load: loads.LoadContext) -> None:
+def _judge_unpatched(model_dir: Path, planned: PlannedLoad, reason: str) -> None:
+    """Refuse stored numbers for a class that is not wrapped; warn of experts.
+
+    Raises:
+        UnsupportedCheckpointError: its row says that the class needs us.
+    """
+    if reason == OWN_CODE or not planned.module:
+        return
+    if planned.needs_row:
+        logger.warning(
+            "%s: %s cannot be patched, since %s; its %s are left to mlx-lm as they are",
+            model_dir,
+            planned.module,
+            reason,
+            planned.needs_row,
+        )
+    if planned.row is not None and planned.plan is not None and planned.plan.builds:
+        raise UnsupportedCheckpointError(
+            f"{model_dir}: {planned.module} cannot be patched, since {reason}, and needs it for "
+            f"this checkpoint ({planned.plan.words}); load a release in a layout that mlx-lm "
+            "takes by itself."
+        )
+
+
+def _check_memory(load: context.LoadContext) -> None:
     """Refuse or warn of a load that the machine has no memory for; reads nothing."""
-    if not load.plan.builds and load.setting == "none":
+    serving = load.planned.serving
+    if not load.plan.builds and serving.setting == NONE:
         return  # mlx-lm reads it as it likes, lazily if asked.
-    from vllm_moe_compat.execute.run_plan import packed_dtype, target_dtype
+    from vllm_moe_compat.dtypes import STORED_NAMES
     from vllm_moe_compat.load.memory import check
 
-    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    tensors = {name: info for name, info in load.tensors.items() if name not in load.ignored}
-    spare = {
-        setting: loads.spared_tensors(load.original_config, tensors, setting)
-        for setting in QUANTIZE_SETTINGS
-    }
-    needs = estimate(load.plan, tensors, names[target_dtype()], names[packed_dtype()], spare)
-    check(load.model_dir, needs, load.setting)
+    layout = load.planned.layout
+    assert layout is not None, "a plan was made of it"
+    spare = {setting: load.planned.spared(setting) for setting in QUANTIZE_SETTINGS}
+    needs = estimate(
+        load.plan,
+        layout.tensors,
+        STORED_NAMES[serving.dtype],
+        STORED_NAMES[serving.packed_dtype],
+        spare,
+    )
+    check(load.model_dir, needs, serving.setting)
 
 
 def sanitize_hook(
@@ -132,31 +157,32 @@ def sanitize_hook(
             kept; the guard's, with all of it made and nothing loaded.
     """
     row = registry.row_for(owner)
-    if row is None or _inside.get() or loads.aside.get() or not _are_arrays(weights):
+    passes = _inside.get() or not load_options().hooks or not _are_arrays(weights)
+    if row is None or passes:
         return original(model, weights, *args, **kwargs)
     token = _inside.set(True)
     try:
-        load = loads.current.get()
+        load = context.current.get()
         if load is not None and load.row != row:
             load = None
+        read_config = {} if load is None else load.planned.original
 
         def sanitize(given: dict[str, Any]) -> Any:
-            return original(model, given, *args, **kwargs)
+            if row.sanitize_wrapper is None:
+                return original(model, given, *args, **kwargs)
+            return row.sanitize_wrapper(
+                lambda w: original(model, w, *args, **kwargs), model, given, read_config
+            )
 
-        def repaired(given: dict[str, Any]) -> Any:
-            if row.around is None:
-                return sanitize(given)
-            return row.around(sanitize, model, given, read_config)
-
-        read_config = {} if load is None else load.original_config
         if load is not None:
             _scale_rope(load, model)
-        sanitized, report = carry_out(row, load, model, weights, repaired)
+        sanitized, report = run_load(row, load, model, weights, sanitize)
         guard.check(model, sanitized, read_config, "" if load is None else str(load.model_dir))
     finally:
         _inside.reset(token)
-        loads.current.set(None)
-    loads.remember(report)
+        context.current.set(None)
+    if load_options().record:
+        remember(report)
     logger.info("%s", report)
     return sanitized
 
@@ -166,9 +192,9 @@ def _are_arrays(weights: Any) -> bool:
     return isinstance(weights, dict) and all(hasattr(w, "dtype") for w in weights.values())
 
 
-def _scale_rope(load: loads.LoadContext, model: Any) -> None:
+def _scale_rope(load: context.LoadContext, model: Any) -> None:
     text = load.config.get("text_config")
-    if repairs.scale_rope(model, text if isinstance(text, dict) else load.config):
+    if forward_fixes.scale_rope(model, text if isinstance(text, dict) else load.config):
         logger.info(
             "%s: %s ignores rope_scaling; its rotary embeddings were scaled by the config",
             load.model_dir,
@@ -176,72 +202,24 @@ def _scale_rope(load: loads.LoadContext, model: Any) -> None:
         )
 
 
-_OWN_CODE = "it is the checkpoint's own code"
-
-
-def _find_row(
-    ensure: Callable[[Row], str | None], utils: Any, config: dict[str, Any]
-) -> tuple[Row | None, str, str]:
-    """Return the row of the class that will be loaded, its module, and why there is none.
-
-    No module means that mlx-lm itself will refuse the model, in its own words.
-    """
-    if config.get("model_file") is not None:
-        return None, str(config["model_file"]), _OWN_CODE
-    try:
-        model_class, _ = utils._get_classes(config)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None, "", ""
-    row = registry.row_for(model_class)
-    if row is None:
-        return None, model_class.__module__, "it is not in the map of supported modules"
-    if (reason := ensure(row)) is not None:
-        return None, row.module, reason
-    return row, row.module, ""
-
-
-def _judge_unmapped(model_dir: Path, module: str, reason: str) -> None:
-    """Refuse FP8 for a class without a row; warn of experts that may need one.
-
-    Every other question about such a model is mlx-lm's to judge, files and config.
-
-    Raises:
-        UnsupportedCheckpointError: FP8 weights, which its class would take for integers.
-    """
-    try:
-        layout = detect(read_headers(model_dir), {})
-    except CheckpointFileError:
-        return
-    if found := loads.at_risk(layout):
-        logger.warning(
-            "%s: %s cannot be patched, since %s; its %s are left to mlx-lm as they are",
-            model_dir,
-            module,
-            reason,
-            found,
-        )
-    weights = [*layout.fp8.pairs, *layout.fp8.bare]
-    if weights and reason != _OWN_CODE:
-        verb = "are" if len(weights) > 1 else "is"
-        raise UnsupportedCheckpointError(
-            f"{layout.tensors[weights[0]].file}: {fold(weights)} {verb} FP8, which {module} takes "
-            f"for integers, and it cannot be patched, since {reason}; load a bf16 release of the "
-            "model instead."
-        )
-
-
-def _asked_for_tokenizer(utils: Any) -> bool:
+def _is_for_tokenizer(utils: Any) -> bool:
     """Whether mlx-lm reads the config for a tokenizer's defaults, not for a load.
 
-    It reads it once for each in one ``mlx_lm.load``; only the load has tensors
-    to follow. The caller may be behind another library's wrapper or two.
+    One ``mlx_lm.load`` reads it once for each, and only the load has tensors to follow. The
+    nearest of the two callers on the stack tells; other libraries' wrappers may stand
+    between. A contract test sees that both functions exist.
     """
-    code = getattr(getattr(utils, "_tokenizer_defaults", None), "__code__", None)
+    load_model = _code_of(getattr(utils, "load_model", None))
+    defaults = _code_of(getattr(utils, "_tokenizer_defaults", None))
     frame = sys._getframe(1)
-    for _ in range(6):
-        if frame.f_back is None:
-            break
+    while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is code:
+        if frame.f_code is defaults:
             return True
+        if frame.f_code is load_model:
+            return False
     return False
+
+
+def _code_of(function: Any) -> CodeType | None:
+    return getattr(function, "__code__", None)

@@ -26,8 +26,8 @@ from vllm_moe_compat.envs import ENABLED
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import status as state
-from vllm_moe_compat.load.context import last_report
 from vllm_moe_compat.load.hooks import load_config_hook, sanitize_hook
+from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.load.status import HookStatus, RowStatus, Status
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.versions import packages, versions

@@ -79,6 +79,20 @@ class LoadReport:
         return f" ({'; '.join(kept)})" if kept else ""
 
 
+_last: LoadReport | None = None
+
+
+def last_report() -> LoadReport | None:
+    """Return the report of this process's last load, or None before the first."""
+    return _last
+
+
+def remember(report: LoadReport) -> None:
+    """Keep the report for ``last_report``."""
+    global _last
+    _last = report
+
+
 def size(count: int) -> str:
     """Write bytes for people."""
     for unit, width in (("GiB", 30), ("MiB", 20)):

@@ -1,7 +1,7 @@
-"""What happens to the tensors of one load, between the loader's dict and its report.
+"""One load, from the loader's dict to its report.
 
-In go the row, the context that ``load_config`` left (or none) and the loader's dict;
-out come what upstream's ``sanitize`` made of it and a ``LoadReport``.
+The plan is carried out on the tensors and upstream's ``sanitize`` goes on; or, where weights
+are quantised while loading, ``sanitize`` runs on stand-ins first (``execute.quantize``).
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.checkpoint.layout import detect
-from vllm_moe_compat.checkpoint.numbers.fp8 import infer_fp8
+from vllm_moe_compat.checkpoint.numbers import infer_dtypes
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load.context import LoadContext
+from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.load.report import LoadReport
 from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.plan.make import make_from_tensors
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
-from vllm_moe_compat.plan.planner import Plan, make_plan
+from vllm_moe_compat.plan.planner import Plan
+from vllm_moe_compat.plan.quantization import spared
+from vllm_moe_compat.plan.serving import NONE, Serving
 
 Sanitize: TypeAlias = Callable[[dict[str, Any]], Any]
 
 
-def carry_out(
+def run_load(
     row: Row,
-    load: loads.LoadContext | None,
+    load: LoadContext | None,
     model: Any,
     weights: dict[str, Any],
     sanitize: Sanitize,
@@ -36,32 +39,34 @@ def carry_out(
 
     Args:
         row: of the class that is being loaded.
-        load: what ``load_config`` planned; None where nobody called it.
+        load: the context that ``load_config`` left; None where nobody called it.
         model: the instance.
         weights: the loader's dict, changed in place.
-        sanitize: upstream's.
+        sanitize: upstream's, corrected where the row says so.
 
     Raises:
-        CompatError: before anything in ``weights`` was changed, or with all of it let go of.
+        CompatError: before anything in ``weights`` was changed, or with all of it released.
     """
     import mlx.core as mx
 
-    from vllm_moe_compat.execute import quantize as requantize
+    from vllm_moe_compat.execute import quantize
     from vllm_moe_compat.execute.quantization_policy import Choices, held, saved
-    from vllm_moe_compat.execute.run_plan import execute, packed_dtype, target_dtype
+    from vllm_moe_compat.execute.run_plan import execute
 
     start = time.perf_counter()
-    plan, tensors, path = _plan(row, load, model, weights)
-    setting = "none" if load is None else load.setting
+    serving = serving_here() if load is None else load.planned.serving
+    plan, tensors, path = _plan(row, load, model, weights, serving)
+    setting = NONE if load is None else serving.setting
     read = sum(nbytes(tensors[name]) for name in weights if name in tensors)
-    works = bool(plan.builds) or setting != "none"
+    works = bool(plan.builds) or setting != NONE
     before = mx.get_active_memory()
     if works:
         mx.reset_peak_memory()
-    later = loads.deferred.get()
-    if load is None or (setting == "none" and later is None):
+    executor = load_options().executor
+    dtype: str | None
+    if load is None or (setting == NONE and executor is None):
         # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
-        dtype = target_dtype() if plan.dequantized else loads.serving_dtype.get()
+        dtype = serving.dtype if plan.dequantized else serving.kept_dtype
         files = {name: info.file for name, info in tensors.items()}
         with bar(sum(len(build.weights) for build in plan.builds)) as done:
             execute(plan, weights, dtype or "bfloat16", files, done)
@@ -71,17 +76,16 @@ def carry_out(
         if not plan.dequantized:
             dtype = None
     else:
-        spare = loads.spared(load.original_config, setting)
+        spare = spared(load.planned.original, setting)
         packing = QUANTIZE_SETTINGS.get(setting)
-        job = requantize.Job(plan, tensors, packing, spare, target_dtype(), packed_dtype())
-        with bar(0 if later else len(weights)) as done:
-            run = later or requantize.execute
-            sanitized, choices = run(job, weights, sanitize, model, done)
+        job = quantize.Job(plan, tensors, packing, spare, serving.dtype, serving.packed_dtype)
+        with bar(0 if executor else len(weights)) as done:
+            sanitized, choices = (executor or quantize.execute)(job, weights, sanitize, model, done)
         if packing is not None:
             # ``load_model`` goes on with this very dict, and packs its modules by it.
             load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
         seconds = time.perf_counter() - start
-        dtype = packed_dtype()
+        dtype = serving.packed_dtype
     return sanitized, LoadReport(
         path=path,
         module=plan.module,
@@ -104,21 +108,20 @@ def carry_out(
 
 
 def _plan(
-    row: Row, load: loads.LoadContext | None, model: Any, weights: dict[str, Any]
+    row: Row, load: LoadContext | None, model: Any, weights: dict[str, Any], serving: Serving
 ) -> tuple[Plan, dict[str, TensorInfo], str | None]:
-    """Return the plan for these tensors, their descriptions, and where they come from."""
-    from vllm_moe_compat.execute.run_plan import describe, target_dtype
+    """Return the plan for these tensors, their descriptions, and the folder they are from."""
+    from vllm_moe_compat.execute.run_plan import describe
 
     given = describe(weights)
     if load is not None and load.matches(given):
         load.check_files()
-        return load.plan, dict(load.tensors), str(load.model_dir)
-    tensors = infer_fp8(given)
-    layout = detect(tensors, _config_of(model), row.ignored)
-    split = load is not None and load.setting != "none"
-    exact = target_dtype() != "bfloat16"
-    config = _config_of(model)
-    plan = make_plan(layout, row, config, split=split, exact=exact, direct=load is None)
+        return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
+    tensors = infer_dtypes(given)
+    if load is None:
+        # Nothing was announced: load_model cannot be told to quantise its modules.
+        serving = dataclasses.replace(serving, setting=NONE)
+    plan = make_from_tensors(tensors, row, _config_of(model), serving, direct=load is None)
     return plan, tensors, None
 
 

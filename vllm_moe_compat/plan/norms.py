@@ -9,8 +9,9 @@ serving has the norms widened before.
 from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.operations import Op
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.plan.ops import Add, Op, Transpose
+from vllm_moe_compat.plan.ops import Add, Transpose
 
 _NARROW = ("BF16", "F16")
 

@@ -45,7 +45,7 @@ def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Se
     multiplied in any dtype on every device.
 
     Args:
-        device: ``cpu``, ``metal`` or ``cuda``.
+        device: ``cpu``, or any other.
         dtype: the dtype that serves, where something serves.
         exact: whether bfloat16 products are too coarse in any case.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vllm_moe_compat import envs
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.status import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
 from vllm_moe_compat.log import silence
 from vllm_moe_compat.probes.recipes import TOKENS, Family, Recipe
@@ -42,7 +42,7 @@ def probe(family: Family, row: Row, form: str, *, patched: bool) -> Probe | None
         recipe = write(folder, family, row, form)
         if recipe is None:
             return None
-        with loads.standing_aside():
+        with loading_with(hooks=False):
             upstream = judge(folder, recipe)
         ours = judge(folder, recipe) if patched else None
     return Probe(family.name, form, family.oracle, upstream, ours)
@@ -75,5 +75,5 @@ def judge(folder: Path, recipe: Recipe) -> Verdict:
 def _apart() -> Iterator[None]:
     """Load in float32 inside, whatever the settings; log and report nothing."""
     settings = {envs.DTYPE.name: "auto", envs.QUANTIZE.name: "none"}
-    with envs.reading(settings), loads.serving_dtype_as("float32"), loads.unseen(), silence():
+    with envs.reading(settings), loading_with(dtype="float32", record=False), silence():
         yield

@@ -23,7 +23,7 @@ from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.families.registry import fix_config
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
 from vllm_moe_compat.probes.recipes import Array, Family, Recipe
-from vllm_moe_compat.rewrite.written_layout import Form
+from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 Config = dict[str, Any]
 LINEAR = re.compile(
@@ -94,7 +94,7 @@ def _library(family: Family, row: Row) -> Made:
 
 def _layout(layout: str, spelling: tuple[str, ...] = ()) -> Callable[[Family, Row], Made]:
     def make(family: Family, row: Row) -> Made:
-        tensors = _laid_out(family, row, Form(layout, spelling))
+        tensors = _laid_out(family, row, WrittenLayout(layout, spelling))
         if tensors is None:
             return None
         return family.release, _floats(tensors), _config(family.release)
@@ -109,7 +109,7 @@ def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Fa
         tensors = dict(family.release.values())
         experts = _expert_names(tensors, family, row)
         if experts and not all(tensors[name].ndim == 2 for name in experts):
-            laid_out = _laid_out(family, row, Form(PER_EXPERT))
+            laid_out = _laid_out(family, row, WrittenLayout(PER_EXPERT))
             assert laid_out is not None, "what has experts has them one by one, too"
             tensors = laid_out
             experts = _expert_names(tensors, family, row)
@@ -213,7 +213,7 @@ def _expert_names(tensors: Mapping[str, Array], family: Family, row: Row) -> set
     return {name for block in layout.experts for name in block.names()}
 
 
-def _laid_out(family: Family, row: Row, form: Form) -> Tensors | None:
+def _laid_out(family: Family, row: Row, form: WrittenLayout) -> Tensors | None:
     """Return the tensors with the routed experts in another layout."""
     import mlx.core as mx
 

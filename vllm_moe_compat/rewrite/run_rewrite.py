@@ -103,9 +103,9 @@ def _run_step(
                     made[name] = Arrays([operand.weights[number]], parts)
                 del operand
             else:
-                arrays = make_build(build, weights, dtype)
-                made |= {name: Arrays([array]) for name, array in arrays.items()}
-                del arrays
+                floats = make_build(build, weights, dtype)
+                made |= {name: Arrays([array]) for name, array in floats.items()}
+                del floats
         except (RuntimeError, ValueError, MemoryError) as error:
             made.clear()
             raise failure(build, error.with_traceback(None), files) from error

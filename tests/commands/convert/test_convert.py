@@ -19,15 +19,16 @@ from mlx.utils import tree_unflatten
 import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import TOKENS, load, new_model, parameters, read, same_bits
+from support.rewriting import layout_to
 from vllm_moe_compat.checkpoint.headers import read_headers
+from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.commands.convert import Options, command, convert
 from vllm_moe_compat.commands.convert.shards import Shards
 from vllm_moe_compat.commands.main import main
 from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.execute import arrays
+from vllm_moe_compat.execute import stack
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
-from vllm_moe_compat.checkpoint.operations import Spec
-from vllm_moe_compat.rewrite.written_layout import LAYOUTS, Form
+from vllm_moe_compat.rewrite.written_layout import LAYOUTS, WrittenLayout
 
 SIZES = Sizes(hidden=128, intermediate=64)
 ALIGNED = Sizes(hidden=256, intermediate=128)
@@ -159,8 +160,8 @@ def test_without_a_dtype_it_is_what_a_load_gives_and_with_one_everything_is_of_i
 def test_fp8_comes_back_from_floats_with_the_same_bytes(dtype: str, tmp_path: Path):
     path = checkpoint(tmp_path / "source", sizes=ALIGNED, fp8=Fp8(scale=torch.float32))
     convert(path, tmp_path / "mlx", Options(dtype=dtype))
-    form = Form(block=(128, 128))
-    convert(tmp_path / "mlx", tmp_path / "back", Options(form=form))
+    form = layout_to(block=(128, 128))
+    convert(tmp_path / "mlx", tmp_path / "back", Options(layout=form))
     wanted, found = read(path), read(tmp_path / "back")
     headers = read_headers(tmp_path / "back")
     experts = [n for n in wanted if ".mlp.experts." in n and n.endswith("_proj.weight")]
@@ -181,7 +182,9 @@ def test_fp8_goes_to_every_published_form_and_back_without_losing_a_bit(
     layout: str, tmp_path: Path
 ):
     path = checkpoint(tmp_path / "source", sizes=ALIGNED)
-    convert(path, tmp_path / "there", Options(form=Form(layout, block=(128, 128)), verify=True))
+    convert(
+        path, tmp_path / "there", Options(layout=layout_to(layout, block=(128, 128)), verify=True)
+    )
     config = json.loads((tmp_path / "there" / "config.json").read_text())
     described = config["quantization_config"]
     assert described["weight_block_size"] == [128, 128]
@@ -194,7 +197,7 @@ def test_fp8_goes_to_every_published_form_and_back_without_losing_a_bit(
     assert {f"{module}.weight" for module in kept} == plain
     with vllm_moe_compat.applied():
         assert same_bits(parameters(load(tmp_path / "there")), parameters(load(path)))
-    convert(tmp_path / "there", tmp_path / "back", Options(form=Form(block=(128, 128))))
+    convert(tmp_path / "there", tmp_path / "back", Options(layout=layout_to(block=(128, 128))))
     wanted = {n: a for n, a in read(path).items() if not n.startswith(("mtp.", "model.visual."))}
     assert same_bits(read(tmp_path / "back"), wanted)
 
@@ -202,14 +205,14 @@ def test_fp8_goes_to_every_published_form_and_back_without_losing_a_bit(
 def test_other_blocks_and_scales_say_what_they_are(tmp_path: Path):
     path = checkpoint(tmp_path / "source", sizes=ALIGNED, fp8=None)
     forms = {
-        "row": Form(block=(1, 0)),
-        "tensor": Form(block=(0, 0)),
-        "e8m0": Form("combined", block=(64, 64), e8m0=True),
+        "row": layout_to(block=(1, 0)),
+        "tensor": layout_to(block=(0, 0)),
+        "e8m0": layout_to("combined", block=(64, 64), e8m0=True),
     }
     wanted = parameters(plugin(path, "none", "float32"))
     for name, form in forms.items():
         target = tmp_path / name
-        convert(path, target, Options(form=form))
+        convert(path, target, Options(layout=form))
         headers = read_headers(target)
         # Experts and the larger projections; no router, no embedding.
         chosen = {n.rpartition(".layers.")[2] for n, i in headers.items() if i.dtype == "F8_E4M3"}
@@ -237,15 +240,15 @@ def test_other_blocks_and_scales_say_what_they_are(tmp_path: Path):
     [
         (Fp8(), None, "none"),
         (None, None, "4bit"),
-        (Fp8(), Form("combined", block=(128, 128)), "none"),
-        (None, Form("per-expert", block=(1, 0)), "none"),
+        (Fp8(), layout_to("combined", block=(128, 128)), "none"),
+        (None, layout_to("per-expert", block=(1, 0)), "none"),
     ],
     ids=["floats", "packed", "moved", "quantised"],
 )
 def test_the_peak_does_not_grow_with_the_model(
-    form: Form | None, setting: str, fp8: Fp8 | None, tmp_path: Path, monkeypatch
+    form: WrittenLayout | None, setting: str, fp8: Fp8 | None, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 2**16)
+    monkeypatch.setattr(stack, "TEMPORARY_BYTES", 2**16)
     peaks, sizes = [], []
     for layers in (4, 12):
         size = Sizes(hidden=256, intermediate=128, experts=8, layers=layers)
@@ -253,7 +256,7 @@ def test_the_peak_does_not_grow_with_the_model(
         gc.collect()
         mx.clear_cache()
         target = tmp_path / f"t{layers}"
-        report = convert(path, target, Options(form=form, setting=setting))
+        report = convert(path, target, Options(layout=form, setting=setting))
         peaks.append(report.peak)
         sizes.append(report.written)
         assert report.written == sum(a.nbytes for a in read(target).values())

@@ -21,7 +21,7 @@ from vllm_moe_compat import plugin
 from vllm_moe_compat.backend.model import experts
 from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, Rows, describe, rows_of
 from vllm_moe_compat.backend.step import dry_run as trial
-from vllm_moe_compat.load import context
+from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
 
 
@@ -47,7 +47,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     path = Path(model)
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
-    with context.serving_dtype_as(str(dtype).rpartition(".")[2]):
+    with loading_with(dtype=str(dtype).rpartition(".")[2]):
         loaded, _ = utils.load_model(path, lazy=True)
     # Built and not computed: a refusal comes before the weights are read.
     trial.settle(loaded, describe(loaded))

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.rewrite.written_layout import Form
+    from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 SETTINGS = ("none", "8bit", "mxfp8", "6bit", "4bit")
 LAYOUTS = {
@@ -70,11 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was done."""
-    form = _form(args)
+    layout = _layout(args)
     from vllm_moe_compat.commands.convert import Options, convert
 
     options = Options(
-        form=form,
+        layout=layout,
         setting=args.quantize or "none",
         dtype=args.dtype or "",
         shard_bytes=args.max_shard_size,
@@ -95,8 +95,8 @@ def _ended(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _form(args: argparse.Namespace) -> Form | None:
-    """Return the published form that is asked for; None for MLX's."""
+def _layout(args: argparse.Namespace) -> WrittenLayout | None:
+    """Return the published layout that is asked for; None for MLX's."""
     from vllm_moe_compat.errors import SettingError
 
     if args.layout is None and args.fp8 is None:
@@ -108,13 +108,14 @@ def _form(args: argparse.Namespace) -> Form | None:
             f"--quantize {args.quantize} is MLX's own packed form, which has no "
             f"{'--layout' if args.layout else '--fp8'}; leave one of them out."
         )
-    from vllm_moe_compat.rewrite.written_layout import Form
+    from vllm_moe_compat.checkpoint.numbers.fp8_ops import WrittenFp8
+    from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
     block = _block(args.fp8 or "none")
     if block is None and args.scale_dtype is not None:
         raise SettingError("--scale-dtype is about FP8 scales; say --fp8 128x128 too.")
-    layout = LAYOUTS[args.layout or "per-expert"]
-    return Form(layout, block=block, e8m0=args.scale_dtype == "e8m0")
+    numbers = None if block is None else WrittenFp8(block, args.scale_dtype == "e8m0")
+    return WrittenLayout(LAYOUTS[args.layout or "per-expert"], numbers=numbers)
 
 
 def _block(words: str) -> tuple[int, int] | None:

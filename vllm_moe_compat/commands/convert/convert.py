@@ -18,7 +18,7 @@ from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.rewrite.written_layout import Form
+from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 MAX_SHARD_BYTES = 5 * 10**9
 _OVERHEAD = 16 * 2**20
@@ -30,7 +30,7 @@ class Options:
     """What to write.
 
     Attributes:
-        form: a published form; None for MLX's own.
+        layout: a published layout; None for MLX's own.
         setting: to what the MLX form is quantised; ``none``, ``8bit``, …
         dtype: what FP8 becomes, and in MLX form every other float; empty for bfloat16,
             with what is no FP8 left as it is.
@@ -39,7 +39,7 @@ class Options:
         verify: whether every byte is read back and compared.
     """
 
-    form: Form | None = None
+    layout: WrittenLayout | None = None
     setting: str = "none"
     dtype: str = ""
     shard_bytes: int = MAX_SHARD_BYTES
@@ -110,13 +110,13 @@ def convert(source: Path, target: Path, options: Options) -> Report:
 
 
 def _prepare(source: Path, options: Options) -> Source:
-    if options.form is None:
+    if options.layout is None:
         from vllm_moe_compat.commands.convert import to_mlx
 
         return to_mlx.prepare(source, options.setting, options.dtype)
     from vllm_moe_compat.commands.convert import to_published
 
-    return to_published.prepare(source, options.form, options.dtype or "bfloat16")
+    return to_published.prepare(source, options.layout, options.dtype or "bfloat16")
 
 
 @contextmanager

@@ -10,29 +10,28 @@ made of. So the result is that of a load, bit for bit, and the model is never he
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import read_headers
-from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.checkpoint.names import fold, layer_of
 from vllm_moe_compat.checkpoint.operations import Operand, Spec
 from vllm_moe_compat.commands.convert.source import Source
+from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import quantize as requantize
-from vllm_moe_compat.execute.arrays import DTYPES
 from vllm_moe_compat.execute.quantization_policy import Choices
 from vllm_moe_compat.execute.run_plan import describe
-from vllm_moe_compat.load import context as loads
+from vllm_moe_compat.execute.stack import DTYPES
 from vllm_moe_compat.load import patching
+from vllm_moe_compat.load.context import current
+from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.plan.quantization import DEQUANTIZED
 
-_LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ARRAYS = {
     "BOOL": mx.bool_,
     "U8": mx.uint8,
@@ -75,15 +74,16 @@ class _Later:
         done: object,
     ) -> tuple[dict[str, mx.array], Choices]:
         """Do what ``requantize.execute`` would, with stand-ins."""
-        if (load := loads.current.get()) is not None:
-            self.ignored = load.ignored
+        if (load := current.get()) is not None:
+            layout = load.planned.layout
+            self.ignored = frozenset() if layout is None else layout.ignored
         pending = self.pending = requantize.prepare(job, weights, sanitize, model)
         if self._cast:
             kind, may = DTYPES[self._cast], _may_cast(model)
             for piece in pending.pieces:
                 if piece.names[0] in pending.waiting:
                     held, names = pending.waiting, piece.names
-                elif piece.build.scales:
+                elif piece.build.parts:
                     continue
                 else:
                     held, names = pending.sources, piece.build.weights
@@ -109,16 +109,16 @@ def _results(piece: requantize.Piece, pending: requantize.Pending) -> dict[str, 
         (given,) = describe({names[0]: held[names[0]]}).values()
         specs: tuple[Spec, ...] = (Spec(given.dtype, given.shape),)
     else:
-        if not piece.build.scales:  # An array may have been cast since its header was read.
+        if not piece.build.parts:  # An array may have been cast since its header was read.
             tensors |= describe({name: held[name] for name in names})
-        specs = piece.build.results(tensors, _NAMES[piece.dtype])
+        specs = piece.build.results(tensors, STORED_NAMES[piece.dtype])
     found: dict[str, Spec] = {}
     for name, spec, packing in zip(piece.names, specs, piece.formats, strict=True):
         if packing is None:
             found[name] = spec
             continue
         packed = packing.result(Operand((spec,)), "")
-        parts = (*packed.weights, *packed.scales, *packed.biases)
+        parts = (*packed.weights, *(spec for specs in packed.parts.values() for spec in specs))
         for kind, part in zip(("weight", "scales", "biases"), parts, strict=False):
             found[f"{name.removesuffix('.weight')}.{kind}"] = part
     return found
@@ -127,15 +127,6 @@ def _results(piece: requantize.Piece, pending: requantize.Pending) -> dict[str, 
 def _may_cast(model: Any) -> Callable[[str], bool]:
     may = getattr(model, "cast_predicate", None)
     return (lambda name: True) if may is None else may
-
-
-@contextmanager
-def _deferred(later: _Later) -> Iterator[None]:
-    token = loads.deferred.set(later)
-    try:
-        yield
-    finally:
-        loads.deferred.reset(token)
 
 
 def prepare(folder: Path, setting: str, cast: str) -> Source:
@@ -155,7 +146,7 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
 
     later = _Later(cast)
     try:
-        with _deferred(later):
+        with loading_with(executor=later):
             model, config = mlx_lm.utils.load_model(folder, lazy=True)
     except CompatError:
         raise
@@ -240,8 +231,8 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
 
 def _layer(name: str) -> tuple[int, int]:
     """Order tensors by layer; those that are in none first."""
-    match = _LAYER.search(name)
-    return (1, int(match[1])) if match else (0, 0)
+    layer = layer_of(name)
+    return (1, layer.number) if layer else (0, 0)
 
 
 def _is_packed(name: str, arrays: Mapping[str, mx.array]) -> bool:
@@ -286,7 +277,7 @@ def _saver(config: dict[str, Any], cast: str, *, keep_vision: bool) -> Callable[
         sections.append(written["text_config"])
     for section in sections:
         entry = section.get("quantization_config")
-        if isinstance(entry, dict) and entry.get("quant_method") == loads.DEQUANTIZED:
+        if isinstance(entry, dict) and entry.get("quant_method") == DEQUANTIZED:
             del section["quantization_config"]
         for key in ("dtype", "torch_dtype"):
             if cast and key in section:

@@ -16,20 +16,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers, weight_files
-from vllm_moe_compat.checkpoint.index import check_index
-from vllm_moe_compat.checkpoint.layout import Layout, detect
+from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.numbers import FORMS
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.commands.convert.source import Source
+from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.errors import CheckpointFileError, LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.families import registry
-from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.plan.planner import make_plan
-from vllm_moe_compat.rewrite import run_rewrite as rewrite
+from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of
+from vllm_moe_compat.plan.serving import Serving
 from vllm_moe_compat.rewrite.outcome import results
-from vllm_moe_compat.rewrite.planner import Rewriting, plan_rewriting
-from vllm_moe_compat.rewrite.written_layout import Form
+from vllm_moe_compat.rewrite.planner import RewritePlan, plan_rewrite
+from vllm_moe_compat.rewrite.run_rewrite import run_rewrite
+from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 SMALLEST = 128
 """Rows and columns that a projection has at least if it is to become FP8."""
@@ -40,48 +40,48 @@ _LINEAR = re.compile(
     r".*\.(?:layers|h)\.\d+\..*\.(?:\w+_proj(?:_with_mqa)?|in_proj_\w+|c_\w+|fc\d|w[123q]\w*"
     r"|\w+_linear|dense\w*)\.weight"
 )
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def prepare(folder: Path, form: Form, dtype: str) -> Source:
+def prepare(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
     """Plan the conversion.
 
     Args:
         folder: the checkpoint.
-        form: the wanted one.
-        dtype: what FP8 becomes where the form is floats.
+        wanted: the layout to write.
+        dtype: the dtype of dequantised weights where floats are written.
 
     Raises:
         CheckpointFileError: a file is missing, damaged or contradicts the index.
         LayoutError: the tensors contradict each other or the config.
-        SettingError: the module has nothing of the kind that the form names.
+        SettingError: the module has nothing of the kind that the layout names.
         UnsupportedCheckpointError: a form that is not read, or cannot be written.
     """
     config = _read(folder)
-    row, fixed = _row(folder, config)
-    headers = read_headers(folder)
-    layout = detect(headers, fixed, row.ignored)
-    check_index(folder, headers, row.ignored.of(fixed))
-    linear = _linear(layout, form)
-    plan = plan_rewriting(layout, row, fixed, form, linear)
-    specs = _specs(plan, layout, _NAMES[dtype])
-    written = _config(config, form, specs)
-    ignored = sorted(layout.ignored)
+    planned = _planned(folder, config, dtype)
+    headers, layout, row = planned.headers.tensors, planned.layout, planned.row
+    if row is None or layout is None:
+        raise UnsupportedCheckpointError(
+            f"{folder}: model_type {config.get('model_type')!r} is not in the map of supported "
+            "modules, where one that is was expected; only MLX form can be written of it."
+        )
+    plan = plan_rewrite(layout, row, planned.config, wanted, _linear(layout, wanted))
+    specs = _specs(plan, layout, STORED_NAMES[dtype])
+    written = _config(config, wanted, specs)
     notes = []
-    if ignored:
+    if layout.ignored:
         notes.append(
-            f"{len(ignored):,} tensors that the text model does not use (prediction heads, vision "
-            "towers) are not written"
+            f"{len(layout.ignored):,} tensors that the text model does not use (prediction heads, "
+            "vision towers) are not written"
         )
 
     def stream() -> Iterator[tuple[str, mx.array]]:
         weights: dict[str, mx.array] = {}
         for path in weight_files(folder):
             weights.update(mx.load(str(path)))  # type: ignore[arg-type]
-        for name in (*layout.ignored, *layout.fp8.static):
+        for name in (*layout.ignored, *layout.numbers.unused):
             weights.pop(name, None)
         files = {name: info.file for name, info in headers.items()}
-        for name, array in rewrite.carry_out(plan, weights, dtype, files):
+        for name, array in run_rewrite(plan, weights, dtype, files):
             mx.eval(array)
             yield name, array
             del array
@@ -91,22 +91,31 @@ def prepare(folder: Path, form: Form, dtype: str) -> Source:
         (partial / "config.json").write_text(text, encoding="utf-8")
 
     def check(partial: Path) -> None:
-        """See that what was laid out can be planned for by a load."""
-        again = dict(written)
-        registry.fix_config(row, again)
-        make_plan(detect(read_headers(partial), again, row.ignored), row, again)
+        """See that a load of what was laid out can be planned."""
+        _planned(partial, written, dtype)
 
-    words = form.layout if form.block is None else f"{form.layout}, FP8 {_block_words(form)}"
+    words = "floats" if wanted.numbers is None else wanted.numbers.words
     return Source(
         specs=specs,
         stream=stream,
         save_config=save_config,
         kind="pt",
-        form=words if form.block is not None else f"{words}, floats",
+        form=f"{wanted.experts}, {words}",
         read=sum(nbytes(info) for name, info in headers.items() if name not in layout.ignored),
         notes=notes,
         check=check,
     )
+
+
+def _planned(folder: Path, config: Mapping[str, Any], dtype: str) -> PlannedLoad:
+    """Plan a load of the folder that leaves no arithmetic to upstream.
+
+    Raises:
+        CompatError: it would be refused.
+    """
+    planned = make(read_headers_of(folder), config, Serving(dtype, dtype, exact=True))
+    planned.refuse()
+    return planned
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -122,24 +131,9 @@ def _read(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _row(folder: Path, config: Mapping[str, Any]) -> tuple[Row, dict[str, Any]]:
-    """Return what is known about the module, and the config in its words."""
-    import mlx_lm.utils
-
-    row = registry.row_of_config(config, mlx_lm.utils.MODEL_REMAPPING)
-    if row is None:
-        raise UnsupportedCheckpointError(
-            f"{folder}: model_type {config.get('model_type')!r} is not in the map of supported "
-            "modules, where one that is was expected; only MLX form can be written of it."
-        )
-    fixed: dict[str, Any] = json.loads(json.dumps(config))
-    registry.fix_config(row, fixed)
-    return row, fixed
-
-
-def _linear(layout: Layout, form: Form) -> Callable[[str], bool]:
-    """Return which weights become FP8 that are none and no experts."""
-    if form.block is None or layout.fp8.pairs:
+def _linear(layout: Layout, wanted: WrittenLayout) -> Callable[[str], bool]:
+    """Return whether a float weight that is no expert gets the wanted number form."""
+    if wanted.numbers is None or layout.numbers.weights:
         return lambda name: False
 
     def chosen(name: str) -> bool:
@@ -150,7 +144,7 @@ def _linear(layout: Layout, form: Form) -> Callable[[str], bool]:
     return chosen
 
 
-def _specs(plan: Rewriting, layout: Layout, dtype: str) -> dict[str, Spec]:
+def _specs(plan: RewritePlan, layout: Layout, dtype: str) -> dict[str, Spec]:
     """Return every tensor that will be written, in the order of the work."""
     specs: dict[str, Spec] = {}
 
@@ -170,53 +164,21 @@ def _specs(plan: Rewriting, layout: Layout, dtype: str) -> dict[str, Spec]:
     return specs
 
 
-def _block_words(form: Form) -> str:
-    assert form.block is not None
-    known = {(1, 0): "per row", (0, 0): "per tensor"}
-    return known.get(form.block, "x".join(map(str, form.block)))
-
-
-def _config(config: Mapping[str, Any], form: Form, specs: Mapping[str, Spec]) -> dict[str, Any]:
+def _config(
+    config: Mapping[str, Any], wanted: WrittenLayout, specs: Mapping[str, Spec]
+) -> dict[str, Any]:
     """Return the author's config, saying how the weights are stored now."""
     written: dict[str, Any] = json.loads(json.dumps(config))
     for section in (written, written.get("text_config")):
         if isinstance(section, dict):
             section.pop("quantization_config", None)
             section.pop("quantization", None)
-    if form.block is not None:
-        written["quantization_config"] = describe(form, specs)
+    if wanted.numbers is not None:
+        dtypes = {dtype for form in FORMS for dtype in form.dtypes}
+        kept = {
+            name.removesuffix(".weight")
+            for name, spec in specs.items()
+            if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype not in dtypes
+        }
+        written["quantization_config"] = wanted.numbers.quantization_config(kept)
     return written
-
-
-def describe(form: Form, specs: Mapping[str, Spec]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of what is written."""
-    kept = sorted(
-        name.removesuffix(".weight")
-        for name, spec in specs.items()
-        if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype != "F8_E4M3"
-    )
-    if form.block == (1, 0):
-        shared = {"num_bits": 8, "type": "float", "symmetric": True}
-        group = {
-            "targets": ["Linear"],
-            "weights": shared | {"strategy": "channel", "dynamic": False},
-            "input_activations": shared | {"strategy": "token", "dynamic": True},
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": kept,
-        }
-    described: dict[str, Any] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "modules_to_not_convert": kept,
-    }
-    if form.block != (0, 0):
-        described["weight_block_size"] = list(form.block or ())
-    if form.e8m0:
-        described["scale_fmt"] = "ue8m0"
-    return described

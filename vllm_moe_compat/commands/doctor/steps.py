@@ -110,13 +110,14 @@ def load(path: str, golden: str) -> dict[str, Any]:
     from mlx_lm.generate import generate_step
 
     import vllm_moe_compat
-    from vllm_moe_compat.load.context import last_report, serving_dtype_as
+    from vllm_moe_compat.load.options import loading_with
+    from vllm_moe_compat.load.report import last_report
 
     vllm_moe_compat.apply()
     expected = json.loads(golden)
     if expected:
         # What the golden text was computed in, so that it is the very same.
-        with serving_dtype_as("float32"):
+        with loading_with(dtype="float32"):
             model, tokenizer = mlx_lm.load(path)
         model.set_dtype(mx.float32)
     else:

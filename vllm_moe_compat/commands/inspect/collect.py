@@ -6,15 +6,15 @@ is wrong becomes a finding, and whatever can still be said is said.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_moe_compat import __version__
 from vllm_moe_compat.checkpoint.config import expert_count
+from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
+from vllm_moe_compat.checkpoint.index import contradictions
 from vllm_moe_compat.checkpoint.layout import Layout, detect
-from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.commands.inspect import describe
 from vllm_moe_compat.commands.inspect.locate import locate
 from vllm_moe_compat.commands.inspect.model import (
@@ -27,18 +27,16 @@ from vllm_moe_compat.commands.inspect.model import (
     Stock,
 )
 from vllm_moe_compat.commands.inspect.needs import memory
-from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_error, of_plan, problem
+from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_error, of_load, problem
 from vllm_moe_compat.commands.inspect.read import Given, read
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.commands.inspect.stock import REFUSES, UNKNOWN, stock
-from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
-from vllm_moe_compat.families import modules, registry
+from vllm_moe_compat.errors import CompatError, LayoutError
+from vllm_moe_compat.families import modules
+from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context as loads
-from vllm_moe_compat.plan.check_experts import check_experts
-from vllm_moe_compat.plan.check_numbers import check_fp8
-from vllm_moe_compat.plan.planner import Plan, make_plan
-from vllm_moe_compat.plan.upstream import is_foreign
+from vllm_moe_compat.plan.make import Headers, PlannedLoad, make
+from vllm_moe_compat.plan.serving import installed_device, serving
 
 SHOWN = 8
 """Findings of one kind that are told one by one; equal ones are one finding anyway."""
@@ -66,6 +64,10 @@ def inspect(name: str) -> Inspection:
     judged, layout = _Judged(), None
     if given.config is not None and given.tensors and given.place.shard is None:
         layout = _judge(given, judged)
+    elif given.index is not None:
+        every = DEFAULT_EXTRAS.of({})
+        for fault in contradictions(given.place.folder, given.index, given.tensors, every):
+            given.fault(fault)
     layout = layout or _detect(given, config)
     extras = _extras(given, layout) if layout is not None else []
     for extra in extras:
@@ -153,61 +155,50 @@ def _detect(given: Given, config: Mapping[str, Any]) -> Layout | None:
 
 
 def _judge(given: Given, judged: _Judged) -> Layout | None:
-    """Find module and row, make the plan, and return the layout, if it came to that."""
+    """Plan the load, note what it says, and return the layout, if it came to that."""
     assert given.config is not None
-    original = given.config
-    config = copy.deepcopy(original)
-    if not isinstance(config.get("model_type"), str):
+    if not isinstance(given.config.get("model_type"), str):
         given.add(
             "model-type",
-            f"config.json: model_type is {config.get('model_type')!r}, where a name was expected",
+            f"config.json: model_type is {given.config.get('model_type')!r}, where a name was "
+            "expected",
             "download the config again",
         )
         return None
-    told = modules.row_to_fix(config)
-    try:
-        changed = registry.fix_config(told, config) if told is not None else []
-    except UnsupportedCheckpointError as error:
-        given.problems.append(of_error("config-unsupported", error))
-        return None
-    if config.get("model_file") is not None:
+    # Faults of the files are found already.
+    headers = Headers(
+        given.place.folder, given.tensors, given.index, {}, (), given.extern is not None
+    )
+    planned = make(headers, given.config, serving(installed_device()))
+    given.problems += map(of_load, planned.faults)
+    judged.module, judged.row = planned.module or None, planned.row
+    if planned.reason == OWN_CODE:
         given.add(
             "own-code",
-            f"config.json asks for {config['model_file']!r}, code that the checkpoint brings",
+            f"config.json asks for {given.config['model_file']!r}, code that the checkpoint brings",
             "read it before you allow it with trust_remote_code",
         )
-        return None
-    judged.module, judged.row = modules.find(config)
-    known = modules.mlx_lm().folder is None or modules.find(original)[0] is not None
-    if judged.module is None:
+        judged.module = None
+    elif judged.module is None and not planned.faults:
         given.add(
             "module-unknown",
             f"mlx-lm {modules.mlx_lm().version or ''} has no module for model_type "
-            f"{original['model_type']!r}",
+            f"{given.config['model_type']!r}",
             "see whether a newer mlx-lm has one",
         )
         judged.stock = Stock(REFUSES, ["it has no module for this model_type"])
-    elif judged.row is None:
-        return _judge_unmapped(given, judged)
-    else:
-        return _judge_mapped(given, judged, judged.row, config, changed, known=known)
-    return None
+    elif planned.layout is not None and planned.row is None:
+        _judge_unmapped(given, judged, planned, planned.layout)
+    elif planned.layout is not None and planned.row is not None:
+        _judge_mapped(given, judged, planned, planned.layout, planned.row)
+    return planned.layout
 
 
-def _judge_unmapped(given: Given, judged: _Judged) -> Layout | None:
-    """Say of a module without a row what the load says of it."""
-    assert given.config is not None
-    if (layout := _detect(given, given.config)) is None:
-        return None
+def _judge_unmapped(given: Given, judged: _Judged, planned: PlannedLoad, layout: Layout) -> None:
+    """Note what the load does with a module without a row."""
     judged.stock = Stock(UNKNOWN, [f"the registry has no row for {judged.module}"])
-    if weights := [*layout.fp8.pairs, *layout.fp8.bare]:
-        given.add(
-            "fp8-unmapped",
-            f"{fold(weights)} are FP8, which {judged.module} takes for integers, and there is no "
-            "row for it",
-            "load a bf16 release of the model instead",
-        )
-        return layout
+    if planned.faults:
+        return
     if layout.per_expert:
         given.add(
             "experts-unmapped",
@@ -217,73 +208,43 @@ def _judge_unmapped(given: Given, judged: _Judged) -> Layout | None:
         )
     given.add("module-unmapped", f"{judged.module} has no row: mlx-lm loads it by itself")
     judged.ours = Ours(UNKNOWN, [])
-    plan = Plan(judged.module or "", layout.words)
-    _weigh(given, judged, [plan], layout, given.config)
-    return layout
+    _weigh(given, judged, planned)
 
 
 def _judge_mapped(
-    given: Given,
-    judged: _Judged,
-    row: Row,
-    config: dict[str, Any],
-    changed: list[str],
-    *,
-    known: bool,
-) -> Layout:
+    given: Given, judged: _Judged, planned: PlannedLoad, layout: Layout, row: Row
+) -> None:
+    """Note what the load does with a module that has a row."""
     assert given.config is not None
-    try:
-        layout = detect(given.tensors, config, row.ignored)
-        faults = []
-        if not is_foreign(row, layout):
-            faults += of_plan("fp8", check_fp8(layout), given.tensors)
-            faults += of_plan("experts", check_experts(layout, row, config), given.tensors)
-        given.problems += faults
-        if faults:
-            judged.ours = Ours(REFUSES, [])
-            return layout
-        plans = [make_plan(layout, row, config)]
-    except LayoutError as error:
-        given.problems.append(of_error("config-number", error))
-        return detect(given.tensors, {})
-    if row.moe is not None and not layout.experts and expert_count(config):
+    if planned.plan is None:
+        judged.ours = Ours(REFUSES, [])
+        return
+    if row.moe is not None and not layout.experts and (count := expert_count(planned.config)):
         given.add(
             "experts-none",
-            f"config.json speaks of {expert_count(config):,} experts, and no layer has any",
+            f"config.json speaks of {count:,} experts, and no layer has any",
             "see whether shards are missing, or the config is another model's",
         )
+    known = modules.mlx_lm().folder is None or bool(modules.find(given.config).path)
     judged.stock = stock(
-        plans[0],
+        planned.plan,
         layout,
         row,
         given.config,
-        config,
-        changed,
+        planned.config,
+        planned.translated,
         known=known,
         extern=given.extern,
     )
     applied = {w.id: w.why for w in row.workarounds}
-    judged.ours = Ours("loads", steps(plans[0], layout, row, changed), applied)
-    try:
-        loads.refuse_quantized(given.place.folder, given.config, layout)
-        plans.append(make_plan(layout, row, config, split=True))
-    except UnsupportedCheckpointError:
-        pass  # there is one setting then, which the table of memory shows
-    _weigh(given, judged, plans, layout, config)
-    return layout
+    judged.ours = Ours("loads", steps(planned.plan, layout, row, planned.translated), applied)
+    _weigh(given, judged, planned)
 
 
-def _weigh(
-    given: Given,
-    judged: _Judged,
-    plans: Sequence[Plan],
-    layout: Layout,
-    config: Mapping[str, Any],
-) -> None:
-    assert given.config is not None
+def _weigh(given: Given, judged: _Judged, planned: PlannedLoad) -> None:
     module = (judged.module or "").rpartition(".")[2]
     try:
-        judged.memory, found = memory(plans, layout.tensors, given.config, config, module)
+        judged.memory, found = memory(planned, planned.config, module)
     except CompatError:
         raise
     except (ValueError, ArithmeticError, LookupError) as error:

@@ -97,18 +97,15 @@ def quantization(layout: Layout, config: Mapping[str, Any], extern: Any) -> Quan
     if method is None and isinstance(extern, dict):
         method = "modelopt"
     method = None if method is None else clean(method, 60)
-    pairs, tensors = layout.fp8.pairs, layout.tensors
-    if pairs or layout.fp8.bare:
-        shapes = {(tensors[w].shape, tensors[s].shape) for w, s in pairs.items()}
-        blocks = {block for shape in shapes if (block := layout.block_of(*shape)) is not None}
-        named = [block for block in layout.blocks if block in blocks]
+    tensors = layout.tensors
+    if details := [form for form in layout.numbers.details if form.weights]:
         return Quantization(
-            layout.fp8_words if pairs else "FP8 without scales",
+            " and ".join(form.words for form in details),
             method,
-            len(pairs) + len(layout.fp8.bare),
-            [list(block) for block in (named or sorted(blocks)[:8])],
-            sorted({tensors[s].dtype for s in pairs.values()}),
-            len(layout.fp8.static),
+            sum(form.weights for form in details),
+            [list(block) for form in details for block in form.blocks],
+            sorted({dtype for form in details for dtype in form.scale_dtypes}),
+            sum(form.unused for form in details),
         )
     packed = [n for n in tensors if n.endswith((".scales", "_packed", "_blocks", ".qweight"))]
     own = config.get("quantization")
@@ -172,5 +169,5 @@ def _says(kind: str, config: Mapping[str, Any]) -> bool:
 
 def dropped_by_us(plan: Plan, layout: Layout) -> list[str]:
     """Return the names that the plan takes out because upstream does not."""
-    static = set(layout.fp8.static)
+    static = set(layout.numbers.unused)
     return [name for name in plan.drops if name not in static]

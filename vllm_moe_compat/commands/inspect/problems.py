@@ -6,13 +6,9 @@ checkpoint says goes through ``clean`` before it is shown: names may hold anythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from vllm_moe_compat.checkpoint.files import FileFault
-from vllm_moe_compat.checkpoint.findings import Finding, grouped
-from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.commands.inspect.model import Problem, Severity
-from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.plan.make import Fault
 
 FILES: dict[str, tuple[Severity, str]] = {
     "no-weights": ("error", "there is no `model*.safetensors`, which is all that mlx-lm loads"),
@@ -52,7 +48,8 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "plan-impossible": ("error", "the tensors' shapes do not allow what has to be done to them"),
     "mtp-disagree": ("note", "config and tensors disagree on heads that predict further tokens"),
     "vision-disagree": ("note", "config and tensors disagree on towers for images or sound"),
-    "quantized-already": ("note", "`VLLM_MOE_COMPAT_QUANTIZE` does not apply to this checkpoint"),
+    "quantized-already": ("error", "`VLLM_MOE_COMPAT_QUANTIZE` does not apply to this checkpoint"),
+    "quantize-unmapped": ("error", "the module has no row, and `VLLM_MOE_COMPAT_QUANTIZE` is set"),
     "memory": ("warning", "what the setting in force takes exceeds this machine's memory"),
 }
 _LONGEST = 1500
@@ -83,25 +80,6 @@ def of_error(id: str, error: Exception) -> Problem:
     return problem(id, message or remedy, remedy if message else "")
 
 
-_RANKS = {0: "experts-twice", 1: "experts-gap", 2: "experts-contradict", 3: "experts-unlike"}
-
-
-def of_plan(
-    about: str, findings: Iterable[Finding], tensors: dict[str, TensorInfo]
-) -> list[Problem]:
-    """Make findings of the planner's: of all of them, where the planner tells the gravest.
-
-    Args:
-        about: ``experts`` or ``fp8``.
-        findings: the planner's.
-        tensors: for the names of their files.
-    """
-    found = []
-    for first, message, _ in grouped(findings, tensors):
-        if first.error is UnsupportedCheckpointError:
-            id = f"{about}-unsupported"
-        else:
-            assert first.error is LayoutError
-            id = "fp8-scales" if about == "fp8" else _RANKS[first.rank]
-        found.append(problem(id, message, first.remedy))
-    return found
+def of_load(fault: Fault) -> Problem:
+    """Make a finding of a fault of the planned load."""
+    return problem(fault.id, fault.message, fault.remedy)

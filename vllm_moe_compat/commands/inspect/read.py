@@ -9,16 +9,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
 from vllm_moe_compat.checkpoint.files import FileFault, UnreadableError, read_json
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
-from vllm_moe_compat.checkpoint.index import INDEX, contradictions, read_index
+from vllm_moe_compat.checkpoint.index import INDEX, read_index
 from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.commands.inspect.locate import Place, leaves
 from vllm_moe_compat.commands.inspect.model import Problem
 from vllm_moe_compat.commands.inspect.problems import of_fault, problem
-from vllm_moe_compat.errors import LayoutError
-from vllm_moe_compat.families import modules
 
 MAX_CONFIG = 16 * 2**20
 """Bytes of the largest config that is read; real ones have a few thousand."""
@@ -34,6 +31,7 @@ class Given:
         extern: what its hf_quant_config.json holds.
         tensors: all of them.
         shards: the files that they are in.
+        index: name → file, by the index; None where there is none that can be read.
         problems: findings so far, in the order in which they were made.
     """
 
@@ -42,6 +40,7 @@ class Given:
     extern: Any = None
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     shards: int = 0
+    index: dict[str, str] | None = None
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, id: str, message: object, remedy: str = "") -> None:
@@ -109,18 +108,8 @@ def _read_config(given: Given) -> None:
 
 
 def _read_index(given: Given) -> None:
-    index = read_index(given.place.folder, given.fault)
-    if index is None:
-        return
-    row = modules.find(given.config or {})[1]
-    extras = row.ignored if row is not None else DEFAULT_EXTRAS
-    try:
-        ignored = extras.of(given.config or {})
-    except LayoutError:
-        ignored = DEFAULT_EXTRAS.of({})
-    for fault in contradictions(given.place.folder, index, given.tensors, ignored):
-        given.fault(fault)
-    if index and (unnamed := given.tensors.keys() - index.keys()):
+    given.index = read_index(given.place.folder, given.fault)
+    if given.index and (unnamed := given.tensors.keys() - given.index.keys()):
         given.add(
             "index-extra",
             f"{INDEX} does not name {fold(sorted(unnamed))}, which the shards hold",

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from vllm_moe_compat.checkpoint.layout import Layout
-from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.checkpoint.names import fold, layer_of
 from vllm_moe_compat.commands.inspect.describe import dropped_by_us
 from vllm_moe_compat.commands.inspect.model import Step
 from vllm_moe_compat.commands.inspect.problems import clean
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.plan.ops import (
-    Add,
-    DequantizeFp8,
-    Op,
-    SplitGateUp,
-    SplitLatent,
-    SplitRows,
-    StackExperts,
-    Transpose,
-)
-from vllm_moe_compat.plan.planner import Build, Plan
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+(?=\.|$)")
+from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.planner import Plan
 
 
 def steps(plan: Plan, layout: Layout, row: Row, changed: Sequence[str]) -> list[Step]:
@@ -37,63 +25,36 @@ def steps(plan: Plan, layout: Layout, row: Row, changed: Sequence[str]) -> list[
     """
     found = []
     if changed:
-        found.append(Step("put config.json into mlx-lm's words", 0, 0, ", ".join(changed)))
+        found.append(Step("translate config.json keys for mlx-lm", 0, 0, ", ".join(changed)))
     ours = dropped_by_us(plan, layout)
     theirs = sorted(layout.ignored.difference(ours))
-    if static := layout.fp8.static:
+    if static := layout.numbers.unused:
         found.append(_step("drop scales of activations and caches", static))
     if ours:
         found.append(_step("drop what the module has no use for", ours))
     groups: dict[str, list[Build]] = {}
     for build in plan.builds:
-        groups.setdefault(_action(build, plan), []).append(build)
+        groups.setdefault(_action(build), []).append(build)
     for action, builds in groups.items():
         found.append(_step(action, [target for build in builds for target in build.targets]))
     if plan.widen:
         found.append(_step("widen to float32 where float32 serves", plan.widen))
-    if row.around is not None:
-        doc = (row.around.__doc__ or "").partition("\n")[0].rstrip(".")
+    if row.sanitize_wrapper is not None:
+        doc = (row.sanitize_wrapper.__doc__ or "").partition("\n")[0].rstrip(".")
         found.append(Step(f"around sanitize: {doc[:1].lower()}{doc[1:]}", 0, 0, ""))
     if plan.digested:
-        found.append(Step("leave FP8 to the module's own sanitize", plan.digested, 0, ""))
+        found.append(
+            Step("leave stored numbers to the module's own sanitize", plan.digested, 0, "")
+        )
     if theirs:
         found.append(_step("leave to the module's sanitize, which drops them", theirs))
     return found
 
 
 def _step(action: str, names: Sequence[str]) -> Step:
-    layers = {match[0] for name in names if (match := _LAYER.search(name))}
+    layers = {layer.path for name in names if (layer := layer_of(name))}
     return Step(action, len(names), len(layers), clean(fold(names), 240))
 
 
-def _action(build: Build, plan: Plan) -> str:
-    words = [_words(op, build) for op in build.ops]
-    if not words:
-        words = ["rename"]
-    return ", ".join(words)
-
-
-def _words(op: Op, build: Build) -> str:
-    match op:
-        case StackExperts():
-            return f"stack {op.experts} experts"
-        case DequantizeFp8():
-            scales = "E8M0 scales" if op.e8m0 else "scales"
-            rows, columns = op.block
-            if rows == 1 or columns == 1:
-                return f"dequantise FP8 with {scales} per channel"
-            if (rows, columns) in ((128, 128), (64, 64), (32, 32), (16, 16)):
-                return f"dequantise FP8 with {scales} per {rows}x{columns}"
-            return f"dequantise FP8 with {scales} per block or tensor"
-        case Transpose():
-            return "transpose"
-        case SplitGateUp():
-            return "split gate and up" + (" that take turns" if op.interleaved else "")
-        case SplitLatent():
-            return "split kv_b_proj into embed_q and unembed_out"
-        case SplitRows():
-            return f"split into {op.parts}"
-        case Add():
-            return f"add {op.number:g}"
-        case _:
-            return type(op).__name__
+def _action(build: Build) -> str:
+    return ", ".join(op.words for op in build.ops) or "rename"

@@ -18,7 +18,7 @@ from vllm_moe_compat.commands.inspect.model import Stock
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.ops import Add
 from vllm_moe_compat.plan.planner import Plan, rename
-from vllm_moe_compat.plan.upstream import digests_block, digests_fp8, is_foreign
+from vllm_moe_compat.plan.upstream import digests_block, digests_numbers, keeps_numbers
 
 LOADS, REFUSES, WRONG, EITHER = "loads", "refuses", "wrong", "refuses or wrong"
 UNSURE, UNKNOWN = "unsure", "unknown"
@@ -65,9 +65,9 @@ def stock(
         )
     if _scaled(fixed):
         hints.append("whether it scales rotary embeddings is seen only once it is built")
-    knows = row.fp8 or _has(row, "ministral-fp8")
-    foreign = is_foreign(row, layout) or digests_fp8(row, layout)
-    if layout.fp8.pairs and knows and not foreign:
+    knows = row.digests or row.keeps or _has(row, "ministral-fp8")
+    foreign = keeps_numbers(row, layout) or digests_numbers(row, layout)
+    if layout.numbers.weights and knows and not foreign:
         doubts.append("its sanitize knows FP8, but not in this form")
     if any(isinstance(op, Add) for build in plan.builds for op in build.ops):
         wrongs.append("norms that are stored less 1 stay so")
@@ -98,11 +98,11 @@ def _has(row: Row, id: str) -> bool:
 
 def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:
     """Return the tensors that the module's own ``sanitize`` cannot place."""
-    if is_foreign(row, layout):
+    if keeps_numbers(row, layout):
         return set()
     found = set(dropped_by_us(plan, layout))
-    if layout.fp8.pairs and not digests_fp8(row, layout):
-        found |= layout.fp8_scales
+    if layout.numbers.weights and not digests_numbers(row, layout):
+        found |= layout.numbers.parts
     for block in layout.experts:
         ours = block.per_expert or (block.combined and not block.packed)
         if row.moe is not None and ours and not digests_block(row.moe, block, layout):
@@ -117,7 +117,7 @@ def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:
 
 def _quantization(config: Mapping[str, Any], layout: Layout, row: Row, extern: Any) -> list[str]:
     """Say whether ``load_model`` refuses the ``quantization_config``."""
-    if config.get("quantization") is not None or not layout.fp8.pairs:
+    if config.get("quantization") is not None or not layout.numbers.weights:
         return []
     entry = next(iter(quantization_configs(config)), None)
     if entry is None and isinstance(extern, dict):
