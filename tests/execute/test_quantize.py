@@ -18,8 +18,8 @@ from support import shim
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import load, parameters, same_bits
 from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpointError
-from vllm_moe_compat.execute import arrays
 from vllm_moe_compat.execute import run_plan as ex
+from vllm_moe_compat.execute import stack
 from vllm_moe_compat.load import context, memory
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
@@ -70,7 +70,7 @@ def test_the_bits_are_those_of_dequantising_first_and_quantising_with_mlx_lm(
     path = checkpoint.write(tmp_path)
     wanted, stock = by_mlx_lm(path, setting)
     # Small steps: experts one by one, rows in bands.
-    monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 20_000)
+    monkeypatch.setattr(stack, "TEMPORARY_BYTES", 20_000)
     monkeypatch.setenv(QUANTIZE, setting)
     model, config = mlx_lm.utils.load_model(path)
     assert same_bits(parameters(model), wanted)
@@ -163,7 +163,7 @@ def test_the_peak_is_a_tenth_over_the_quantised_size(
     layout, fp8 = FORMS[form]
     sizes = Sizes(hidden=256, intermediate=128, experts=32)
     path = unlisted(build(layout, fp8, sizes=sizes)).write(tmp_path)
-    monkeypatch.setattr(arrays, "TEMPORARY_BYTES", 2**16)
+    monkeypatch.setattr(stack, "TEMPORARY_BYTES", 2**16)
     monkeypatch.setenv(QUANTIZE, setting)
     gc.collect()
     mx.clear_cache()

@@ -16,8 +16,7 @@ import vllm_moe_compat
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import distance, load
 from vllm_moe_compat.errors import CheckpointFileError, InsufficientMemoryError
-from vllm_moe_compat.execute import arrays
-from vllm_moe_compat.execute import build_tensor as fill
+from vllm_moe_compat.execute.numbers import fp8
 from vllm_moe_compat.load import progress
 from vllm_moe_compat.load.context import current
 
@@ -40,7 +39,7 @@ def held() -> int:
 
 def failing(monkeypatch, error: Exception) -> None:
     """Have a tensor of the last of the four layers raise; 37 are dequantised in all."""
-    original, calls = arrays.factors, []
+    original, calls = fp8.scales_as_floats, []
 
     def factors(*args):
         calls.append(1)
@@ -48,8 +47,7 @@ def failing(monkeypatch, error: Exception) -> None:
             raise error
         return original(*args)
 
-    monkeypatch.setattr(arrays, "factors", factors)
-    monkeypatch.setattr(fill, "factors", factors)
+    monkeypatch.setattr(fp8, "scales_as_floats", factors)
 
 
 def a_good_load_works(tmp_path: Path, monkeypatch) -> None:

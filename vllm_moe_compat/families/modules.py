@@ -88,27 +88,35 @@ class MlxLm:
         if isinstance(live, type):
             return registry.row_for(live)
         row = registry.TRANSFORMS_BY_MODULE.get(f"{PACKAGE}.{module}")
-        if row is not None or self.folder is None:
+        if self.folder is None:
             return row
-        tree = ast.parse((self.folder / f"{module}.py").read_text(encoding="utf-8"))
-        parent = _parent_module(tree)
+        defined, parent = _model_of(self.folder / f"{module}.py")
+        if row is not None and defined:
+            return row
         return self.row_of(parent) if parent is not None else None
 
 
-def _parent_module(tree: ast.Module) -> str | None:
-    """Return the sibling module that a module's ``Model`` has its ``sanitize`` from."""
+@cache
+def _model_of(source: Path) -> tuple[bool, str | None]:
+    """Return whether a module defines its ``Model``, and where that has ``sanitize`` from.
+
+    The second is the sibling module that the class, or its base, is imported from; None
+    where the class has a ``sanitize`` of its own, or none.
+    """
     imported: dict[str, str] = {}
     base: ast.expr | None = ast.Name("Model")
-    for node in tree.body:
+    defined = False
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             for name in node.names:
                 imported[name.asname or name.name] = node.module or name.name
         elif isinstance(node, ast.ClassDef) and node.name == "Model":
+            defined = True
             methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
             base = node.bases[0] if node.bases and "sanitize" not in methods else None
     if isinstance(base, ast.Attribute):
         base = base.value
-    return imported.get(base.id) if isinstance(base, ast.Name) else None
+    return defined, imported.get(base.id) if isinstance(base, ast.Name) else None
 
 
 def _is_name(name: str) -> bool:

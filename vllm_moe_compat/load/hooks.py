@@ -17,9 +17,7 @@ from types import CodeType
 from typing import Any
 
 from vllm_moe_compat.checkpoint.headers import weight_files
-from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families import forward_fixes, registry
-from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import context, guard
 from vllm_moe_compat.load.options import load_options, serving_here
@@ -27,7 +25,7 @@ from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import estimate
-from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of, translate
+from vllm_moe_compat.plan.make import make, read_headers_of, translate
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.serving import NONE
 
@@ -66,54 +64,35 @@ def load_config_hook(
         return config
 
     headers = read_headers_of(model_dir)
-    read_config = copy.deepcopy(config)
-    planned = make(headers, read_config, serving_here())
-    reason = planned.reason
-    if planned.row is not None:
+    planned = make(headers, copy.deepcopy(config), serving_here())
+    if planned.row is not None and planned.layout is not None:
         try:
             importlib.import_module(planned.row.module)
         except ImportError:
             return config  # mlx-lm will say what is missing.
-        reason = ensure(planned.row) or ""
+        if reason := ensure(planned.row):
+            planned = planned.unpatched(reason)
     if planned.translated:
         keys = ", ".join(planned.translated)
         logger.info("%s: translated config.json keys for mlx-lm: %s", model_dir, keys)
-    if planned.row is None or reason:
-        _judge_unpatched(model_dir, planned, reason)
+    if planned.needs_row:
+        logger.warning(
+            "%s: %s cannot be patched, since %s; its %s are left to mlx-lm as they are",
+            model_dir,
+            planned.module,
+            planned.reason,
+            planned.needs_row,
+        )
     planned.refuse()
     config.clear()
     config.update(planned.config)
-    if planned.row is None or planned.plan is None or reason:
+    if planned.row is None or planned.plan is None:
         return config
     load = context.LoadContext(model_dir, planned, planned.row, planned.plan, config, headers.sizes)
     if load_options().executor is None:
         _check_memory(load)
     context.current.set(load)
     return config
-
-
-def _judge_unpatched(model_dir: Path, planned: PlannedLoad, reason: str) -> None:
-    """Refuse stored numbers for a class that is not wrapped; warn of experts.
-
-    Raises:
-        UnsupportedCheckpointError: its row says that the class needs us.
-    """
-    if reason == OWN_CODE or not planned.module:
-        return
-    if planned.needs_row:
-        logger.warning(
-            "%s: %s cannot be patched, since %s; its %s are left to mlx-lm as they are",
-            model_dir,
-            planned.module,
-            reason,
-            planned.needs_row,
-        )
-    if planned.row is not None and planned.plan is not None and planned.plan.builds:
-        raise UnsupportedCheckpointError(
-            f"{model_dir}: {planned.module} cannot be patched, since {reason}, and needs it for "
-            f"this checkpoint ({planned.plan.words}); load a release in a layout that mlx-lm "
-            "takes by itself."
-        )
 
 
 def _check_memory(load: context.LoadContext) -> None:

@@ -31,7 +31,7 @@ def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterat
                 yield _unsupported(name, "is an expert's", f"the dense layers of {row.module}")
             continue
         layer = layer_of(block.path)
-        place = layer.path if layer else block.path
+        place = f"layer {layer.number}" if layer else block.path
         if places.setdefault(place, block.path) != block.path:
             yield Finding(block.path, f"repeats {places[place]}", "one set of experts", rank=0)
         if block.packed:

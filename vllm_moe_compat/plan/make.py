@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
-from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
 from vllm_moe_compat.checkpoint.files import FileFault
 from vllm_moe_compat.checkpoint.findings import Finding, grouped
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
@@ -133,6 +132,21 @@ class PlannedLoad:
         tensors = self.headers.tensors if self.layout is None else self.layout.tensors
         return quantization.spared_tensors(self.original, tensors, stored, setting)
 
+    def unpatched(self, reason: str) -> PlannedLoad:
+        """Return the load as it is where the class of the row cannot be wrapped."""
+        config = copy.deepcopy(dict(self.original))
+        translate(config)
+        assert self.layout is not None, "a row was found"
+        return replace(
+            self,
+            config=config,
+            row=None,
+            reason=reason,
+            plan=None,
+            needs_row=_needs_row(self.layout),
+            faults=tuple(_unmapped(self.headers, self.layout, self.module, reason, self.serving)),
+        )
+
     def plan_for(self, setting: str) -> Plan | None:
         """Return the plan for another quantisation setting; None where it does not apply."""
         if self.plan is None or self.row is None or self.layout is None:
@@ -182,10 +196,12 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         translated = translate(effective)
         found = modules.find(effective)
         module, row, reason = found.path, found.row, found.reason
-        if not (reason == OWN_CODE or (not module and row is None)):
+        if row is not None:
             faults += map(_of_file, _index_faults(headers, effective, row))
-            extras = DEFAULT_EXTRAS if row is None else row.ignored
-            layout = detect(headers.tensors, effective if row else {}, extras)
+            layout = detect(headers.tensors, effective, row.ignored)
+        elif module:
+            faults.clear()  # Files are mlx-lm's to judge then.
+            layout = detect(headers.tensors, {})
     except UnsupportedCheckpointError as error:
         faults.append(_of_error("config-unsupported", error))
     except LayoutError as error:
@@ -290,11 +306,9 @@ def _settle_quantization(
             quantization.mark_dequantized(config)  # Of the KV cache alone: weights are floats.
 
 
-def _index_faults(
-    headers: Headers, config: Mapping[str, Any], row: Row | None
-) -> Iterator[FileFault]:
+def _index_faults(headers: Headers, config: Mapping[str, Any], row: Row) -> Iterator[FileFault]:
     """Yield where the shards do not hold what the index says."""
-    if row is None or headers.index is None:
+    if headers.index is None:
         return
     ignored = row.ignored.of(config)
     yield from contradictions(headers.folder, headers.index, headers.tensors, ignored)
@@ -319,7 +333,9 @@ def _already_quantized(
 def _unmapped(
     headers: Headers, layout: Layout, module: str, reason: str, serving: Serving
 ) -> Iterator[Fault]:
-    """Yield why a module without a row cannot load the checkpoint right."""
+    """Yield why a module that is not wrapped cannot load the checkpoint right."""
+    if reason == OWN_CODE:
+        return
     if serving.setting != NONE:
         yield Fault(
             "quantize-unmapped",
