@@ -18,11 +18,12 @@ from support import shim
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import load, parameters, same_bits
 from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpointError
+from vllm_moe_compat.execute import arrays, stack
 from vllm_moe_compat.execute import run_plan as ex
-from vllm_moe_compat.execute import stack
-from vllm_moe_compat.load import context, memory
+from vllm_moe_compat.load import memory
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
+from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.ops import JoinGateUp, SplitGateUp
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 
@@ -315,7 +316,7 @@ def test_too_little_memory_is_refused_and_the_setting_that_fits_is_named(
 
 def test_splitting_undoes_joining():
     gate, up = mx.ones((2, 3, 4)), mx.zeros((2, 3, 4))
-    joined = arrays.run(JoinGateUp(), arrays.Arrays([gate, up]), "float32")
+    joined = arrays.run(JoinGateUp(), stack.Arrays([gate, up]), "float32")
     halves = arrays.run(SplitGateUp(), joined, "float32")
     assert mx.array_equal(halves.weights[0], gate)
     assert mx.array_equal(halves.weights[1], up)
@@ -325,7 +326,7 @@ def test_splitting_undoes_joining():
 def test_packing_again_what_was_unpacked_changes_little(setting: str):
     op = QUANTIZE_SETTINGS[setting]
     weight = mx.random.normal((3, 8, 128))
-    packed = arrays.run(op, arrays.Arrays([weight]), "float32")
+    packed = arrays.run(op, stack.Arrays([weight]), "float32")
     values = arrays.run(op.inverse(), packed, "float32")
     again = arrays.run(op, values, "float32")
     back = arrays.run(op.inverse(), again, "float32").weights[0]
@@ -344,4 +345,4 @@ def test_packing_again_what_was_unpacked_changes_little(setting: str):
     ],
 )
 def test_a_listed_name_means_the_module_its_parents_and_its_end(module, entries, listed):
-    assert context.is_listed(module, entries) == listed
+    assert quantization.is_listed(module, entries) == listed
