@@ -367,8 +367,10 @@ def test_a_bad_setting_ends_the_start_with_its_own_words() -> None:
 
 
 @pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda variable: variable.name)
-def test_the_readme_has_every_variable_its_default_and_its_choices(variable: Any) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (row,) = [x for x in readme.splitlines() if x.startswith(f"| `{variable.name}` |")]
-    assert row.split(" | ")[1].strip("`") == (variable.default or "unset")
+def test_the_environment_page_has_every_variable_its_default_and_its_choices(
+    variable: Any,
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "environment.md").read_text(encoding="utf-8")
+    (row,) = [x for x in page.splitlines() if x.startswith(f"| `{variable.name}` |")]
+    assert row.split(" | ")[2].strip("`") == (variable.default or "unset")
     assert all(f"`{choice}`" in row for choice in variable.choices)
