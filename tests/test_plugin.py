@@ -255,8 +255,9 @@ if hasattr(vllm.logger, "configure_logging"):
 import vllm.envs
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.models import ModelRegistry
-from vllm_moe_compat import patching, plugin
+from vllm_moe_compat import plugin, status
 from vllm_moe_compat.envs import VARIABLES
+from vllm_moe_compat.load import patching
 from vllm_moe_compat.log import logger
 
 def effects():
@@ -268,7 +269,7 @@ def effects():
         sorted(vllm.envs.environment_variables),
         [id(h) for h in (*ours.handlers, *ours.filters)],
         [id(h) for h in logging.getLogger("vllm").handlers],
-        str(patching.status()),
+        str(status()),
     ]
 
 before = effects()

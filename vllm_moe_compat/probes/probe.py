@@ -16,9 +16,9 @@ from pathlib import Path
 from vllm_moe_compat import envs
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import context as loads
-from vllm_moe_compat.load.status import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
 from vllm_moe_compat.log import silence
 from vllm_moe_compat.probes.recipes import TOKENS, Family, Recipe
+from vllm_moe_compat.probes.results import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
 from vllm_moe_compat.probes.variants import write
 
 TOLERANCE = 1e-4

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_moe_compat.families.row import Row
-    from vllm_moe_compat.load.status import Status
     from vllm_moe_compat.probes.evidence import Examined
+    from vllm_moe_compat.probes.status import Status
 
 SCHEMA = "vllm-moe-compat/status/1"
 SECONDS = 50.0
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_moe_compat.families import registry
     from vllm_moe_compat.load import patching
     from vllm_moe_compat.plugin import mlx_installed
+    from vllm_moe_compat.probes.status import status_of
 
     rows = [_row(name) for name in args.module] or list(registry.TRANSFORMS_BY_MODULE.values())
     patching.apply()
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     examined: Mapping[str, Examined] = {}
     if not args.quick and mlx_installed():
         examined = _examine(rows, bool(args.module), args.seconds)
-    status = patching.status_of(examined)
+    status = status_of(examined)
     if args.module:
         wanted = {row.module for row in rows}
         status = dataclasses.replace(

@@ -9,20 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_moe_compat.load.status import (
+from vllm_moe_compat.load.hook_status import UNPATCHABLE
+from vllm_moe_compat.probes.evidence import (
     ACTIVE,
     BROKEN,
     DORMANT,
     NEEDED,
     NOT_PROBED,
-    RIGHT,
-    UNPATCHABLE,
-    Probe,
-    RowStatus,
-    Status,
-    Verdict,
     WorkaroundStatus,
 )
+from vllm_moe_compat.probes.results import RIGHT, Probe, Verdict
+from vllm_moe_compat.probes.status import RowStatus, Status
 
 WIDTH = 120
 """Of what is not printed on a terminal."""
