@@ -360,8 +360,8 @@ sys.exit(code)
 
 
 def test_a_terminal_without_unicode(folder: Path):
-    code = "import sys; from vllm_moe_compat.commands.inspect import command as i; import argparse as a\n"
-    code += f"sys.exit(i.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
+    code = "import argparse as a, sys\nfrom vllm_moe_compat.commands.inspect import command\n"
+    code += f"sys.exit(command.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=environment, timeout=120
@@ -372,8 +372,8 @@ def test_a_terminal_without_unicode(folder: Path):
 
 def test_a_terminal_of_eighty_columns(folder: Path):
     main_end, terminal = pty.openpty()
-    code = "import sys; from vllm_moe_compat.commands.inspect import command as i; import argparse as a\n"
-    code += f"sys.exit(i.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
+    code = "import argparse as a, sys\nfrom vllm_moe_compat.commands.inspect import command\n"
+    code += f"sys.exit(command.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": ""}
     with subprocess.Popen([sys.executable, "-c", code], stdout=terminal, env=environment) as child:
         os.close(terminal)
