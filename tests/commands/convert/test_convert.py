@@ -20,7 +20,8 @@ import vllm_moe_compat
 from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import TOKENS, load, new_model, parameters, read, same_bits
 from vllm_moe_compat.checkpoint.headers import read_headers
-from vllm_moe_compat.commands.convert import Options, command, convert
+from vllm_moe_compat.commands.convert import command
+from vllm_moe_compat.commands.convert.conversion import Options, convert
 from vllm_moe_compat.commands.convert.shards import Shards
 from vllm_moe_compat.commands.main import main
 from vllm_moe_compat.errors import CheckpointFileError

@@ -15,7 +15,7 @@ import pytest
 
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import read, same_bits
-from vllm_moe_compat.commands.convert import Options, convert
+from vllm_moe_compat.commands.convert.conversion import Options, convert
 from vllm_moe_compat.commands.convert.folder import partial_of
 from vllm_moe_compat.commands.main import main
 

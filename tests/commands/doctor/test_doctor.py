@@ -19,7 +19,7 @@ from vllm_moe_compat.commands.doctor.link import Diagnosis, Link
 
 COMMAND = """
 import argparse, sys
-from vllm_moe_compat.cli import doctor
+from vllm_moe_compat.commands.doctor import command as doctor
 parser = argparse.ArgumentParser()
 doctor.add_arguments(parser)
 sys.exit(doctor.run(parser.parse_args(sys.argv[1:])))

@@ -20,7 +20,9 @@ import pytest
 
 import vllm_moe_compat
 from support.inspect_files import checkpoint, shard, tensors, write
-from vllm_moe_compat.commands.inspect import SCHEMA_VERSION, as_json, inspect, markdown, model, text
+from vllm_moe_compat.commands.inspect import as_json, markdown, model, text
+from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.commands.inspect.model import SCHEMA_VERSION
 from vllm_moe_compat.commands.inspect.problems import PROBLEMS
 from vllm_moe_compat.commands.main import main
 
@@ -342,7 +344,7 @@ def test_nothing_heavy_is_imported(folder: Path, hidden: tuple[str, ...], kind: 
     code = f"""
 import sys
 for name in {hidden!r}: sys.modules[name] = None
-from vllm_moe_compat.cli import inspect
+from vllm_moe_compat.commands.inspect import command as inspect
 import argparse
 parser = argparse.ArgumentParser()
 inspect.add_arguments(parser)

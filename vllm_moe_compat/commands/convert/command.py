@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was done."""
     form = _form(args)
-    from vllm_moe_compat.commands.convert import Options, convert
+    from vllm_moe_compat.commands.convert.conversion import Options, convert
 
     options = Options(
         form=form,

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, say what was seen; 1 where something is broken."""
-    from vllm_moe_compat.commands.doctor import examine
+    from vllm_moe_compat.commands.doctor.chain import examine
     from vllm_moe_compat.errors import CheckpointFileError
 
     if args.model is not None and not (args.model / "config.json").is_file():
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from vllm_moe_compat.commands.doctor import Link
+    from vllm_moe_compat.commands.doctor.link import Link
 
     console = Console(soft_wrap=True, highlight=False)
     colours = {"ok": "green", "warning": "yellow", "broken": "bold red", "skipped": "dim"}

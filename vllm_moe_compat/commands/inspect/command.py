@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SettingError: there is no such checkpoint, or a variable of ours means nothing.
     """
-    from vllm_moe_compat.commands.inspect import inspect
+    from vllm_moe_compat.commands.inspect.collect import inspect
 
     with _uncollected():
         found = inspect(args.checkpoint)
