@@ -6,8 +6,8 @@ them from integers. Names and widths: ``Dtype`` in safetensors' ``tensor.rs``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ class Dtype:
 
     Attributes:
         bits: width of one value.
-        mlx: name in ``mlx.core`` of the dtype that ``mx.load`` gives it; empty where it
-            gives none.
+        mlx: name of the MLX dtype that ``mx.load`` gives it; empty where it gives none.
     """
 
     bits: int
@@ -29,7 +28,7 @@ class Dtype:
 
 
 DTYPES = {
-    "BOOL": Dtype(8, "bool_"),
+    "BOOL": Dtype(8, "bool"),
     "U8": Dtype(8, "uint8"),
     "I8": Dtype(8, "int8"),
     "U16": Dtype(16, "uint16"),
@@ -52,53 +51,43 @@ DTYPES = {
 }
 """safetensors' name → dtype."""
 
-HEADER_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Name in settings, options and config.json of a serving dtype → safetensors' name."""
-
-FLOATS = tuple(HEADER_NAMES.values())
+FLOATS = ("BF16", "F16", "F32")
 """safetensors' names of the floats that weights are served in."""
 
-
-def bits(name: str) -> int:
-    """Return the bits of one value; an unknown dtype counts as bytes."""
-    known = DTYPES.get(name)
-    return 8 if known is None else known.bits
+# Reversed, so that ``uint8`` is ``U8``: it holds the bytes of FP8 as well.
+STORED_NAMES = {known.mlx: name for name, known in reversed(DTYPES.items()) if known.mlx}
+"""Name in MLX, torch, settings and config.json → safetensors' name."""
 
 
-def is_float(name: str) -> bool:
-    """Whether weights are served in this dtype."""
-    return name in FLOATS
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor; an unknown dtype counts one byte per value."""
+    known = DTYPES.get(dtype)
+    return math.prod(shape) * (8 if known is None else known.bits) // 8
 
 
-def mlx_dtype(name: str) -> mx.Dtype:
-    """Return the MLX dtype by safetensors' name or by a key of ``HEADER_NAMES``.
-
-    Raises:
-        KeyError: MLX has no dtype for it.
-    """
-    import mlx.core as mx
-
-    known = DTYPES[HEADER_NAMES.get(name, name)]
-    if not known.mlx:
-        raise KeyError(name)
-    dtype: mx.Dtype = getattr(mx, known.mlx)
-    return dtype
+def is_float(dtype: str) -> bool:
+    """Whether weights are served in this dtype, given by safetensors' name."""
+    return dtype in FLOATS
 
 
-def header_name(dtype: mx.Dtype) -> str:
-    """Return safetensors' name of an MLX dtype, or MLX's own where safetensors has none.
+def stored_name(dtype: object) -> str:
+    """Return safetensors' name of an MLX or torch dtype, or its own where there is none.
 
     The bytes of E4M3 and E8M0 give ``U8``.
     """
-    return _header_names().get(dtype, str(dtype))
+    return STORED_NAMES.get(str(dtype).rpartition(".")[2], str(dtype))
 
 
-@cache
-def _header_names() -> dict[mx.Dtype, str]:
+def mlx_dtype(name: str) -> mx.Dtype:
+    """Return the MLX dtype by safetensors' name or by a key of ``STORED_NAMES``.
+
+    Raises:
+        KeyError: MLX loads no such dtype.
+    """
     import mlx.core as mx
 
-    names: dict[mx.Dtype, str] = {}
-    for name, known in DTYPES.items():
-        if known.mlx:
-            names.setdefault(getattr(mx, known.mlx), name)
-    return names
+    known = DTYPES[STORED_NAMES.get(name, name)]
+    if not known.mlx:
+        raise KeyError(name)
+    dtype: mx.Dtype = getattr(mx, "bool_" if known.mlx == "bool" else known.mlx)
+    return dtype
