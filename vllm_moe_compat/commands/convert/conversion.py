@@ -79,7 +79,7 @@ def convert(source: Path, target: Path, options: Options) -> Report:
         folders.check_space(target, sum(map(nbytes, given.specs.values())) + _OVERHEAD)
         try:
             given.save_config(work)
-            folders.copy_rest(source, work)
+            given.notes += folders.copy_rest(source, work)
             shards = Shards(work, given.specs, options.shard_bytes, given.kind)
             given.check(work)
             with bar(len(given.specs), "Writing checkpoint tensors") as done:

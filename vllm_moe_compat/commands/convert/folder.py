@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_moe_compat.checkpoint.config_file import CONFIG, read_config
 from vllm_moe_compat.checkpoint.headers import weight_files
 from vllm_moe_compat.checkpoint.index import INDEX
+from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.commands.convert.shards import sync
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load.report import size
@@ -33,7 +35,7 @@ _WEIGHTS: tuple[str, ...] = (
     ".npz",
 )
 _WEIGHTS += (".onnx", ".onnx_data", ".ckpt", ".index.json", ".tflite", ".mlmodel")
-_DESCRIBED = ("config.json", "hf_quant_config.json", "quantize_config.json", "README.md", INDEX)
+_DESCRIBED = (CONFIG, "hf_quant_config.json", "quantize_config.json", "README.md", INDEX)
 _FOLDERS = ("additional_chat_templates",)
 
 
@@ -84,11 +86,12 @@ def check_source(source: Path) -> None:
             f"{source}: no such folder, where a checkpoint was expected; download the model first, "
             "for instance with `hf download`, and name its folder."
         )
-    if not (source / "config.json").is_file():
+    if not os.path.lexists(source / CONFIG):
         raise CheckpointFileError(
             f"{source}: no config.json was found, where a checkpoint was expected; name the folder "
             "that holds it."
         )
+    read_config(source)
     if not weight_files(source):
         raise CheckpointFileError(
             f"{source}: no model*.safetensors was found, where a checkpoint was expected; weights "
@@ -169,12 +172,37 @@ def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def copy_rest(source: Path, work: Path) -> None:
-    """Copy what is neither weights nor says how they are stored: tokenizer, templates and so on."""
+def copy_rest(source: Path, work: Path) -> list[str]:
+    """Copy the tokenizer, the chat templates and other files that are not about weights.
+
+    A link that leaves the checkpoint is not followed: the result is often uploaded, and the
+    target may be anything on this machine.
+
+    Returns:
+        A note for each link that was left out.
+    """
+    notes = []
+    for path in _rest(source):
+        name = path.relative_to(source)
+        if (target := outside_target(path, source)) is not None:
+            notes.append(
+                f"{name} is a link to {target}, outside the checkpoint, and is not copied; copy it "
+                "yourself if it belongs to the model"
+            )
+        elif path.is_file():
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, work / name)
+    return notes
+
+
+def _rest(source: Path) -> Iterator[Path]:
+    """Yield the files to copy; of the subfolders, those that transformers reads."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in _DESCRIBED or path.name.endswith(_WEIGHTS):
             continue
-        if path.is_file():
-            shutil.copyfile(path, work / path.name)
-        elif path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, work / path.name, symlinks=False)
+        if path.is_dir() and path.name in _FOLDERS:
+            # A linked folder is left out as a whole.
+            linked = outside_target(path, source) is not None
+            yield from [path] if linked else sorted(path.rglob("*"))
+        elif not path.is_dir():
+            yield path

@@ -16,11 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from vllm_moe_compat.checkpoint.config_file import read_config
 from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers, weight_files
 from vllm_moe_compat.checkpoint.index import check_index
 from vllm_moe_compat.checkpoint.layout import Layout, detect
 from vllm_moe_compat.commands.convert.source import Source
-from vllm_moe_compat.errors import CheckpointFileError, LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.estimate import nbytes
@@ -57,7 +58,7 @@ def prepare(folder: Path, form: Form, dtype: str) -> Source:
         SettingError: the module has nothing of the kind that the form names.
         UnsupportedCheckpointError: a form that is not read, or cannot be written.
     """
-    config = _read(folder)
+    config = read_config(folder)
     row, fixed = _row(folder, config)
     headers = read_headers(folder)
     layout = detect(headers, fixed, row.ignored)
@@ -107,19 +108,6 @@ def prepare(folder: Path, form: Form, dtype: str) -> Source:
         notes=notes,
         check=check,
     )
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFileError(
-            f"{path}: not readable as JSON ({error}); download the checkpoint again."
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointFileError(f"{path}: holds no object; download the checkpoint again.")
-    return config
 
 
 def _row(folder: Path, config: Mapping[str, Any]) -> tuple[Row, dict[str, Any]]:

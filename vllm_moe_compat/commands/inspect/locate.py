@@ -89,15 +89,3 @@ def _snapshot(cached: Path, revision: str) -> Path | None:
         commit = read_bytes(cached / "refs" / revision, 200).decode("ascii").strip()
     folder = cached / "snapshots" / commit
     return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
-
-
-def leaves(path: Path, folder: Path) -> Path | None:
-    """Return where a link leads, if that is neither in the folder nor in its cache's blobs."""
-    if not path.is_symlink():
-        return None
-    target = Path(os.path.realpath(path))
-    root = Path(os.path.realpath(folder))
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    return None if any(target.is_relative_to(home) for home in homes) else target

@@ -9,19 +9,18 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_moe_compat.checkpoint.config_file import CONFIG, MAX_CONFIG, read_object
 from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
 from vllm_moe_compat.checkpoint.files import FileFault, UnreadableError, read_json
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
 from vllm_moe_compat.checkpoint.index import INDEX, contradictions, read_index
+from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.commands.inspect.locate import Place, leaves
+from vllm_moe_compat.commands.inspect.locate import Place
 from vllm_moe_compat.commands.inspect.model import Problem
 from vllm_moe_compat.commands.inspect.problems import of_fault, problem
 from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families import modules
-
-MAX_CONFIG = 16 * 2**20
-"""Bytes of the largest config that is read; real ones have a few thousand."""
 
 
 @dataclass(slots=True)
@@ -73,7 +72,7 @@ def read(place: Place) -> Given:
         )
     given.shards = len(shards)
     for path in shards:
-        if (target := leaves(path, place.folder)) is not None:
+        if path.is_symlink() and (target := outside_target(path, place.folder)) is not None:
             given.add(
                 "link-outside",
                 f"{path.name} is a link to {target}, outside the folder",
@@ -86,20 +85,17 @@ def read(place: Place) -> Given:
 
 
 def _read_config(given: Given) -> None:
-    path = given.place.folder / "config.json"
+    path = given.place.folder / CONFIG
     single = given.place.shard is not None
     if not os.path.lexists(path):
         if not single:
             given.add("config-missing", "there is no config.json", "download it too")
         return
     try:
-        config, _ = read_json(path, MAX_CONFIG)
-        if not isinstance(config, dict):
-            raise UnreadableError(f"it is a {type(config).__name__}, where an object was expected")
+        given.config = read_object(path)
     except UnreadableError as error:
         given.add("config-unreadable", f"config.json: {error}", "download the config again")
         return
-    given.config = config
     extern = given.place.folder / "hf_quant_config.json"
     if os.path.lexists(extern):
         try:
