@@ -15,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.families.registry import fix_config
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
+from vllm_moe_compat.plan.specs import Spec
 from vllm_moe_compat.probes.recipes import Array, Family, Recipe
+from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import Form
 
 Config = dict[str, Any]
+_SHARD_BYTES = 2**30
 LINEAR = re.compile(
     r"(?!.*(vis|lm_head|embed|router|projector|index_))"
     r".*\.((q|k|v|o|out|qkv|gate|up|down|gate_up|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa"
@@ -36,17 +41,15 @@ LINEAR = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor as it lies in a file.
+    """One tensor of a file.
 
     Attributes:
         dtype: safetensors' name.
-        shape: its own.
-        data: its bytes.
+        array: the values; FP8 as ``uint8``.
     """
 
     dtype: str
-    shape: tuple[int, ...]
-    data: bytes
+    array: mx.array
 
 
 Tensors = dict[str, Array]
@@ -68,7 +71,10 @@ def write(folder: Path, family: Family, row: Row, form: str) -> Recipe | None:
     if made is None:
         return None
     recipe, stored, config = made
-    _save(folder / "model.safetensors", stored)
+    specs = {name: Spec(tensor.dtype, tuple(tensor.array.shape)) for name, tensor in stored.items()}
+    shards = Shards(folder, specs, _SHARD_BYTES, "pt")
+    for name, tensor in stored.items():
+        shards.write(name, tensor.array)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return recipe
 
@@ -215,8 +221,6 @@ def _expert_names(tensors: Mapping[str, Array], family: Family, row: Row) -> set
 
 def _laid_out(family: Family, row: Row, form: Form) -> Tensors | None:
     """Return the tensors with the routed experts in another layout."""
-    import mlx.core as mx
-
     from vllm_moe_compat.errors import SettingError, UnsupportedCheckpointError
     from vllm_moe_compat.rewrite.run_rewrite import rewrite
 
@@ -240,8 +244,6 @@ def _quantize(matrix: Array, block: tuple[int, int] | None) -> tuple[Stored, Arr
 
     Scales are powers of two, and differ from block to block.
     """
-    import mlx.core as mx
-
     rows, columns = matrix.shape
     height, width = block or (rows, columns)
     width = width or columns
@@ -252,8 +254,7 @@ def _quantize(matrix: Array, block: tuple[int, int] | None) -> tuple[Stored, Arr
     wide = scale.repeat(height, 0).repeat(width, 1)[:rows, :columns]
     values = mx.to_fp8(mx.array(matrix / wide))
     assert mx.array_equal(mx.from_fp8(values, mx.float32) * mx.array(wide), mx.array(matrix))
-    stored = Stored("F8_E4M3", matrix.shape, np.array(values).tobytes())
-    return stored, scale if block else scale.reshape(())
+    return Stored("F8_E4M3", values), scale if block else scale.reshape(())
 
 
 def _floats(tensors: Mapping[str, Array]) -> dict[str, Stored]:
@@ -261,24 +262,8 @@ def _floats(tensors: Mapping[str, Array]) -> dict[str, Stored]:
 
 
 def _encode(value: NDArray[Any], dtype: str) -> Stored:
-    """Encode numbers that the dtype, ``F32`` or ``BF16``, represents."""
-    data = np.ascontiguousarray(value, np.float32)
-    if dtype == "BF16":
-        bits = data.view(np.uint32)
-        assert not (bits & 0xFFFF).any(), "bfloat16 must hold the values"
-        return Stored(dtype, value.shape, (bits >> 16).astype(np.uint16).tobytes())
-    return Stored(dtype, value.shape, data.tobytes())
-
-
-def _save(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write a safetensors file: the header's length, the header, the bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, stored in tensors.items():
-        span = [offset, offset := offset + len(stored.data)]
-        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": span}
-    head = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for stored in tensors.values():
-            file.write(stored.data)
+    """Encode values that the dtype, ``F32`` or ``BF16``, represents exactly."""
+    exact = mx.array(np.asarray(value, np.float32))
+    encoded = exact.astype(mlx_dtype(dtype))
+    assert mx.array_equal(encoded.astype(mx.float32), exact), f"{dtype} must hold the values"
+    return Stored(dtype, encoded)

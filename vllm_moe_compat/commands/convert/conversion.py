@@ -11,13 +11,13 @@ from pathlib import Path
 
 from vllm_moe_compat.commands.convert import folder as folders
 from vllm_moe_compat.commands.convert.folder import Report
-from vllm_moe_compat.commands.convert.shards import Shards
 from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.envs import DTYPE, ENABLED, QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import Form
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -18,9 +18,9 @@ from vllm_moe_compat.checkpoint.config_file import CONFIG, read_config
 from vllm_moe_compat.checkpoint.headers import weight_files
 from vllm_moe_compat.checkpoint.index import INDEX
 from vllm_moe_compat.checkpoint.links import outside_target
-from vllm_moe_compat.commands.convert.shards import sync
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load.report import size
+from vllm_moe_compat.rewrite.shards import sync
 
 # Of another format, or about how the source was quantised.
 _WEIGHTS: tuple[str, ...] = (
