@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_moe_compat.checkpoint.config import layer_count, quantization_configs
+from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.commands.inspect.describe import dropped_by_us
 from vllm_moe_compat.commands.inspect.model import Stock
@@ -71,7 +71,7 @@ def stock(
         doubts.append("its sanitize knows FP8, but not in this form")
     if any(isinstance(op, Add) for build in plan.builds for op in build.ops):
         wrongs.append("norms that are stored less 1 stay so")
-    _repairs(layout, row, config, refusals, doubts, wrongs)
+    _add_symptoms(layout, row, config, refusals, wrongs)
     reasons = [*refusals, *doubts, *wrongs, *hints]
     if doubts:
         return Stock(EITHER, reasons, len(unexpected))
@@ -128,29 +128,15 @@ def _quantization(config: Mapping[str, Any], layout: Layout, row: Row, extern: A
     return []
 
 
-def _repairs(
+def _add_symptoms(
     layout: Layout,
     row: Row,
     config: Mapping[str, Any],
     refusals: list[str],
-    doubts: list[str],
     wrongs: list[str],
 ) -> None:
-    """Add what a row's repairs are for, where this checkpoint needs them."""
+    """Add the effects of missing workarounds that the plan does not show."""
     for workaround in row.workarounds:
-        match workaround.id:
-            case "jamba-router":
-                if layout.experts:
-                    wrongs.append(workaround.why)
-            case "ernie-bias":
-                if any(name.endswith("e_score_correction_bias") for name in layout.tensors):
-                    wrongs.append(workaround.why)
-            case "layer-61":
-                if (layer_count(config) or 0) > 61:
-                    refusals.append(workaround.why)
-            case "tied-head":
-                if not any(name.endswith("lm_head.weight") for name in layout.tensors):
-                    refusals.append(workaround.why)
-            case "hunyuan-router":
-                if config.get("model_type") == "hunyuan_v1_moe":
-                    wrongs.append(workaround.why)
+        symptom = workaround.symptom
+        if symptom is not None and symptom.occurs(layout, config):
+            (refusals if symptom.refuses else wrongs).append(workaround.why)
