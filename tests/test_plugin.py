@@ -159,7 +159,7 @@ def test_here_it_is_us() -> None:
 def test_a_setting_that_means_nothing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "nonsense")
     for function in (plugin.who_serves, plugin.platform):
-        with pytest.raises(SettingError, match=f"{name}='nonsense' means nothing; set it to one"):
+        with pytest.raises(SettingError, match=f"{name}='nonsense' is not a valid value; set"):
             function()
 
 
@@ -348,7 +348,7 @@ def test_vllm_swallows_a_bad_setting_so_we_log_it() -> None:
         env={"VLLM_MOE_COMPAT_BACKEND": "nonsense"},
     )
     assert answer(result) != "MlxPlatform"
-    words = "moe_compat: VLLM_MOE_COMPAT_BACKEND='nonsense' means nothing; set it to one of auto"
+    words = "moe_compat: VLLM_MOE_COMPAT_BACKEND='nonsense' is not a valid value; set it to one of"
     assert words in result.stdout + result.stderr
 
 

@@ -75,5 +75,5 @@ def judge(folder: Path, recipe: Recipe) -> Verdict:
 def _apart() -> Iterator[None]:
     """Load in float32 inside, whatever the settings; log and report nothing."""
     settings = {envs.DTYPE.name: "auto", envs.QUANTIZE.name: "none"}
-    with envs.reading(settings), loads.serving_dtype_as("float32"), loads.unseen(), silence():
+    with envs.override(settings), loads.serving_dtype_as("float32"), loads.unseen(), silence():
         yield

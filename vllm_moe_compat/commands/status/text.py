@@ -1,4 +1,4 @@
-"""The status for people: packages, modules by state, workarounds and what ends them."""
+"""Render the status as text: packages, modules by state, workarounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_moe_compat.probes.results import RIGHT, Probe, Verdict
 from vllm_moe_compat.probes.status import RowStatus, Status
 
 WIDTH = 120
-"""Of what is not printed on a terminal."""
+"""Columns of piped output."""
 STYLES = {ACTIVE: "green", BROKEN: "bold red", UNPATCHABLE: "bold red", DORMANT: "yellow"}
 
 
@@ -93,7 +93,7 @@ def _why(probe: Probe) -> Text:
 
 
 def _workarounds(rows: Iterable[RowStatus]) -> Table:
-    """Each workaround once: why it is there, what ends it, how many modules need it."""
+    """Return a table with each workaround once."""
     found: dict[str, list[WorkaroundStatus]] = {}
     for row in rows:
         for entry in row.workarounds:
