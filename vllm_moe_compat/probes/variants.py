@@ -1,8 +1,7 @@
-"""The forms in which a probe's checkpoint is written, and the writing.
+"""Write a recorded family's checkpoint in one of several forms.
 
-A form takes what a family publishes, with its experts in another layout, with its linear
-layers in FP8, with the config or the names that transformers 5 saves, or with what some
-checkpoints have besides. What comes out is a folder that any loader reads.
+A form is the release itself, or the release with its experts in another layout, its linear
+layers in FP8, the config or the names that transformers 5 saves, or extra tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ LINEAR = re.compile(
     r".*\.((q|k|v|o|out|qkv|gate|up|down|gate_up|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa"
     r"|in_proj_(qkvz|qkv|z)|c_fc|c_proj|w1|w2|w3|wq_b|wk|(input|output)_linear)\.weight"
 )
-"""What FP8 releases convert: attention's and feed-forward's projections ``[O, I]``."""
+"""The weights that FP8 releases convert: projections ``[O, I]`` of attention and MLP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +58,13 @@ def write(folder: Path, family: Family, row: Row, form: str) -> Recipe | None:
     """Write the family's checkpoint in the form.
 
     Args:
-        folder: an empty one.
-        family: which.
-        row: of its module.
+        folder: an empty folder.
+        family: the recorded family.
+        row: the row of its module.
         form: a key of ``FORMS``.
 
     Returns:
-        The recipe whose logits are expected; None where the family has no such form.
+        The recipe with the expected logits; None where the family has no such form.
     """
     made = FORMS[form](family, row)
     if made is None:
@@ -109,14 +108,14 @@ def _layout(layout: str, spelling: tuple[str, ...] = ()) -> Callable[[Family, Ro
 
 
 def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Family, Row], Made]:
-    """Linear layers in E4M3; a block of ``(1, 0)`` is a row, none the whole tensor."""
+    """Convert linear layers to E4M3; block ``(1, 0)`` is a row, None the whole tensor."""
 
     def make(family: Family, row: Row) -> Made:
         tensors = dict(family.release.values())
         experts = _expert_names(tensors, family, row)
         if experts and not all(tensors[name].ndim == 2 for name in experts):
             laid_out = _laid_out(family, row, Form(PER_EXPERT))
-            assert laid_out is not None, "what has experts has them one by one, too"
+            assert laid_out is not None, "a family with experts has a per-expert layout"
             tensors = laid_out
             experts = _expert_names(tensors, family, row)
         stored = _floats(tensors)
@@ -140,7 +139,7 @@ def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Fa
 
 
 def _nested_vision(family: Family, row: Row) -> Made:
-    """A vision tower below the language model."""
+    """Add a vision tower under ``model.language_model``."""
     stored = _floats(dict(family.release.values()))
     for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         stored[f"model.language_model.visual.{name}"] = _encode(np.ones((8, 8), np.float32), "F32")
@@ -148,7 +147,7 @@ def _nested_vision(family: Family, row: Row) -> Made:
 
 
 def _narrow_norms(family: Family, row: Row) -> Made:
-    """Norms in bfloat16, the rest in float32."""
+    """Store norms in bfloat16 and everything else in float32."""
     if row.arithmetic is None:
         return None
     tensors = dict(family.release.values())
@@ -174,7 +173,7 @@ FORMS: dict[str, Callable[[Family, Row], Made]] = {
     "nested vision tower": _nested_vision,
     "bfloat16 norms": _narrow_norms,
 }
-"""Form → what writes it; the first three have expected numbers of their own."""
+"""Form → its writer. The library form has expected logits of its own."""
 
 
 def _config(recipe: Recipe) -> Config:
@@ -182,7 +181,7 @@ def _config(recipe: Recipe) -> Config:
 
 
 def _described(block: tuple[int, int] | None, kept: list[str]) -> Config:
-    """Return the ``quantization_config`` of such a release; ``kept`` are no FP8."""
+    """Return the ``quantization_config`` of an FP8 release; ``kept`` are its float modules."""
     if block == (1, 0):
         shared = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
         group = {
@@ -235,7 +234,7 @@ def _laid_out(family: Family, row: Row, form: Form) -> Tensors | None:
         found = {name: np.array(value) for name, value in made}
     except (SettingError, UnsupportedCheckpointError):
         return None
-    # What no module reads is left in the dict.
+    # The rewrite leaves tensors that no module reads in the dict.
     return found | {name: np.array(value) for name, value in weights.items()}
 
 

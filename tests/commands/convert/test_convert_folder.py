@@ -56,8 +56,8 @@ def test_what_cannot_be_read_or_written_to_is_said_in_one_line(
         (str(empty), new): "no config.json",
         (str(config_only), new): r"no model*.safetensors",
         (here, new, "--layout", "combined", "--quantize", "8bit"): "leave one of them out",
-        (here, new, "--scale-dtype", "e8m0"): "say --fp8",
-        (here, new, "--layout", "combined", "--scale-dtype", "e8m0"): "say --fp8",
+        (here, new, "--scale-dtype", "e8m0"): "add --fp8",
+        (here, new, "--layout", "combined", "--scale-dtype", "e8m0"): "add --fp8",
         (here, new, "--fp8", "128"): "a block such as 128x128",
     }
     for words, part in cases.items():

@@ -1,8 +1,8 @@
-"""The folder that a conversion writes: there as a whole, or not at all.
+"""The target folder of a conversion, which appears complete or not at all.
 
-The work is done in a folder beside it, ``.NAME.partial``, which is renamed at the end.
-Nothing that is there already is ever written over. An interrupted conversion takes its
-partial folder away; one that was killed leaves it, and the next one says so.
+A conversion writes into ``.NAME.partial`` beside the target and renames it at the end.
+Existing files are never overwritten. An interrupted conversion removes its partial folder; a
+killed one leaves it, and the next conversion refuses to start until it is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load.report import size
 from vllm_moe_compat.rewrite.shards import sync
 
-# Of another format, or about how the source was quantised.
+# Weights of other formats, and files that describe the source's weights.
 _WEIGHTS: tuple[str, ...] = (
     ".safetensors",
     ".bin",
@@ -41,19 +41,19 @@ _FOLDERS = ("additional_chat_templates",)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did.
+    """The report of a conversion.
 
     Attributes:
         source: the folder that was read.
         target: the folder that was written.
-        form: what it holds now, in words.
-        read: bytes of the tensors that were read.
-        written: bytes of the tensors that were written.
-        tensors: how many.
-        shards: how many.
-        seconds: how long it took.
-        peak: the most that MLX held meanwhile, in bytes.
-        notes: what whoever uses the result should know.
+        form: its form in words.
+        read: size in bytes of the source's tensors.
+        written: size in bytes of the written tensors.
+        tensors: number of written tensors.
+        shards: number of shards.
+        seconds: duration.
+        peak: peak of MLX's memory in bytes.
+        notes: remarks for the user of the result.
     """
 
     source: Path
@@ -76,10 +76,10 @@ class Report:
 
 
 def check_source(source: Path) -> None:
-    """See that there is a checkpoint.
+    """Check that the source is a checkpoint with a readable config.
 
     Raises:
-        CheckpointFileError: there is none.
+        CheckpointFileError: it is not.
     """
     if not source.is_dir():
         raise CheckpointFileError(
@@ -100,7 +100,7 @@ def check_source(source: Path) -> None:
 
 
 def check_target(source: Path, target: Path) -> None:
-    """See that the target is free and outside of the source.
+    """Check that the target is new or empty, and outside the source.
 
     Raises:
         SettingError: it is not.
@@ -108,47 +108,47 @@ def check_target(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if there == here or here in there.parents:
         raise SettingError(
-            f"{target} lies in {source}, which is being read, where another folder was expected; "
-            "name one beside it."
+            f"{target} lies in the source, {source}, where a folder outside it was expected; name "
+            "another one."
         )
     if there.exists() and (not there.is_dir() or any(there.iterdir())):
         raise SettingError(
-            f"{target} exists already, where a new or empty folder was expected, and nothing is "
-            "written over; name another, or remove that one."
+            f"{target} exists already, where a new or empty folder was expected; name another one, "
+            "or remove it."
         )
 
 
 def partial_of(target: Path) -> Path:
-    """Return the folder that is worked in."""
+    """Return the folder in which the conversion works."""
     there = target.resolve()
     return there.with_name(f".{there.name}.partial")
 
 
 def check_space(target: Path, needed: int) -> None:
-    """See that there is room for the result.
+    """Check that the disk has room for ``needed`` bytes.
 
     Raises:
-        SettingError: there is not.
+        SettingError: it has not.
     """
     free = shutil.disk_usage(partial_of(target).parent).free
     if needed > free:
         raise SettingError(
-            f"{target}: {size(needed)} will be written, where only {size(free)} are free; make "
-            "room, name a folder on another disk, or choose a smaller format."
+            f"{target}: {size(needed)} will be written, where only {size(free)} are free; free "
+            "space, name a folder on another disk, or choose a smaller format."
         )
 
 
 @contextmanager
-def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a folder to write into; at the end it bears the target's name.
+def complete_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to write into and rename it to the target at the end.
 
     Args:
-        target: the folder that will be there.
-        replace: whether what a killed conversion left may be removed.
+        target: the target folder.
+        replace: whether the partial folder of a killed conversion may be removed.
 
     Raises:
-        SettingError: such a thing is there and may not be removed.
-        OSError: the disk's.
+        SettingError: such a folder exists and may not be removed.
+        OSError: the disk is full or fails.
     """
     there, work = target.resolve(), partial_of(target)
     work.parent.mkdir(parents=True, exist_ok=True)
@@ -158,13 +158,13 @@ def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         work.mkdir()
     except FileExistsError as error:
         raise SettingError(
-            f"{work} is there, which a conversion that was killed has left, or one that is still "
-            "running works in; see that none is running and add --replace-partial to start over."
+            f"{work} exists: a killed conversion left it, or a conversion is running; make sure "
+            "that none is running and add --replace-partial to start over."
         ) from error
     try:
         yield work
         sync(work)
-        # Onto an empty folder or none; where one has been filled since, this fails.
+        # Replaces an empty folder; fails if the target was filled in the meantime.
         os.rename(work, there)
         sync(there.parent)
     except BaseException:
