@@ -1,7 +1,4 @@
-"""Config, headers and index of a checkpoint, as far as they can be read.
-
-In goes a ``Place``, out comes a ``Given``: what was read, and findings for what was not.
-"""
+"""Read config, headers and index of a checkpoint, with a finding for each fault."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ from vllm_moe_compat.families import modules
 
 @dataclass(slots=True)
 class Given:
-    """What was read, and what is found as it is looked at.
+    """The contents of a checkpoint, and the findings so far.
 
     Attributes:
-        place: where.
-        config: its config.json; None where there is none that can be read.
-        extern: what its hf_quant_config.json holds.
-        tensors: all of them.
-        shards: the files that they are in.
-        problems: findings so far, in the order in which they were made.
+        place: the checkpoint.
+        config: its config.json; None where it is missing or unreadable.
+        extern: the content of its hf_quant_config.json.
+        tensors: every tensor.
+        shards: number of files.
+        problems: the findings so far, in the order of discovery.
     """
 
     place: Place
@@ -48,12 +45,12 @@ class Given:
         self.problems.append(problem(id, message, remedy))
 
     def fault(self, fault: FileFault) -> None:
-        """Add what is wrong with a file."""
+        """Add the finding for a faulty file."""
         self.problems.append(of_fault(fault))
 
 
 def read(place: Place) -> Given:
-    """Read config, headers and index, as far as they can be."""
+    """Read config, headers and index; unreadable parts become findings."""
     shards = weight_files(place.folder)
     if place.shard is not None and [os.fspath(s) for s in shards] == [os.fspath(place.shard)]:
         place = Place(place.folder, None, place.repository)
@@ -61,7 +58,7 @@ def read(place: Place) -> Given:
     _read_config(given)
     if place.shard is not None:
         shards = [place.shard]
-        given.add("single-file", f"{place.shard.name} is described by itself; nothing is planned")
+        given.add("single-file", f"only {place.shard.name} is described; no load is planned")
     elif not shards:
         others = sorted(p.name for p in place.folder.glob("*.safetensors"))[:3]
         found = f"found {', '.join(others)}" if others else "no file of that name"
@@ -76,7 +73,7 @@ def read(place: Place) -> Given:
             given.add(
                 "link-outside",
                 f"{path.name} is a link to {target}, outside the folder",
-                "nothing has to be done if you have put it there",
+                "nothing has to be done if you put it there",
             )
     given.tensors = scan_headers(shards, given.fault)
     if place.shard is None and shards:

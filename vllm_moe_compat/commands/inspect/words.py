@@ -9,12 +9,6 @@ from vllm_moe_compat.commands.inspect.model import CacheKind, Extra, Inspection,
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.load.report import size
 
-VERDICTS = {
-    "loads": "loads: everything that is not a warning is in order",
-    "refuses": "refused: see the errors",
-    "unknown": "not planned",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
