@@ -1,4 +1,4 @@
-"""Record what the package's probes expect; see the wrapper beside this file."""
+"""Record the expected logits of the probes; see the wrapper beside this file."""
 
 from __future__ import annotations
 
