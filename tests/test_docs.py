@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +17,6 @@ from parity.refused import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts" / "docs"
-PACKAGE = "src/vllm_moe_compat"
 AGAIN = "run scripts/docs/supported-checkpoints --record"
 
 
@@ -64,80 +59,6 @@ def test_the_check_passes_from_a_shell(name: str):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert os.access(SCRIPTS / name.replace("_", "-"), os.X_OK)
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """Return a copy of the sources."""
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    return tmp_path
-
-
-LOADS = """
-import json, vllm_moe_compat as c
-from vllm_moe_compat.patching import status_of
-from vllm_moe_compat.registry import TRANSFORMS_BY_MODULE as rows
-from vllm_moe_compat.upstream.evidence import examine
-c.apply()
-found = {}
-for name in ("jamba", "olmoe"):
-    row = rows[f"mlx_lm.models.{name}"]
-    probes = [(p.form, p.upstream.word, p.patched.word) for p in examine(row).probes]
-    found[name] = [[w.id for w in row.workarounds], probes]
-print(json.dumps([c.__file__, found]))
-"""
-
-
-def test_the_worked_example_of_a_removal(copy: Path):
-    """What is left is in style, imports and loads; nothing of the workaround is at work."""
-    removal = script("removal")
-    assert f"--remove {removal.EXAMPLE} --in copy" in removal.PAGE.read_text()
-    command = [sys.executable, str(SCRIPTS / "_removal.py"), "--remove", removal.EXAMPLE, "--in"]
-    subprocess.run([*command, str(copy)], check=True, capture_output=True)
-    ruff = [sys.executable, "-m", "ruff"]
-    subprocess.run([*ruff, "check", "--fix", "src"], cwd=copy, check=True, capture_output=True)
-    subprocess.run([*ruff, "format", "src"], cwd=copy, check=True, capture_output=True)
-    text = "".join(file.read_text() for file in (copy / "src").rglob("*.py"))
-    assert "jamba_router" not in text
-    assert removal.EXAMPLE not in text
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS],
-        env=os.environ | {"PYTHONPATH": str(copy / "src")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    file, found = json.loads(done.stdout)
-    assert file.startswith(str(copy))
-    workarounds, probes = found["jamba"]
-    assert "jamba-router" not in workarounds
-    assert ["release", "wrong", "wrong"] in probes  # as upstream has it
-    assert {patched for _, _, patched in found["olmoe"][1]} == {"right"}
-
-
-def test_every_removal_leaves_sources_that_parse(copy: Path):
-    references = script("references")
-    registry = copy / PACKAGE / "registry.py"
-    for name in references.named():
-        assert references.places(name, copy), name
-        for file in references.remove(name, copy):
-            ast.parse(file.read_text())
-        for file in (copy / "src").rglob("*.py"):
-            assert not re.search(rf"\bw\.{name}\b", file.read_text()), (name, file)
-    assert "around=" not in registry.read_text()
-
-
-def test_every_line_to_delete_is_where_the_page_says():
-    """The lines exist, and hold what the page says."""
-    for path, lines, text in re.findall(
-        r"^- (\S+\.py):([\d,-]+): `([^`]+)`$", script("removal").PAGE.read_text(), re.M
-    ):
-        source = (ROOT / path).read_text().splitlines()
-        for span in lines.split(","):
-            first, last = (int(n) for n in (*span.split("-"), *span.split("-"))[:2])
-            found = "\n".join(source[first - 1 : last])
-            assert re.split(r"[\s(=]", text.removeprefix("def "))[0] in found, (path, span, text)
 
 
 def test_every_cell_of_the_parity_tests_is_recorded(page: Any):

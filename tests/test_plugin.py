@@ -159,7 +159,7 @@ def test_here_it_is_us() -> None:
 def test_a_setting_that_means_nothing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "nonsense")
     for function in (plugin.who_serves, plugin.platform):
-        with pytest.raises(SettingError, match=f"{name}='nonsense' means nothing; set it to one"):
+        with pytest.raises(SettingError, match=f"{name}='nonsense' is not a valid value; set"):
             function()
 
 
@@ -255,8 +255,9 @@ if hasattr(vllm.logger, "configure_logging"):
 import vllm.envs
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.models import ModelRegistry
-from vllm_moe_compat import patching, plugin
+from vllm_moe_compat import plugin, status
 from vllm_moe_compat.envs import VARIABLES
+from vllm_moe_compat.load import patching
 from vllm_moe_compat.log import logger
 
 def effects():
@@ -268,7 +269,7 @@ def effects():
         sorted(vllm.envs.environment_variables),
         [id(h) for h in (*ours.handlers, *ours.filters)],
         [id(h) for h in logging.getLogger("vllm").handlers],
-        str(patching.status()),
+        str(status()),
     ]
 
 before = effects()
@@ -347,7 +348,7 @@ def test_vllm_swallows_a_bad_setting_so_we_log_it() -> None:
         env={"VLLM_MOE_COMPAT_BACKEND": "nonsense"},
     )
     assert answer(result) != "MlxPlatform"
-    words = "moe_compat: VLLM_MOE_COMPAT_BACKEND='nonsense' means nothing; set it to one of auto"
+    words = "moe_compat: VLLM_MOE_COMPAT_BACKEND='nonsense' is not a valid value; set it to one of"
     assert words in result.stdout + result.stderr
 
 

@@ -1,4 +1,4 @@
-"""What the generated pages share: tables, links, and how a page is written or checked."""
+"""Shared by the generated pages: tables, links, writing and checking a page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def link(upstream: str) -> str:
 
 
 def finish(page: Path, render: Callable[[], str], command: str, check: bool) -> None:
-    """Write the page, or exit with 1 if it is not what would be written."""
+    """Write the page, or with ``check`` exit with 1 if it is stale."""
     text = render()
     if not check:
         page.write_text(text)

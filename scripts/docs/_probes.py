@@ -1,4 +1,4 @@
-"""Record what the package's probes expect; see the wrapper beside this file."""
+"""Record the expected logits of the probes; see the wrapper beside this file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "src" / "vllm_moe_compat" / "upstream" / "families.json"
+FILE = ROOT / "vllm_moe_compat" / "probes" / "families.json"
 
 
 def render(entries: dict[str, Any]) -> str:

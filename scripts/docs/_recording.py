@@ -1,6 +1,6 @@
-"""docs/data/parity.json: what the parity tests found, with the plugin and without.
+"""Record docs/data/parity.json: the results of the parity tests, with and without the plugin.
 
-Only verdicts and short reasons are kept, nothing that varies from machine to machine.
+Only verdicts and short reasons are kept, which do not vary between machines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RECORDING = ROOT / "docs" / "data" / "parity.json"
 
-# Beginnings of what mlx-lm says, or of what breaks in it → a reason of the page's.
+# Reason on the page → beginnings of mlx-lm's error messages.
 _REASONS = {
     "tensors": ("ValueError: Received", "ValueError: Missing"),
     "format": ("ValueError: unsupported compressed", "ValueError: Unsupported modelopt"),
@@ -39,7 +39,7 @@ def record() -> None:
     """Run the parity tests and write the recording.
 
     Raises:
-        SystemExit: a test failed; the recording stays as it was.
+        SystemExit: a test failed; the recording is not changed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cells.json")
@@ -53,7 +53,7 @@ def record() -> None:
 
 
 def condense(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the recording made of the parity tests' cells."""
+    """Build the recording from the cells of the parity tests."""
     sys.path.insert(0, str(ROOT / "tests"))
     from parity.families import FAMILIES, MOE
     from parity.forms import FORMS
@@ -97,7 +97,7 @@ def verdict(cell: dict[str, Any], prefix: str = "") -> str:
 
 
 def unmapped() -> list[str]:
-    """Return mlx-lm's models that no row covers."""
+    """Return mlx-lm's models without a row."""
     import importlib
     import pkgutil
 
@@ -109,7 +109,7 @@ def unmapped() -> list[str]:
     for module in pkgutil.iter_modules(mlx_lm.models.__path__):
         try:
             model = getattr(importlib.import_module(f"mlx_lm.models.{module.name}"), "Model", None)
-        except (ImportError, SystemExit):  # olmo, whose package is not installed, exits
+        except (ImportError, SystemExit):  # olmo exits if its package is not installed
             found.append(module.name)
             continue
         if model is not None and row_for(model) is None:

@@ -138,7 +138,7 @@ def test_second_build_is_instant(demo_checkpoint):
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(SettingError, match="left alone"):
+    with pytest.raises(SettingError, match="it is not overwritten"):
         demo.build(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

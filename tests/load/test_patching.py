@@ -202,6 +202,21 @@ def test_a_class_without_sanitize_gets_one_and_loses_it_again(tmp_path: Path, mo
     assert not hasattr(module.Model, "sanitize")
 
 
+@pytest.mark.parametrize("inherited", [False, True])
+def test_a_call_by_keyword_is_passed_on_after_a_revert(inherited: bool, monkeypatch):
+    import mlx_lm.models.qwen3 as module
+
+    if inherited:
+        base = type("Base", (module.nn.Module,), {"sanitize": lambda self, weights: {"base": 1}})
+        monkeypatch.setattr(module, "Model", type("Model", (base,), {}))
+    else:
+        monkeypatch.setattr(module, "Model", type("Model", (module.nn.Module,), {}))
+    vllm_moe_compat.apply()
+    sanitize = module.Model().sanitize
+    vllm_moe_compat.revert()
+    assert sanitize(weights={"own": 2}) == ({"base": 1} if inherited else {"own": 2})
+
+
 def test_a_class_whose_sanitize_is_no_function_is_named_at_each_load(
     tmp_path: Path, monkeypatch, caplog
 ):

@@ -15,12 +15,13 @@ from vllm_moe_compat import envs
 from vllm_moe_compat.families import workarounds as w
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row, Workaround
-from vllm_moe_compat.load import status as state
+from vllm_moe_compat.load.hook_status import PATCHED
 from vllm_moe_compat.load.report import last_report
-from vllm_moe_compat.probes import evidence
+from vllm_moe_compat.probes import evidence, results
 from vllm_moe_compat.probes.evidence import Examined, examine
 from vllm_moe_compat.probes.probe import probe
 from vllm_moe_compat.probes.recipes import expand, families, families_of, fold, values
+from vllm_moe_compat.probes.status import status_of
 from vllm_moe_compat.probes.variants import FORMS
 
 ROWS = list(TRANSFORMS_BY_MODULE.values())
@@ -72,7 +73,7 @@ def needless(workaround: Workaround, row: Row, words: str) -> str:
 def demand(workaround: Workaround, row: Row, found: Examined) -> None:
     """Fail with the lines to delete if upstream gets every proof right."""
     entries = evidence.workarounds(replace(row, workarounds=(workaround,)), found)
-    assert entries[0].state != state.DORMANT, needless(workaround, row, entries[0].evidence)
+    assert entries[0].state != evidence.DORMANT, needless(workaround, row, entries[0].evidence)
 
 
 @pytest.mark.compat
@@ -88,13 +89,13 @@ def test_every_probe_through_the_patched_class_is_right(row: Row):
     assert found.probes
     for made in found.probes:
         assert made.patched is not None
-        assert made.patched.word == state.RIGHT, made
+        assert made.patched.word == results.RIGHT, made
 
 
 @pytest.mark.parametrize("row", RECORDED, ids=name)
 def test_every_workaround_is_proved_or_listed(row: Row):
     entries = evidence.workarounds(row, examined(row.module))
-    unproved = {(name(row), e.id) for e in entries if e.state == state.NOT_PROBED}
+    unproved = {(name(row), e.id) for e in entries if e.state == evidence.NOT_PROBED}
     assert unproved == {key for key in UNPROVED if key[0] == name(row)}
 
 
@@ -133,15 +134,15 @@ def test_probing_leaves_the_process_alone(
     caplog.clear()
     made = probe(families()["olmoe"], row, "block FP8", patched=True)
     assert made is not None
-    assert made.patched == state.Verdict(state.RIGHT, distance=made.patched.distance)
-    assert made.upstream.word == state.REFUSED
+    assert made.patched == results.Verdict(results.RIGHT, distance=made.patched.distance)
+    assert made.upstream.word == results.REFUSED
     assert "Received" in made.upstream.why
     assert last_report() is before
     assert not caplog.records
     model = sys.modules[row.module].Model
     assert model.sanitize.__wrapped__.__module__ == row.module
     states = {r.module: r.state for r in vllm_moe_compat.status().rows}
-    assert states[row.module] == state.PATCHED
+    assert states[row.module] == PATCHED
 
 
 def test_a_probe_that_the_patched_class_gets_wrong_breaks_the_row(
@@ -153,11 +154,9 @@ def test_a_probe_that_the_patched_class_gets_wrong_breaks_the_row(
     assert row.moe is not None
     wrong = replace(row, moe=replace(row.moe, spelling=(*row.moe.spelling, "w1", "w3", "w2")))
     monkeypatch.setitem(TRANSFORMS_BY_MODULE, module, wrong)
-    from vllm_moe_compat.load.patching import status_of
-
     found = status_of({module: examine(wrong)})
     entry = next(r for r in found.rows if r.module == module)
-    assert entry.state == state.BROKEN
+    assert entry.state == evidence.BROKEN
     assert "per-expert w1/w2/w3: refused (ValueError" in entry.reason
     assert any(module in problem for problem in found.problems)
 
@@ -168,9 +167,9 @@ def test_a_row_that_upstream_gets_right_is_dormant(applied: None):
     alone = replace(row, workarounds=(replace(w.OTHER_LAYOUTS, proofs=("per-expert",)),))
     found = examine(alone)
     entries = evidence.workarounds(alone, found)
-    assert entries[0].state == state.DORMANT
+    assert entries[0].state == evidence.DORMANT
     assert entries[0].evidence == "per-expert: mlx-lm is right"
-    assert evidence.state_of(found, entries) == (state.DORMANT, "")
+    assert evidence.state_of(found, entries) == (evidence.DORMANT, "")
 
 
 def test_what_is_not_in_time_is_not_probed():
@@ -178,7 +177,7 @@ def test_what_is_not_in_time_is_not_probed():
     found = evidence.examine_all(rows, seconds=-1.0)
     assert {f.reason for f in found.values()} == {evidence.NO_TIME}
     entries = evidence.workarounds(rows[0], found[rows[0].module])
-    assert {e.state for e in entries} == {state.NOT_PROBED}
+    assert {e.state for e in entries} == {evidence.NOT_PROBED}
     assert {e.evidence for e in entries} - {"only qwen3_5 softmax shows it"} == {evidence.NO_TIME}
 
 

@@ -1,8 +1,9 @@
-"""``vllm-moe-compat COMMAND …``: from the arguments to an exit code.
+"""The command line ``vllm-moe-compat COMMAND …``.
 
-A command's module has ``add_arguments(parser)`` and ``run(args) -> int``. Exit codes are
-0 for fine, 1 for problems found, 2 for usage or for what cannot be read. What this
-package refuses ends as one line on stderr, never as a traceback; a traceback is a bug.
+Each command is a package with a module ``command`` that has ``add_arguments(parser)`` and
+``run(args) -> int``. Exit codes: 0 no problem, 1 problems found, 2 wrong usage or an
+unreadable checkpoint. Every error of this package is printed as one line on stderr; a
+traceback is a bug.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, words in COMMANDS.items():
-        module = importlib.import_module(f"vllm_moe_compat.commands.{name}")
+        module = importlib.import_module(f"vllm_moe_compat.commands.{name}.command")
         described = (module.__doc__ or "").split("\n\n", 1)[0].replace("``", "")
         command = commands.add_parser(
             name,

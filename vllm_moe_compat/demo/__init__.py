@@ -1,12 +1,12 @@
-"""A small model in the exact form of Qwen's FP8 MoE releases, made on the spot.
+"""A small model in the exact form of Qwen's FP8 MoE releases, trained on this machine.
 
-It needs no download, is trained from text that Python ships, and says something
-that can be checked. ``scripts/demo``, ``doctor`` and the tests use it::
+It needs no download, since its text ships with Python, and its right output is known.
+``scripts/demo``, ``doctor`` and the tests use it::
 
     checkpoint = vllm_moe_compat.demo.build("/some/folder")
     oracle = vllm_moe_compat.demo.load_reference(checkpoint.path)
 
-torch and transformers are imported when these are called, not before.
+torch and transformers are imported by these calls, not by the import.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Builds the demo checkpoint: train, quantise, check what it says, write.
+"""Build the demo checkpoint: train, quantise, check the generated text, write.
 
-The golden text is computed, never assumed: the quantised weights are read back,
-dequantised and run by transformers, in float32 and in bfloat16, and both must
-recite the Zen of Python. If they do not, training goes on for a bounded number
-of steps, and then the build fails.
+The golden text is computed: transformers runs the dequantised weights in float32 and in
+bfloat16, and both must recite the Zen of Python. If they do not, training continues for a
+bounded number of steps, and then the build fails.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from vllm_moe_compat.demo.training import Progress, Trainer, recite, reproducibl
 from vllm_moe_compat.errors import SettingError
 
 FORMAT = 1
-"""Raised whenever what is built changes, so that older folders are rebuilt."""
+"""Version of the checkpoint; a folder with another version is rebuilt."""
 
 PROMPT = "Beautiful is better than"
 CHAT_MESSAGE = "What is the Zen of Python?"
@@ -35,10 +34,10 @@ EXTRA_ROUNDS, EXTRA_STEPS = 4, 40
 
 @dataclass(frozen=True, slots=True)
 class DemoCheckpoint:
-    """A demo checkpoint on disk and what it answers, greedily.
+    """A demo checkpoint on disk with its golden answers.
 
-    ``text`` continues ``prompt``, and ``chat_text`` answers ``chat_message``
-    through the chat template, each within ``max_tokens`` tokens.
+    ``text`` is the greedy continuation of ``prompt``, ``chat_text`` the greedy answer to
+    ``chat_message`` through the chat template; both have at most ``max_tokens`` tokens.
     """
 
     path: Path
@@ -50,7 +49,7 @@ class DemoCheckpoint:
 
 
 def default_path() -> Path:
-    """Return where an installed package keeps its demo checkpoint."""
+    """Return the folder in which an installed package keeps the demo checkpoint."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "vllm_moe_compat" / "demo"
 
@@ -58,13 +57,12 @@ def default_path() -> Path:
 def build(
     path: str | Path, *, steps: int = 160, seed: int = 0, progress: Progress | None = None
 ) -> DemoCheckpoint:
-    """Make sure that the demo checkpoint is in the folder; return it.
+    """Build the demo checkpoint in the folder, unless it is there with the same parameters.
 
-    Returns at once when it is there, built with the same parameters. A folder is
-    complete or not there: the work is done beside it and renamed into place.
+    The folder appears complete or not at all: it is built beside and renamed into place.
 
     Raises:
-        SettingError: the folder exists and holds something else, or torch or
+        SettingError: the folder exists and is no demo checkpoint, or torch or
             transformers is not installed.
         RuntimeError: the trained model does not recite the text.
     """
@@ -75,7 +73,7 @@ def build(
         return found
     if folder.exists() and not (folder / "demo.json").is_file() and any(folder.iterdir()):
         raise SettingError(
-            f"{folder} exists and is no demo checkpoint, so it is left alone; "
+            f"{folder} exists and is not a demo checkpoint, so it is not overwritten; "
             "name another folder, or remove that one."
         )
     missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
@@ -135,23 +133,23 @@ def _build(work: Path, steps: int, seed: int, progress: Progress) -> None:
 def _golden(
     tensors: dict[str, Any], tokenizer: Any, text: str
 ) -> tuple[dict[str, Any], str | None]:
-    """Let the quantised model speak; return what it says and what is wrong with it."""
+    """Return the answers of the quantised model, and the first wrong one in words."""
     import torch
 
     verses = text.split("\n\n", 1)[1].strip()
-    said = {"prompt": PROMPT, "chat_message": CHAT_MESSAGE, "max_tokens": MAX_TOKENS}
-    asked = {
+    answers = {"prompt": PROMPT, "chat_message": CHAT_MESSAGE, "max_tokens": MAX_TOKENS}
+    questions = {
         "text": (PROMPT, verses.removeprefix(PROMPT)),
         "chat_text": (chat_prompt(CHAT_MESSAGE), verses),
     }
     for dtype in (torch.bfloat16, torch.float32):
         model = reference_model(tensors, text_config(), dtype)
-        for key, (prompt, expected) in asked.items():
+        for key, (prompt, expected) in questions.items():
             answer = recite(model, tokenizer, prompt, MAX_TOKENS)
             if len(answer) < 2 * MAX_TOKENS or not expected.startswith(answer):
-                return said, f"{key} in {dtype} is {answer!r}"
-            said[key] = answer
-    return said, None
+                return answers, f"{key} in {dtype} is {answer!r}"
+            answers[key] = answer
+    return answers, None
 
 
 def _move_into_place(work: Path, folder: Path, stamp: dict[str, int]) -> DemoCheckpoint:
@@ -161,7 +159,7 @@ def _move_into_place(work: Path, folder: Path, stamp: dict[str, int]) -> DemoChe
     try:
         work.rename(folder)
     except OSError:
-        # Another process may have put the same thing there in the meantime.
+        # Another process may have built the same checkpoint in the meantime.
         if _found(folder, stamp) is None:
             raise
     finally:
@@ -174,7 +172,7 @@ def _move_into_place(work: Path, folder: Path, stamp: dict[str, int]) -> DemoChe
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from advising kernels that a CPU cannot run."""
+    """Silence transformers' advice to install kernels that a CPU cannot run."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

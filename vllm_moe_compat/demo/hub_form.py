@@ -1,18 +1,17 @@
-"""Writes a trained model in the form of Qwen3.6-35B-A3B-FP8 on the hub.
+"""Write a trained model in the form of Qwen3.6-35B-A3B-FP8 on the hub.
 
-What makes that form what it is, and what a loader has to cope with:
+The traits of that form that a loader must handle:
 
 * the language model is nested: ``text_config``, ``model.language_model.``;
-* each expert has three tensors of its own, ``[I, H]``, ``[I, H]``, ``[H, I]``;
+* each expert has three tensors, ``[I, H]``, ``[I, H]``, ``[H, I]``;
 * matrices are E4M3, with one bfloat16 scale for each block of 128x128
   (``weight_scale_inv``, ``[ceil(O/128), ceil(I/128)]``): w = q * scale;
-* what is small or sensitive stays bfloat16, and ``modules_to_not_convert``
-  names it;
-* a multi-token-prediction layer and a vision tower come along (random here);
+* small or sensitive modules stay bfloat16 and are listed in ``modules_to_not_convert``;
+* a multi-token-prediction layer and a vision tower are included (random here);
 * several shards, with an index.
 
-The convention of the norms is transformers' too (1 + weight), and so is the
-shape of the convolutions, ``[C, 1, K]``.
+Norms are stored less 1 (the module computes 1 + weight) and convolutions as ``[C, 1, K]``,
+as transformers saves them.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ _FP8_MODULES = (
 def quantize(weight: Any) -> tuple[Any, Any]:
     """Return E4M3 values ``[O, I]`` and bfloat16 scales ``[ceil(O/128), ceil(I/128)]``.
 
-    A scale is rounded before it divides, so that the values fit the scale that
-    is stored; blocks at the edges are smaller, never padded.
+    A scale is rounded to bfloat16 before the division, so that the values match the stored
+    scale. Blocks at the edges are smaller, not padded.
     """
     import torch
 
@@ -59,11 +58,11 @@ def quantize(weight: Any) -> tuple[Any, Any]:
 
 
 def hub_tensors(model: Any, *, seed: int) -> dict[str, Any]:
-    """Return every tensor of the checkpoint, by its name on the hub."""
+    """Return every tensor of the checkpoint; published name → tensor."""
     import torch
 
     tensors: dict[str, Any] = {}
-    layer = {}  # the softmax layer, whose shapes the prediction layer has too
+    layer = {}  # the softmax layer; the prediction layer has the same shapes
     for name, value in model.state_dict().items():
         name = name.replace("model.", "model.language_model.", 1)
         _put(tensors, name, value.detach())
@@ -88,7 +87,7 @@ def hub_tensors(model: Any, *, seed: int) -> dict[str, Any]:
 
 
 def _put(tensors: dict[str, Any], name: str, value: Any) -> None:
-    """Add one tensor of the model: split by expert, in FP8, or in bfloat16."""
+    """Add one tensor of the model: split by expert, converted to FP8, or as bfloat16."""
     import torch
 
     if name.endswith("mlp.experts.gate_up_proj"):  # [E, 2I, H], gate first
@@ -175,10 +174,10 @@ def hub_config(tensors: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, tensors: dict[str, Any], tokenizer: Any) -> None:
-    """Write shards, index, config and tokenizer into the folder, which exists."""
+    """Write shards, index, config and tokenizer into an existing folder."""
     from safetensors.torch import save_file
 
-    # Like on the hub, a shard ends where it is full, in the middle of a layer.
+    # As on the hub, a shard ends when it is full, even within a layer.
     total = sum(value.nbytes for value in tensors.values())
     shards: list[dict[str, Any]] = [{}]
     filled = 0
@@ -209,5 +208,5 @@ def write(folder: Path, tensors: dict[str, Any], tokenizer: Any) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON as the hub's files have it: indented, a line break at the end."""
+    """Write indented JSON with a final line break, as in files on the hub."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

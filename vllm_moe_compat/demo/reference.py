@@ -1,9 +1,8 @@
-"""The oracle: what the checkpoint means, computed without this package's loader.
+"""The oracle: the checkpoint's model in transformers, without this package's loader.
 
-Weights are dequantised by a few lines of torch that share nothing with the code
-under test, and run by transformers. (transformers can read FP8 itself, but takes
-the block from the shape of the scale grid, which is wrong where a dimension does
-not divide by 128.)
+A few lines of torch, which share nothing with the code under test, dequantise the weights.
+(transformers can read FP8 itself, but derives the block from the shape of the scale grid,
+which is wrong where a dimension does not divide by 128.)
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ PREFIX = "model.language_model."
 def load_reference(path: str | Path, dtype: str = "float32") -> Any:
     """Return transformers' model with the checkpoint's weights, ready to generate.
 
-    Products of value and scale are formed in float32; ``dtype`` (``"float32"`` or
-    ``"bfloat16"``) is what they are rounded to and what the model computes in.
+    Products of value and scale are formed in float32 and rounded to ``dtype``,
+    ``"float32"`` or ``"bfloat16"``, in which the model computes.
     """
     import torch
     from safetensors.torch import load_file
@@ -36,7 +35,7 @@ def load_reference(path: str | Path, dtype: str = "float32") -> Any:
 
 
 def reference_model(tensors: dict[str, Any], text_config: dict[str, Any], dtype: Any) -> Any:
-    """Build the model from the checkpoint's tensors, by their names on the hub."""
+    """Build the model from the checkpoint's tensors under their published names."""
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
     config = Qwen3_5MoeTextConfig(**(text_config | {"dtype": str(dtype).removeprefix("torch.")}))
@@ -48,12 +47,12 @@ def reference_model(tensors: dict[str, Any], text_config: dict[str, Any], dtype:
 
 def _checked(dtype: str) -> str:
     if dtype not in ("float32", "bfloat16"):
-        raise SettingError(f"dtype={dtype!r} is not offered; use 'float32' or 'bfloat16'.")
+        raise SettingError(f"dtype={dtype!r} is not supported; use 'float32' or 'bfloat16'.")
     return dtype
 
 
 def _dequantize(tensors: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Keep the language model's tensors, under transformers' names, as ``dtype``."""
+    """Return the language model's tensors under transformers' names, as ``dtype``."""
     state = {}
     for name, value in tensors.items():
         if name.endswith("_scale_inv") or not name.startswith((PREFIX, "lm_head.")):
@@ -68,7 +67,7 @@ def _dequantize(tensors: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def _combine_experts(state: dict[str, Any], experts: int) -> dict[str, Any]:
-    """Replace each layer's per-expert matrices by ``[E, 2I, H]`` and ``[E, H, I]``."""
+    """Combine each layer's per-expert matrices into ``[E, 2I, H]`` and ``[E, H, I]``."""
     import torch
 
     mark = ".mlp.experts."

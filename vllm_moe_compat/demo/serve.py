@@ -1,8 +1,8 @@
-"""``python -m vllm_moe_compat.demo.serve``: the whole chain, once, for a newcomer.
+"""``python -m vllm_moe_compat.demo.serve``: the demo.
 
-Builds the demo checkpoint if it is not there, starts ``vllm serve`` on it, says
-what the plugin found and did, streams one answer over HTTP, stops the server.
-Only the standard library talks to the server, as any client would.
+It builds the demo checkpoint if it is missing, starts ``vllm serve`` on it, prints the
+plugin's log messages, streams one answer over HTTP, and stops the server. The client uses
+the standard library only.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from vllm_moe_compat.demo.server import (
 
 
 def say(line: str = "") -> None:
-    """Print a line of the demo's own, at once."""
+    """Print a line and flush."""
     print(line, flush=True)
 
 
 def stream_completion(server: Server, prompt: str, tokens: int) -> Iterator[str]:
-    """Send a greedy streaming completion; yield the text as it comes.
+    """Request a greedy streaming completion; yield the text as it arrives.
 
     Raises:
-        ServerError: the server refuses the request, or dies while it answers.
+        ServerError: the server refuses the request, or dies during the answer.
     """
     request = {
         "model": "demo",
@@ -61,7 +61,7 @@ def stream_completion(server: Server, prompt: str, tokens: int) -> Iterator[str]
             if data and data != "[DONE]":
                 yield _text(json.loads(data))
     except (OSError, http.client.HTTPException) as error:
-        time.sleep(1)  # let a dying server write down why
+        time.sleep(1)  # so that a dying server can log the reason
         server.check_alive()
         raise ServerError(
             f"the connection broke while the server answered: {error!r}; "
@@ -73,12 +73,14 @@ def stream_completion(server: Server, prompt: str, tokens: int) -> Iterator[str]
 
 def _text(chunk: dict[str, Any]) -> str:
     if "error" in chunk:
-        raise ServerError(f"the server breaks off: {json.dumps(chunk['error'])}")
+        raise ServerError(
+            f"the server ended the answer with an error: {json.dumps(chunk['error'])}"
+        )
     return "".join(choice["text"] for choice in chunk["choices"])
 
 
 def progress_printer() -> Callable[[float, str], None]:
-    """Return a reporter: one live line on a terminal, else a line per news."""
+    """Return a progress callback: one live line on a terminal, else a line per message."""
     shown, at = "", 0.0
 
     def live(elapsed: float, text: str) -> None:
@@ -95,9 +97,9 @@ def progress_printer() -> Callable[[float, str], None]:
 
 
 def converse(server: Server, checkpoint: DemoCheckpoint, prompt: str) -> bool:
-    """Send the prompt, print the answer as it comes; say whether it is right.
+    """Send the prompt and print the answer as it arrives; return whether it is right.
 
-    What is right is known only for the checkpoint's own prompt.
+    The right answer is known only for the checkpoint's own prompt.
     """
     began = time.monotonic()
     answer = ""
@@ -119,7 +121,7 @@ def converse(server: Server, checkpoint: DemoCheckpoint, prompt: str) -> bool:
 
 
 def run(arguments: argparse.Namespace, options: list[str]) -> int:
-    """Carry out the demo; return the exit code."""
+    """Run the demo; return the exit code."""
     say(f"Demo checkpoint: {arguments.checkpoint}")
     checkpoint = build(arguments.checkpoint, progress=lambda line: say(f"  {line}"))
     port = free_port(arguments.port)
@@ -137,7 +139,7 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
         keep = arguments.keep and right
     finally:
         if not keep and not server.stop():
-            say("The server did not stop in order; it was killed.")
+            say("The server did not stop on SIGTERM; it was killed.")
     if keep:
         body = json.dumps({"model": "demo", "prompt": checkpoint.prompt, "max_tokens": 40})
         say("The server stays up. Ask it:")
@@ -150,13 +152,13 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
 
 
 def main() -> int:
-    """Parse the command line; what follows ``--`` goes to ``vllm serve``."""
+    """Parse the command line; arguments after ``--`` go to ``vllm serve``."""
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
         prog="scripts/demo",
         description="Serve a small FP8 MoE checkpoint with vLLM on MLX, and ask it something.",
-        epilog="What follows -- goes to vllm serve.",
+        epilog="Arguments after -- go to vllm serve.",
     )
     parser.add_argument("prompt", nargs="?", help="default: the beginning of the Zen of Python")
     parser.add_argument("--keep", action="store_true", help="leave the server running")
@@ -168,10 +170,10 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="the server's output; default: beside it")
     arguments = parser.parse_args(words[:cut])
 
-    def ended(number: int, frame: FrameType | None) -> NoReturn:
+    def on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, ended)
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         return run(arguments, words[cut + 1 :])
     except (ServerError, ValueError, RuntimeError) as error:

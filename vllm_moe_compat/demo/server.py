@@ -1,9 +1,8 @@
-"""Runs ``vllm serve`` as a child: start, wait with progress, read its log, stop.
+"""Run ``vllm serve`` as a child process: start, wait, read its log, stop.
 
-The server gets a process group of its own, so that whatever it starts can be
-found and ended with it, and Ctrl-C at the terminal reaches only this program,
-which then stops it in order. Its output goes to a log file; this module knows
-the form of vLLM's lines, ``(EngineCore pid=7) INFO 11-21 05:00:00 [file.py:1] text``.
+The server has a process group of its own. All its processes can be ended together, and
+Ctrl-C reaches only this program, which then shuts the server down. The output goes to a
+log file; the lines have vLLM's format, ``(EngineCore pid=7) INFO 11-21 05:00:00 [file.py:1] text``.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HOST = "127.0.0.1"
-OURS = "moe_compat: "
-"""Begins every line that the plugin logs for the user of a server."""
+PLUGIN_PREFIX = "moe_compat: "
+"""Prefix of every line that the plugin logs."""
 
 _PREFIX = re.compile(
     r"^(?:\([^)]*pid=\d+\)\s?)?"
@@ -33,22 +32,26 @@ _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)(?::\s
 
 
 class ServerError(RuntimeError):
-    """The server did not come up, died, or answered with an error."""
+    """The server did not start, died, or answered with an error."""
 
 
 def message(line: str) -> str:
-    """Return what a line of the log says, without process, level, time and place."""
+    """Return the message of a log line, without process, level, time and source."""
     return _PREFIX.sub("", line.rstrip(), count=1)
 
 
 def plugin_lines(log: str) -> list[str]:
-    """Return what the plugin logged, each line once: several processes say the same."""
-    said = (line.partition(OURS)[2].strip() for line in log.splitlines() if OURS in line)
-    return list(dict.fromkeys(said))
+    """Return the plugin's messages, each once: several processes log the same."""
+    messages = (
+        line.partition(PLUGIN_PREFIX)[2].strip()
+        for line in log.splitlines()
+        if PLUGIN_PREFIX in line
+    )
+    return list(dict.fromkeys(messages))
 
 
 def latest(log: str) -> str:
-    """Return the last thing that vLLM logged, or an empty string."""
+    """Return the last message that vLLM logged, or an empty string."""
     for line in reversed(log.splitlines()):
         if _LEVEL.search(line) and message(line):
             return message(line)
@@ -58,9 +61,9 @@ def latest(log: str) -> str:
 def errors(log: str, *, context: int = 4) -> list[str]:
     """Return the errors in a log, the root cause first, each once.
 
-    vLLM reports a failure of the engine as a traceback there, followed by others
-    that only say that the engine failed. What matters are the lines that name
-    the exceptions, with what belongs to them. Without any: the last 20 lines.
+    vLLM logs the traceback of an engine failure, followed by tracebacks of the processes
+    that noticed it. Only the lines that name an exception, with their continuation lines,
+    are returned; if there are none, the last 20 lines.
     """
     lines = [message(line) for line in log.splitlines()]
     found: list[str] = []
@@ -95,16 +98,16 @@ def serve_command(model: Path, port: int, options: Sequence[str] = ()) -> list[s
     return [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", HOST, "--port", str(port), "--served-model-name", "demo"),
-        # Time for the engine's own clean-up when it is told to stop.
+        # Time for the engine to clean up after SIGTERM.
         *("--max-model-len", "2048", "--shutdown-timeout", "10", *options),
     ]
 
 
 class Server:
-    """A server in a subprocess, answering ``/health`` on a port of this machine."""
+    """A server in a child process that answers ``/health`` on a local port."""
 
     def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
-        # The model is a folder: nothing has to be asked of the hub.
+        # The model is a local folder, so the hub is not needed.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         environment.setdefault("VLLM_NO_USAGE_STATS", "1")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +125,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The process to end, and the id of its process group."""
+        """The id of the process and of its process group."""
         return self._process.pid
 
     def log(self) -> str:
@@ -136,10 +139,10 @@ class Server:
             raise ServerError(self._report(f"the server ended with exit code {code}"))
 
     def wait_ready(self, timeout: float, progress: Callable[[float, str], None]) -> float:
-        """Wait until the server answers; return the seconds it took.
+        """Wait until the server answers; return the elapsed seconds.
 
-        ``progress`` is called about four times a second with the seconds so far
-        and what the server logged last.
+        ``progress`` is called about four times a second with the elapsed seconds and the
+        last log message.
         """
         began = time.monotonic()
         while not self._healthy():
@@ -167,13 +170,12 @@ class Server:
 
     def _report(self, what: str) -> str:
         own = "\n".join(f"  {line}" for line in errors(self.log()))
-        return f"{what}. It said:\n\n{own}\n\nThe whole log: {self.log_path}"
+        return f"{what}. Its errors:\n\n{own}\n\nThe whole log: {self.log_path}"
 
     def stop(self, patience: float = 20.0) -> bool:
-        """End the server and whatever it started; say whether it went in order.
+        """Stop the server and all its processes; return whether SIGTERM was enough.
 
-        SIGTERM goes to the server, which ends its own children. What is left of
-        its process group after ``patience`` seconds is killed.
+        After ``patience`` seconds the rest of the process group is killed.
         """
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -196,6 +198,6 @@ class Server:
             os.killpg(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # macOS says this of a group of zombies
+        except PermissionError:  # macOS raises this for a group of zombies
             return False
         return True

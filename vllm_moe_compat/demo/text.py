@@ -1,8 +1,7 @@
-"""The text that the demo model recites, and the tokenizer made from it.
+"""The text that the demo model recites, and the tokenizer trained on it.
 
-The Zen of Python ships with every Python, so the demo needs no download. The
-tokenizer is a byte-level BPE like the large models': any text round-trips, the
-special tokens are ChatML's, and a chat template is part of it.
+The Zen of Python ships with every Python, so the demo needs no download. The tokenizer is a
+byte-level BPE: any text round-trips. It has the special tokens of ChatML and a chat template.
 """
 
 from __future__ import annotations
@@ -38,11 +37,10 @@ CHAT_TEMPLATE = """\
 def zen() -> str:
     """Return the Zen of Python.
 
-    Importing ``this`` would print it, so its source is read instead: a string
-    ``s`` in rot13.
+    Importing ``this`` would print it, so the rot13 string in its source is read instead.
 
     Raises:
-        RuntimeError: the module has another form than every Python so far.
+        RuntimeError: the source holds no such string.
     """
     spec = importlib.util.find_spec("this")
     if spec is not None and spec.origin is not None:
@@ -53,7 +51,7 @@ def zen() -> str:
 
 
 def chat_prompt(message: str) -> str:
-    """Return what the chat template makes of one user message."""
+    """Return the prompt that the chat template renders for one user message."""
     return f"{TURN_START}user\n{message}{TURN_END}\n{TURN_START}assistant\n"
 
 

@@ -1,15 +1,14 @@
-"""Trains the small model that recites the Zen of Python.
+"""Train the demo model, which recites the Zen of Python.
 
 The architecture is transformers' own Qwen3.5-MoE at about 2.5 M parameters:
 three gated-delta layers and one softmax layer, eight experts of which two are
 used, a shared expert. The hidden size, 192, is a multiple of 64 and not of 128,
-so that FP8 blocks are ragged at the edge. Heads are at least 32 wide, which
-MLX's gated-delta kernel for Metal asks for.
+so that FP8 blocks are ragged at the edge. Heads are at least 32 wide, as MLX's gated-delta kernel
+for Metal requires.
 
-Training takes some twenty seconds on two cores. It is seeded and runs on a
-fixed number of threads, since the order of sums depends on it; another machine
-or release of torch may still give other weights, so whoever uses the model
-checks what it says.
+Training takes about twenty seconds on two cores. It is seeded and runs on a fixed
+number of threads, which determines the order of sums. Another machine or torch release
+may still give other weights, so the builder checks the generated text.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ THREADS = 2
 BATCH = 8
 WINDOW = 64
 LONG_WINDOW = 320
-"""Every eighth batch is two windows this long, so that recital survives there."""
+"""Length of the two windows of every eighth batch: the model must also recite at length."""
 
 
 def text_config() -> dict[str, Any]:
-    """Return the language model's configuration, as the hub nests it."""
+    """Return the ``text_config`` of ``config.json``."""
     return {
         "model_type": "qwen3_5_moe_text",
         "attention_bias": False,
@@ -85,7 +84,7 @@ def new_model() -> Any:
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed torch and fix its threads for the body; the caller's state comes back."""
+    """Seed torch and fix its threads for the ``with`` block, then restore both."""
     import torch
 
     threads = torch.get_num_threads()
@@ -99,7 +98,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 class Trainer:
-    """One model in training; ``run`` may be called again for more steps."""
+    """Train one model; ``run`` continues where the last call stopped."""
 
     def __init__(self, text: str, tokenizer: Any, *, seed: int) -> None:
         import torch
@@ -112,14 +111,14 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01
         )
-        # The text without end: what follows the last line is the end mark.
+        # Three copies, so that a window may start anywhere; each ends with the end token.
         self._stream: list[int] = tokenizer(text + END_OF_TEXT).input_ids * 3
         self._period = len(self._stream) // 3
 
     def run(self, steps: int, *, horizon: int, progress: Progress | None = None) -> float:
-        """Train ``steps`` more steps; the learning rate falls until ``horizon``.
+        """Train ``steps`` more steps and return the last loss.
 
-        Returns the last loss.
+        The learning rate falls linearly until step ``horizon``.
         """
         import torch
 
@@ -152,7 +151,7 @@ class Trainer:
         return self._stream[start : start + length]
 
     def _chat(self, length: int) -> list[int]:
-        """Make a turn: any words of a user, then the text as the answer."""
+        """Return a chat turn: random words of the text as the question, the text as the answer."""
         words = self._text.split()
         first = self._random.randrange(len(words))
         said = " ".join(words[first : first + self._random.randint(1, 8)])
@@ -163,7 +162,7 @@ class Trainer:
 
 
 def recite(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """Return the greedy continuation of the prompt, ``tokens`` long at most."""
+    """Return the greedy continuation of the prompt, at most ``tokens`` tokens."""
     import torch
 
     ids = tokenizer(prompt, return_tensors="pt").input_ids

@@ -23,6 +23,7 @@ from vllm_moe_compat.families.row import (
     TRANSPOSED,
     W123,
     Arithmetic,
+    Cache,
     Moe,
     Row,
     Workaround,
@@ -218,7 +219,11 @@ _MOE_ROWS = (
         renames=((r"^model\.", "backbone."),),
     ),
     _moe("deepseek"),
-    _moe("deepseek_v2", config=(cfg.ROPE, cfg.DEEPSEEK_V2_YARN)),
+    _moe(
+        "deepseek_v2",
+        config=(cfg.ROPE, cfg.DEEPSEEK_V2_YARN),
+        cache=Cache(expands_latent=True),
+    ),
     _deepseek(
         "deepseek_v3",
         STANDARD,
@@ -318,6 +323,7 @@ _MOE_ROWS = (
             extras=Extras(prefixes=("model.mtp",)),
             drops=Extras(surplus=True),
             config=(cfg.ROPE, cfg.LONGCAT),
+            cache=Cache(attentions=2),
         )
         for module in ("longcat_flash", "longcat_flash_ngram")
     ),
@@ -381,11 +387,17 @@ _MOE_ROWS = (
 _DENSE_ROWS = (
     *(_row(m, w.FP8, config=_ROPE) for m in ("llama", "qwen2", "olmo2", "phi3", "seed_oss")),
     *(_row(m, w.FP8, config=_ROPE) for m in ("smollm3", "nemotron", "granite", "glm4")),
-    *(_row(m, w.FP8, config=_ROPE) for m in ("stablelm", "ernie4_5", "gemma2", "starcoder2")),
+    *(_row(m, w.FP8, config=_ROPE) for m in ("stablelm", "ernie4_5", "starcoder2")),
+    _row("gemma2", w.FP8, config=_ROPE, cache=Cache(ignores_window=True)),
     *(_row(m, w.FP8) for m in ("qwen3", "youtu_llm")),
     _row("qwen3_vl", w.FP8, extras=Extras(prefixes=("visual", "model.visual", "vision_tower"))),
     _row("olmo3", w.FP8, config=(own.OLMO3_ROPE,)),
-    _row("minicpm3", w.FP8, config=(cfg.ROPE, own.MINICPM_ROPE)),
+    _row(
+        "minicpm3",
+        w.FP8,
+        config=(cfg.ROPE, own.MINICPM_ROPE),
+        cache=Cache(expands_latent=True),
+    ),
     _row(
         "muse_glimmer",
         w.FP8,

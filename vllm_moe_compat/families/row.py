@@ -5,16 +5,31 @@ The rows themselves are data, in ``registry``; the planner reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.names import layer_of
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
 GLU = ("gate_proj", "up_proj", "down_proj")
 W123 = ("w1", "w3", "w2")
+
+
+@dataclass(frozen=True, slots=True)
+class Symptom:
+    """The effect of a missing workaround on a checkpoint, by headers and config alone.
+
+    Attributes:
+        refuses: whether mlx-lm refuses the checkpoint; else it loads and computes something
+            else.
+        occurs: whether the effect occurs, by the layout and the config as it was read.
+    """
+
+    refuses: bool
+    occurs: Callable[[Layout, Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +44,7 @@ class Workaround:
         form: the checkpoint form that it serves.
         proofs: forms of ``upstream.forms`` in which upstream fails while it is needed.
         families: the recorded families that show it; the row's own where there are none.
+        symptom: its effect where the plan does not show it; None where the plan does.
     """
 
     id: str
@@ -38,6 +54,7 @@ class Workaround:
     form: str
     proofs: tuple[str, ...]
     families: tuple[str, ...] = ()
+    symptom: Symptom | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +142,22 @@ class Arithmetic:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """The differences between a module's cache and the one that its config implies.
+
+    Attributes:
+        expands_latent: whether latent attention (MLA) keeps the expanded keys and values
+            instead of the latent.
+        ignores_window: whether layers with a sliding window keep every token.
+        attentions: how many attentions, each with keys and values, a layer has.
+    """
+
+    expands_latent: bool = False
+    ignores_window: bool = False
+    attentions: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """What is known about one mlx-lm module.
 
@@ -146,6 +179,7 @@ class Row:
         config: what its arguments do not understand.
         sanitize_wrapper: called in place of ``sanitize`` with it, the model, the tensors and the
             config as it was read.
+        cache: how its cache differs from the one that the config implies.
     """
 
     module: str
@@ -162,6 +196,7 @@ class Row:
     model_types: tuple[str, ...] = ()
     config: tuple[ConfigFix, ...] = ()
     sanitize_wrapper: Callable[..., Any] | None = None
+    cache: Cache = Cache()
 
     @property
     def ignored(self) -> Extras:

@@ -6,7 +6,14 @@
 
 from __future__ import annotations
 
-from vllm_moe_compat.families.row import Workaround
+from vllm_moe_compat.checkpoint.config import layer_count
+from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.families.row import Symptom, Workaround
+
+
+def _has(layout: Layout, ending: str) -> bool:
+    return any(name.endswith(ending) for name in layout.tensors)
+
 
 _PR = "https://github.com/ml-explore/mlx-lm/pull/1224 (closed unmerged)"
 
@@ -95,6 +102,7 @@ LAYER_61 = Workaround(
     form="another depth than 61 layers",
     proofs=("release",),
     families=("deepseek_v3 deep", "kimi_k25 deep"),
+    symptom=Symptom(refuses=True, occurs=lambda layout, config: (layer_count(config) or 0) > 61),
 )
 ERNIE_BIAS = Workaround(
     id="ernie-bias",
@@ -103,6 +111,9 @@ ERNIE_BIAS = Workaround(
     remove_when="Ernie4_5_MoeMLP has the bias",
     form="every form",
     proofs=("release",),
+    symptom=Symptom(
+        refuses=False, occurs=lambda layout, config: _has(layout, "e_score_correction_bias")
+    ),
 )
 JAMBA_ROUTER = Workaround(
     id="jamba-router",
@@ -111,6 +122,7 @@ JAMBA_ROUTER = Workaround(
     remove_when="JambaSparseMoeBlock takes the softmax first",
     form="every form",
     proofs=("release",),
+    symptom=Symptom(refuses=False, occurs=lambda layout, config: bool(layout.experts)),
 )
 HUNYUAN_ROUTER = Workaround(
     id="hunyuan-router",
@@ -120,6 +132,10 @@ HUNYUAN_ROUTER = Workaround(
     remove_when="mlx-lm has a module for hunyuan_v1_moe",
     form="model_type hunyuan_v1_moe",
     proofs=("release",),
+    symptom=Symptom(
+        refuses=False,
+        occurs=lambda layout, config: config.get("model_type") == "hunyuan_v1_moe",
+    ),
 )
 TIED_HEAD = Workaround(
     id="tied-head",
@@ -129,6 +145,7 @@ TIED_HEAD = Workaround(
     form="tied embeddings",
     proofs=("release",),
     families=("qwen3_vl_moe tied",),
+    symptom=Symptom(refuses=True, occurs=lambda layout, config: not _has(layout, "lm_head.weight")),
 )
 LATENT = Workaround(
     id="latent-split",

@@ -1,14 +1,13 @@
-"""Two hooks into mlx-lm, and how to take them out again.
+"""Install the two hooks into mlx-lm, and take them out again.
 
-``mlx_lm.utils.load_config`` is where a load begins: the plan is made there, and
-whatever is wrong is said there, before a tensor is read. ``Model.sanitize`` of
-every class in the registry is where the tensors pass: the plan is carried out
-there. Neither imports a model to look for it; classes are wrapped when their
-module is imported, or at once if it is there already.
+A load begins in ``mlx_lm.utils.load_config``: that hook makes the plan and raises every
+error about the checkpoint before a tensor is read. ``Model.sanitize`` of each class in the
+registry receives the tensors: that hook carries the plan out. No model is imported to be
+wrapped; a class is wrapped when its module is imported, or at once if it already is.
 
-Another library may wrap the same functions, before us or after. What we put in
-is kept in a table, (owner, name) → ``Patch``: taking it out restores the exact
-original where ours is outermost, and makes ours transparent where it is not.
+Another library may wrap the same functions, earlier or later. A table maps (owner, name)
+to a ``Patch``. Taking a patch out restores the original function where our wrapper is the
+outermost, and otherwise makes the wrapper pass its calls through.
 """
 
 from __future__ import annotations
@@ -16,40 +15,48 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 from vllm_moe_compat.envs import ENABLED
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import status as state
+from vllm_moe_compat.load.hook_status import (
+    DISPLACED,
+    OFF,
+    PATCHED,
+    REVERTED,
+    UNAPPLIED,
+    UNPATCHABLE,
+    WAITING,
+    ClassHook,
+    Hooks,
+    HookStatus,
+    headline,
+    problems,
+)
 from vllm_moe_compat.load.hooks import load_config_hook, sanitize_hook
-from vllm_moe_compat.load.report import last_report
-from vllm_moe_compat.load.status import HookStatus, RowStatus, Status
+from vllm_moe_compat.load.wrappers import foreign_module, reaches
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.versions import packages, versions
-
-if TYPE_CHECKING:
-    from vllm_moe_compat.probes.evidence import Examined
+from vllm_moe_compat.versions import packages
 
 LOADER = ("mlx_lm.utils", "load_config")
 
 
 @dataclass(slots=True, eq=False)
 class Patch:
-    """One function replaced by ours, or one put where there is none.
-
-    A class without ``sanitize`` takes the weights as they are; ours then hands them on.
+    """One wrapper that was installed.
 
     Attributes:
-        owner: the class or module that holds it.
-        name: under which name.
-        original: what was there: the function, or for an inherited one None.
-        active: whether ours does anything, or only calls on.
-        wrapper: what we put there.
+        owner: the class or module that holds the function.
+        name: the attribute of ``owner``.
+        original: the function in ``owner``'s own namespace; None where it is inherited or
+            missing.
+        active: whether the wrapper runs its hook or passes calls through.
+        wrapper: the installed function.
     """
 
     owner: Any
@@ -59,21 +66,23 @@ class Patch:
     wrapper: Any = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what was there; an inherited method is looked up anew."""
+        """Call the function below the wrapper; an inherited method is looked up anew."""
         if self.original is not None:
             return self.original(*args, **kwargs)
         inherited = getattr(super(self.owner, args[0]), self.name, None)
-        return inherited(*args[1:], **kwargs) if inherited is not None else args[1]
+        if inherited is None:
+            return _return_weights(*args, **kwargs)
+        return inherited(*args[1:], **kwargs)
 
     @property
     def outermost(self) -> bool:
-        """Whether callers meet our wrapper first."""
+        """Whether callers reach our wrapper before any other."""
         return vars(self.owner).get(self.name) is self.wrapper
 
     @property
     def in_place(self) -> bool:
-        """Whether calls reach our wrapper at all."""
-        return _reaches(vars(self.owner).get(self.name), self.wrapper)
+        """Whether calls reach our wrapper, directly or through other wrappers."""
+        return reaches(vars(self.owner).get(self.name), self.wrapper)
 
 
 _LOCK = threading.RLock()
@@ -87,8 +96,8 @@ _ever_applied = False
 def apply() -> None:
     """Install the hooks; idempotent, and complete or not at all.
 
-    Models that are imported later are wrapped when they are. Does nothing where
-    ``VLLM_MOE_COMPAT=0``.
+    Models that are imported later are wrapped then. ``VLLM_MOE_COMPAT=0`` installs
+    nothing.
     """
     global _applied, _ever_applied
     if ENABLED.read() == "0":
@@ -113,15 +122,20 @@ def apply() -> None:
 
 
 def _announce() -> None:
-    """Say once per process what the hooks are in for, and what may be wrong."""
-    found = status_of({})
-    logger.info("%s", found.headline)
-    for problem in found.problems:
+    """Log the versions, the state of the modules and every problem, once per process."""
+    found, installed = hooks(), packages()
+    logger.info("%s", headline(installed, (row.state for row in found.classes)))
+    bad = [row for row in found.classes if row.state == UNPATCHABLE]
+    for problem in problems(installed, found.loader, bad):
         logger.warning("%s", problem)
 
 
 def revert() -> None:
-    """Take the hooks out: at once without effect, and gone where nothing is on top."""
+    """Take the hooks out.
+
+    A hook stops acting at once. A wrapper that another library has wrapped stays in place
+    and passes calls through.
+    """
     global _applied
     with _LOCK:
         for patch in list(_PATCHES.values()):
@@ -132,7 +146,7 @@ def revert() -> None:
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Have the hooks installed inside, and as they were before outside."""
+    """Install the hooks for the ``with`` block and restore the earlier state after it."""
     before = _applied
     apply()
     try:
@@ -144,82 +158,52 @@ def applied() -> Iterator[None]:
             revert()
 
 
-def status(*, probe: bool = False) -> Status:
-    """Say what is patched, what is not and why.
-
-    Args:
-        probe: whether to try every row on tiny checkpoints, through upstream's class and
-            through ours, which takes the better part of a minute and imports mlx-lm's
-            models. Without it nothing is imported, and no row is called active.
-    """
-    examined: Mapping[str, Examined] = {}
-    if probe:
-        from vllm_moe_compat.probes.evidence import examine_all
-
-        examined = examine_all(registry.TRANSFORMS_BY_MODULE.values(), patched=_applied)
-    return status_of(examined)
+def is_applied() -> bool:
+    """Whether ``apply`` is in force."""
+    return _applied
 
 
-def status_of(examined: Mapping[str, Examined]) -> Status:
-    """Say the same, with what probes have said of some modules; module → what was tried."""
-    # Not at the top: hooks that only serve need none of it.
-    from vllm_moe_compat.probes import evidence
-
+def hooks() -> Hooks:
+    """Return the state of every hook; imports nothing."""
     with _LOCK:
         module = sys.modules.get(LOADER[0])
-        loader = _PATCHES.get((module, LOADER[1])) if module is not None else None
+        patch = _PATCHES.get((module, LOADER[1])) if module is not None else None
         reason = _UNPATCHABLE.get(LOADER[0], "")
-        first = HookStatus(".".join(LOADER), _state(module is not None, loader, reason), reason)
-        hooks = [first]
-        rows = []
-        for row in registry.TRANSFORMS_BY_MODULE.values():
-            module = sys.modules.get(row.module)
-            model = getattr(module, "Model", None)
-            patch = _PATCHES.get((model, "sanitize")) if model is not None else None
-            reason = _UNPATCHABLE.get(row.module, "")
-            found = _state(module is not None, patch, reason)
-            hooks.append(HookStatus(f"{row.module}.Model.sanitize", found, reason))
-            tried = examined.get(row.module)
-            entries = evidence.workarounds(row, tried)
-            if found in (state.PATCHED, state.WAITING) and tried is not None:
-                judged, reason = evidence.state_of(tried, entries)
-                found = judged or found
-            probes = () if tried is None else tried.probes
-            shim = _other_wrapper(model, patch)
-            rows.append(RowStatus(row.module, "Model", found, reason, shim, entries, probes))
-    installed = tuple(hook for hook in hooks if hook.state == state.PATCHED)
-    return Status(tuple(rows), installed, versions(), packages(), last_report(), first)
+        loader = HookStatus(".".join(LOADER), _state(module is not None, patch, reason), reason)
+        return Hooks(loader, tuple(map(_class_hook, registry.TRANSFORMS_BY_MODULE)))
 
 
-def _other_wrapper(model: Any, patch: Patch | None) -> str:
-    """Return the module of another library's wrapper round ``sanitize``; empty for none."""
-    here = None if model is None else vars(model).get("sanitize")
-    for function in (here, None if patch is None else patch.original):
-        ours = patch is not None and function is patch.wrapper
-        code = getattr(function, "__code__", None)
-        if function is None or ours or code is None:
-            continue
-        home = sys.modules.get(model.__module__)
-        if code.co_filename != getattr(home, "__file__", code.co_filename):
-            return str(function.__globals__.get("__name__", code.co_filename))
-    return ""
+def _class_hook(name: str) -> ClassHook:
+    module = sys.modules.get(name)
+    model = getattr(module, "Model", None)
+    patch = _PATCHES.get((model, "sanitize")) if model is not None else None
+    reason = _UNPATCHABLE.get(name, "")
+    found = _state(module is not None, patch, reason)
+    shim = ""
+    if model is not None:
+        ours, original = (None, None) if patch is None else (patch.wrapper, patch.original)
+        outer = vars(model).get("sanitize")
+        outer = vars(model).get("sanitize")
+        shim = "" if outer is ours else foreign_module(model, outer)
+        shim = shim or foreign_module(model, original)
+    return ClassHook(name, found, reason, shim)
 
 
 def _state(imported: bool, patch: Patch | None, reason: str) -> str:
     if ENABLED.read() == "0":
-        return state.OFF
+        return OFF
     if not _applied:
-        return state.REVERTED if _ever_applied else state.UNAPPLIED
+        return REVERTED if _ever_applied else UNAPPLIED
     if reason:
-        return state.UNPATCHABLE
+        return UNPATCHABLE
     if not imported:
-        return state.WAITING
+        return WAITING
     in_place = patch is not None and patch.active and patch.in_place
-    return state.PATCHED if in_place else state.DISPLACED
+    return PATCHED if in_place else DISPLACED
 
 
 def ensure(row: Row) -> str | None:
-    """See that the row's class is wrapped now; return why it cannot be, or None."""
+    """Wrap the row's class if it is not wrapped; return why that is impossible, or None."""
     with _LOCK:
         if (module := sys.modules.get(row.module)) is not None:
             _install_in(module)
@@ -246,7 +230,7 @@ def _on_import(module: ModuleType) -> None:
 
 
 def _install_in(module: ModuleType) -> None:
-    """Wrap what the module holds for us, or note why that is impossible."""
+    """Wrap the function that the module holds, or record why that is impossible."""
     name = module.__name__
     if name == LOADER[0]:
         owner: Any = module
@@ -272,8 +256,8 @@ def _install_in(module: ModuleType) -> None:
         _UNPATCHABLE.pop(name, None)
 
 
-def _as_they_are(model: Any, weights: Any) -> Any:
-    """What a class without ``sanitize`` does to its weights."""
+def _return_weights(model: Any, weights: Any) -> Any:
+    """Stand in for ``sanitize`` in a class that has none: the weights stay as they are."""
     return weights
 
 
@@ -286,7 +270,7 @@ def _install(owner: Any, name: str, hook: Callable[..., Any]) -> None:
         patch.active = False
     fresh = Patch(owner, name, vars(owner).get(name))
 
-    @functools.wraps(getattr(owner, name, _as_they_are))
+    @functools.wraps(getattr(owner, name, _return_weights))
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if not fresh.active:
             return fresh.call(*args, **kwargs)
@@ -306,31 +290,3 @@ def _uninstall(patch: Patch) -> None:
     else:
         setattr(patch.owner, patch.name, patch.original)
     _PATCHES.pop((patch.owner, patch.name), None)
-
-
-def _reaches(function: Any, wanted: Any) -> bool:
-    """Whether ``function`` is ``wanted`` or a wrapper that holds it.
-
-    Wrappers name what they wrap in ``__wrapped__``, in a closure, in a default
-    value, or, when they are partial objects, in ``func``.
-    """
-    pending: list[Any] = [function]
-    seen: set[int] = set()
-    while pending and len(seen) < 100:
-        candidate = pending.pop()
-        if candidate is wanted:
-            return True
-        if id(candidate) in seen or not callable(candidate):
-            continue
-        seen.add(id(candidate))
-        pending.append(getattr(candidate, "__wrapped__", None))
-        pending.append(getattr(candidate, "func", None))
-        if isinstance(candidate, FunctionType):
-            pending.extend(candidate.__defaults__ or ())
-            pending.extend((candidate.__kwdefaults__ or {}).values())
-            for cell in candidate.__closure__ or ():
-                try:
-                    pending.append(cell.cell_contents)
-                except ValueError:
-                    continue
-    return False

@@ -1,1 +1,1 @@
-"""What upstream does by itself, found out by trying."""
+"""Probes: load tiny checkpoints through mlx-lm, with the hooks and without."""

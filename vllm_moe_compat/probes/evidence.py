@@ -1,8 +1,8 @@
-"""From probes to what they say of a row and of each of its workarounds.
+"""Judge rows and their workarounds by probes.
 
-A row is probed in the forms that prove its workarounds, and as it is published. Among
-several families of a module those count whose published form upstream gets right: where it
-does not, for whatever reason, that it refuses FP8 too proves nothing about FP8.
+A row is probed in its released form and in the forms that prove its workarounds. Where a
+module has several families, those count whose released form mlx-lm gets right: if a model
+fails without FP8, its failure with FP8 says nothing about FP8.
 """
 
 from __future__ import annotations
@@ -13,36 +13,51 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_moe_compat.families.row import Row, Workaround
-from vllm_moe_compat.load.status import (
-    ACTIVE,
-    BROKEN,
-    DORMANT,
-    FAILS,
-    NEEDED,
-    NOT_PROBED,
-    REFUSED,
-    RIGHT,
-    WRONG,
-    Probe,
-    WorkaroundStatus,
-)
+from vllm_moe_compat.probes.results import FAILS, REFUSED, RIGHT, WRONG, Probe
 
 if TYPE_CHECKING:
     from vllm_moe_compat.probes.recipes import Family
 
+ACTIVE, DORMANT, BROKEN = "active", "dormant", "broken"
+NEEDED, NOT_PROBED = "needed", "not probed"
+
 RELEASE = "release"
 NO_FAMILY = "no checkpoint of this module is recorded"
 NO_TIME = "the time for probes was up"
-# Not what upstream's own tensors look like: other causes of failure do not blur these.
+# A failure in these forms has its cause in the form itself, whatever the release does.
 _OWN = ("release", "saved config", "in-library")
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
-    """What was tried of one row.
+class WorkaroundStatus:
+    """One workaround in one row.
 
     Attributes:
-        probes: in order.
+        id: its short name.
+        form: the checkpoint form that it serves.
+        state: ``needed`` (mlx-lm fails in at least one probe of it), ``dormant`` (mlx-lm is
+            right in all of them), ``not probed``.
+        evidence: the results of the probes, or why there was none.
+        why: what goes wrong without it.
+        upstream: the upstream discussion, or the upstream code.
+        remove_when: the condition on which it goes.
+    """
+
+    id: str
+    form: str
+    state: str
+    evidence: str
+    why: str
+    upstream: str
+    remove_when: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The probes of one row.
+
+    Attributes:
+        probes: in the order in which they ran.
         reason: why there are none; else empty.
     """
 
@@ -56,7 +71,8 @@ def examine(row: Row, *, patched: bool = True, every: bool = False) -> Examined:
     Args:
         row: of the registry.
         patched: whether to load with the hooks, too.
-        every: every form that its families come in, not only those that prove something.
+        every: whether to probe every form of its families, not only those that prove a
+            workaround.
     """
     from vllm_moe_compat.probes.probe import probe
     from vllm_moe_compat.probes.recipes import families_of
@@ -81,14 +97,14 @@ def examine_all(
     seconds: float | None = None,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Examined]:
-    """Probe rows, as many as the time is enough for; module → what was tried.
+    """Probe rows until the time is up; module → its probes.
 
     Args:
         rows: of the registry.
         patched: whether to load with the hooks, too.
         every: see ``examine``.
-        seconds: no row is begun later than that; None sets no limit.
-        progress: is called before each row.
+        seconds: no row is begun after so many seconds; None sets no limit.
+        progress: called before each row.
     """
     begun = time.monotonic()
     found: dict[str, Examined] = {}
@@ -120,7 +136,7 @@ _FOR_ONE = ("nested vision tower",)  # not every module has one to drop
 
 
 def proofs(workaround: Workaround, probes: Iterable[Probe]) -> list[Probe]:
-    """Return the probes that say something of the workaround."""
+    """Return the probes that are evidence for or against the workaround."""
     found = [
         p
         for p in probes
@@ -133,7 +149,7 @@ def proofs(workaround: Workaround, probes: Iterable[Probe]) -> list[Probe]:
 
 
 def workarounds(row: Row, examined: Examined | None) -> tuple[WorkaroundStatus, ...]:
-    """Say of each of the row's workarounds whether it is needed, and by what evidence."""
+    """Judge each workaround of the row by its probes."""
     found = []
     for workaround in row.workarounds:
         state, evidence = NOT_PROBED, ""
@@ -171,7 +187,7 @@ def _judge(workaround: Workaround, examined: Examined) -> tuple[str, str]:
 
 
 def state_of(examined: Examined, entries: Iterable[WorkaroundStatus]) -> tuple[str | None, str]:
-    """Return the state of a patched row that was probed, None for no verdict, and why."""
+    """Return the state of a patched row by its probes, None without a verdict; and why."""
     tried = [p for p in examined.probes if p.patched is not None]
     if not tried:
         return None, f"not probed: {examined.reason}" if examined.reason else ""

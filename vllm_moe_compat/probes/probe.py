@@ -1,9 +1,9 @@
-"""Whether a module gets a form of checkpoint right, by itself and with this package.
+"""Probe one form of checkpoint, without the hooks and with them.
 
-A tiny checkpoint of the form is written to a folder and loaded twice through mlx-lm's own
-``load_model``: once with our hooks standing aside, which is what upstream does, once as
-they are. The logits are compared with recorded ones. Nothing that the process serves or
-reports is touched: hooks stand aside for the probing thread only.
+A tiny checkpoint of the form is written to a folder and loaded twice through mlx-lm's
+``load_model``, once with the hooks switched off and once with them. The logits are compared
+with recorded ones. The probe does not affect other threads, and the process's last load
+report stays.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 from vllm_moe_compat import envs
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load.options import loading_with
-from vllm_moe_compat.load.status import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
 from vllm_moe_compat.log import silence
 from vllm_moe_compat.probes.recipes import TOKENS, Family, Recipe
+from vllm_moe_compat.probes.results import FAILS, REFUSED, RIGHT, WRONG, Probe, Verdict
 from vllm_moe_compat.probes.variants import write
 
 TOLERANCE = 1e-4
-"""Of the largest logit. What is merely rounded to bfloat16 is off by ten times that."""
+"""Tolerance relative to the largest logit; rounding to bfloat16 exceeds it ten times."""
 
 
 def probe(family: Family, row: Row, form: str, *, patched: bool) -> Probe | None:
-    """Feed the form to upstream's class and, if asked, to ours.
+    """Load the form without the hooks and, if ``patched``, with them.
 
     Args:
         family: a recorded family of the row's module.
-        row: of the module.
-        form: a key of ``forms.FORMS``.
+        row: the module's row.
+        form: a key of ``variants.FORMS``.
         patched: whether to load with the hooks, too.
 
     Returns:
-        What came out; None where the family does not come in the form.
+        The results; None where the family has no such form.
     """
-    with tempfile.TemporaryDirectory(prefix="moe-compat-probe-") as name, _apart():
+    with tempfile.TemporaryDirectory(prefix="moe-compat-probe-") as name, _isolated():
         folder = Path(name)
         recipe = write(folder, family, row, form)
         if recipe is None:
@@ -54,16 +54,16 @@ def judge(folder: Path, recipe: Recipe) -> Verdict:
     import mlx_lm.utils
     import numpy as np
 
-    # On the CPU, where float32 is float32 and no kernel of Metal's is needed.
+    # On the CPU: Metal computes float32 matrix products with lower precision.
     with mx.stream(mx.cpu):
         try:
             model, _ = mlx_lm.utils.load_model(folder)
-        except Exception as error:  # noqa: BLE001 - upstream refuses with whatever broke
+        except Exception as error:  # noqa: BLE001 - mlx-lm may raise anything
             return Verdict(REFUSED, f"{type(error).__name__}: {' '.join(str(error).split())}")
         model.set_dtype(mx.float32)
         try:
             found = np.array(model(mx.array([TOKENS]))[0])
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - mlx-lm may raise anything
             return Verdict(FAILS, f"{type(error).__name__}: {' '.join(str(error).split())}")
     distance = recipe.distance(found)
     if distance < TOLERANCE:
@@ -72,8 +72,8 @@ def judge(folder: Path, recipe: Recipe) -> Verdict:
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Load in float32 inside, whatever the settings; log and report nothing."""
+def _isolated() -> Iterator[None]:
+    """Load in float32 whatever the settings are, without logs and load reports."""
     settings = {envs.DTYPE.name: "auto", envs.QUANTIZE.name: "none"}
-    with envs.reading(settings), loading_with(dtype="float32", record=False), silence():
+    with envs.override(settings), loading_with(dtype="float32", record=False), silence():
         yield

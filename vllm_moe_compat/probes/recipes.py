@@ -1,10 +1,10 @@
 """Tiny checkpoints, recorded as recipes: names, shapes, a config and expected logits.
 
-``families.json`` holds what transformers computes for them (for the few families that it
-does not know, what mlx-lm's own class does), so that a probe needs neither transformers
-nor torch. The values are not stored: they follow from a tensor's place in the list, by
-numpy's PCG64, whose raw numbers never change. Matrices hold four significant bits in five
-binades, so that FP8 with scales that are powers of two loses nothing of them.
+``families.json`` holds the logits that transformers computes (mlx-lm's own class for the few
+families without a transformers class), so that a probe needs neither transformers nor torch.
+Values are not stored: numpy's PCG64, whose raw numbers never change, generates them from a
+tensor's position in the list. Matrices have four significant bits and five binary exponents,
+so that FP8 with powers of two as scales represents them exactly.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 VOCAB = 96
 TOKENS = tuple((7 * i * i + 3 * i + 5) % VOCAB for i in range(37))
-"""What the recorded logits are the answer to."""
+"""The input of the recorded logits."""
 EVERY = 8
-"""Of the last token's logits, one in so many is recorded."""
+"""Stride of the recorded logits in the last token's logits."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The tensors and the config of one checkpoint, and what a model of it computes.
+    """The tensors and the config of one checkpoint, with the logits of its model.
 
     Attributes:
-        tensors: name → shape, in the order that gives the values.
+        tensors: name → shape; the order determines the values.
         config: ``config.json``.
         logits: every ``EVERY``-th of the last token's logits.
     """
@@ -48,7 +48,7 @@ class Recipe:
     logits: tuple[float, ...]
 
     def values(self) -> Iterator[tuple[str, Array]]:
-        """Yield name and values of every tensor."""
+        """Yield the name and the values of every tensor."""
         for index, (name, shape) in enumerate(self.tensors.items()):
             yield name, values(index, name, shape)
 
@@ -63,15 +63,15 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One family as it is published, and as transformers 5 saves it.
+    """One family as its authors publish it and as transformers 5 saves it.
 
     Attributes:
-        name: of the family; variants bear a second word.
-        module: the last part of the mlx-lm module's path.
-        oracle: whose numbers the logits are.
+        name: name of the family; variants have a second word.
+        module: last part of the mlx-lm module's path.
+        oracle: source of the logits: ``transformers`` or ``mlx-lm``.
         release: the published form.
-        saved: the config that transformers 5 writes, where it is another.
-        library: the checkpoint under transformers' own names, where they are others.
+        saved: the config that transformers 5 writes, where it differs.
+        library: the checkpoint under transformers' internal names, where they differ.
     """
 
     name: str
@@ -90,7 +90,7 @@ def families() -> dict[str, Family]:
 
 
 def families_of(module: str) -> list[Family]:
-    """Return what is recorded of an mlx-lm module, given by its import path."""
+    """Return the recorded families of an mlx-lm module, given by its import path."""
     name = module.rpartition(".")[2]
     return [family for family in families().values() if family.module == name]
 
@@ -115,14 +115,14 @@ def values(index: int, name: str, shape: Sequence[int]) -> Array:
     """Return the values of the ``index``-th tensor of a recipe.
 
     Args:
-        index: its place.
-        name: decides, with the shape, what kind of tensor it is.
-        shape: of the result.
+        index: its position in the recipe.
+        name: determines, with the shape, the kind of tensor.
+        shape: shape of the result.
     """
     raw = np.asarray(np.random.PCG64(index).random_raw(math.prod(shape))).reshape(shape)
     leaf = name.rpartition(".")[2]
     found: NDArray[np.float64]
-    if leaf == "A_log":  # mild decays; with strong ones the states are mostly noise
+    if leaf == "A_log":  # slow decay; with fast decay the states are mostly noise
         found = -(raw % 192).astype(np.float64) / 64
     elif len(shape) > 1 and shape[-1] > 1 and "bias" not in leaf:
         mantissa = (8 + (raw & 7)).astype(np.float64) / 8
@@ -132,13 +132,13 @@ def values(index: int, name: str, shape: Sequence[int]) -> Array:
         found *= 2.0 ** round(-math.log2(shape[-1]) / 2)
     elif "bias" in leaf or leaf == "sinks":
         found = (raw % 33).astype(np.float64) / 64 - 0.25
-    else:  # bfloat16 holds these, and not what they are with 1 added
+    else:  # exact in bfloat16, but not after adding 1
         found = (128 + raw % 64).astype(np.float64) / 256
     return np.asarray(found, np.float32)
 
 
 def expand(folded: Mapping[str, Sequence[int]]) -> Shapes:
-    """Return name → shape of what ``fold`` has folded, in its order."""
+    """Undo ``fold``: return name → shape in the same order."""
     found: Shapes = {}
     for pattern, shape in folded.items():
         pieces = _RANGE.split(pattern)
@@ -153,7 +153,7 @@ def expand(folded: Mapping[str, Sequence[int]]) -> Shapes:
 
 
 def fold(tensors: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Write ``x.0.y`` … ``x.3.y`` of one shape as ``x.{0..3}.y``, where all are there."""
+    """Fold complete runs of one shape: ``x.0.y`` … ``x.3.y`` become ``x.{0..3}.y``."""
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[int, ...]]] = {}
     for name, shape in tensors.items():
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tuple(shape))
@@ -169,7 +169,7 @@ def fold(tensors: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 
 
 def _boxes(numbers: list[tuple[int, ...]]) -> Iterator[list[tuple[int, int]]]:
-    """Yield spans whose products are the given tuples: one, or one per first number."""
+    """Yield boxes that cover the tuples exactly: one, or one or more per first number."""
     spans = [(min(axis), max(axis)) for axis in zip(*numbers, strict=True)]
     if math.prod(b - a + 1 for a, b in spans) == len(numbers):
         yield spans

@@ -1,8 +1,7 @@
-"""The forms in which a probe's checkpoint is written, and the writing.
+"""Write a recorded family's checkpoint in one of several forms.
 
-A form takes what a family publishes, with its experts in another layout, with its linear
-layers in FP8, with the config or the names that transformers 5 saves, or with what some
-checkpoints have besides. What comes out is a folder that any loader reads.
+A form is the release itself, or the release with its experts in another layout, its linear
+layers in FP8, the config or the names that transformers 5 saves, or extra tensors.
 """
 
 from __future__ import annotations
@@ -15,38 +14,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.operations import Spec
+from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.families.registry import fix_config
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
 from vllm_moe_compat.probes.recipes import Array, Family, Recipe
+from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 Config = dict[str, Any]
+_SHARD_BYTES = 2**30
 LINEAR = re.compile(
     r"(?!.*(vis|lm_head|embed|router|projector|index_))"
     r".*\.((q|k|v|o|out|qkv|gate|up|down|gate_up|in|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa"
     r"|in_proj_(qkvz|qkv|z)|c_fc|c_proj|w1|w2|w3|wq_b|wk|(input|output)_linear)\.weight"
 )
-"""What FP8 releases convert: attention's and feed-forward's projections ``[O, I]``."""
+"""The weights that FP8 releases convert: projections ``[O, I]`` of attention and MLP."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor as it lies in a file.
+    """One tensor of a file.
 
     Attributes:
         dtype: safetensors' name.
-        shape: its own.
-        data: its bytes.
+        array: the values; FP8 as ``uint8``.
     """
 
     dtype: str
-    shape: tuple[int, ...]
-    data: bytes
+    array: mx.array
 
 
 Tensors = dict[str, Array]
@@ -56,19 +58,22 @@ def write(folder: Path, family: Family, row: Row, form: str) -> Recipe | None:
     """Write the family's checkpoint in the form.
 
     Args:
-        folder: an empty one.
-        family: which.
-        row: of its module.
+        folder: an empty folder.
+        family: the recorded family.
+        row: the row of its module.
         form: a key of ``FORMS``.
 
     Returns:
-        The recipe whose logits are expected; None where the family has no such form.
+        The recipe with the expected logits; None where the family has no such form.
     """
     made = FORMS[form](family, row)
     if made is None:
         return None
     recipe, stored, config = made
-    _save(folder / "model.safetensors", stored)
+    specs = {name: Spec(tensor.dtype, tuple(tensor.array.shape)) for name, tensor in stored.items()}
+    shards = Shards(folder, specs, _SHARD_BYTES, "pt")
+    for name, tensor in stored.items():
+        shards.write(name, tensor.array)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return recipe
 
@@ -103,14 +108,14 @@ def _layout(layout: str, spelling: tuple[str, ...] = ()) -> Callable[[Family, Ro
 
 
 def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Family, Row], Made]:
-    """Linear layers in E4M3; a block of ``(1, 0)`` is a row, none the whole tensor."""
+    """Convert linear layers to E4M3; block ``(1, 0)`` is a row, None the whole tensor."""
 
     def make(family: Family, row: Row) -> Made:
         tensors = dict(family.release.values())
         experts = _expert_names(tensors, family, row)
         if experts and not all(tensors[name].ndim == 2 for name in experts):
             laid_out = _laid_out(family, row, WrittenLayout(PER_EXPERT))
-            assert laid_out is not None, "what has experts has them one by one, too"
+            assert laid_out is not None, "a family with experts has a per-expert layout"
             tensors = laid_out
             experts = _expert_names(tensors, family, row)
         stored = _floats(tensors)
@@ -134,7 +139,7 @@ def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Fa
 
 
 def _nested_vision(family: Family, row: Row) -> Made:
-    """A vision tower below the language model."""
+    """Add a vision tower under ``model.language_model``."""
     stored = _floats(dict(family.release.values()))
     for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         stored[f"model.language_model.visual.{name}"] = _encode(np.ones((8, 8), np.float32), "F32")
@@ -142,7 +147,7 @@ def _nested_vision(family: Family, row: Row) -> Made:
 
 
 def _narrow_norms(family: Family, row: Row) -> Made:
-    """Norms in bfloat16, the rest in float32."""
+    """Store norms in bfloat16 and everything else in float32."""
     if row.arithmetic is None:
         return None
     tensors = dict(family.release.values())
@@ -168,7 +173,7 @@ FORMS: dict[str, Callable[[Family, Row], Made]] = {
     "nested vision tower": _nested_vision,
     "bfloat16 norms": _narrow_norms,
 }
-"""Form → what writes it; the first three have expected numbers of their own."""
+"""Form → its writer. The library form has expected logits of its own."""
 
 
 def _config(recipe: Recipe) -> Config:
@@ -176,7 +181,7 @@ def _config(recipe: Recipe) -> Config:
 
 
 def _described(block: tuple[int, int] | None, kept: list[str]) -> Config:
-    """Return the ``quantization_config`` of such a release; ``kept`` are no FP8."""
+    """Return the ``quantization_config`` of an FP8 release; ``kept`` are its float modules."""
     if block == (1, 0):
         shared = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
         group = {
@@ -215,8 +220,6 @@ def _expert_names(tensors: Mapping[str, Array], family: Family, row: Row) -> set
 
 def _laid_out(family: Family, row: Row, form: WrittenLayout) -> Tensors | None:
     """Return the tensors with the routed experts in another layout."""
-    import mlx.core as mx
-
     from vllm_moe_compat.errors import SettingError, UnsupportedCheckpointError
     from vllm_moe_compat.rewrite.run_rewrite import rewrite
 
@@ -231,7 +234,7 @@ def _laid_out(family: Family, row: Row, form: WrittenLayout) -> Tensors | None:
         found = {name: np.array(value) for name, value in made}
     except (SettingError, UnsupportedCheckpointError):
         return None
-    # What no module reads is left in the dict.
+    # The rewrite leaves tensors that no module reads in the dict.
     return found | {name: np.array(value) for name, value in weights.items()}
 
 
@@ -240,8 +243,6 @@ def _quantize(matrix: Array, block: tuple[int, int] | None) -> tuple[Stored, Arr
 
     Scales are powers of two, and differ from block to block.
     """
-    import mlx.core as mx
-
     rows, columns = matrix.shape
     height, width = block or (rows, columns)
     width = width or columns
@@ -252,8 +253,7 @@ def _quantize(matrix: Array, block: tuple[int, int] | None) -> tuple[Stored, Arr
     wide = scale.repeat(height, 0).repeat(width, 1)[:rows, :columns]
     values = mx.to_fp8(mx.array(matrix / wide))
     assert mx.array_equal(mx.from_fp8(values, mx.float32) * mx.array(wide), mx.array(matrix))
-    stored = Stored("F8_E4M3", matrix.shape, np.array(values).tobytes())
-    return stored, scale if block else scale.reshape(())
+    return Stored("F8_E4M3", values), scale if block else scale.reshape(())
 
 
 def _floats(tensors: Mapping[str, Array]) -> dict[str, Stored]:
@@ -261,24 +261,8 @@ def _floats(tensors: Mapping[str, Array]) -> dict[str, Stored]:
 
 
 def _encode(value: NDArray[Any], dtype: str) -> Stored:
-    """Encode numbers that the dtype, ``F32`` or ``BF16``, represents."""
-    data = np.ascontiguousarray(value, np.float32)
-    if dtype == "BF16":
-        bits = data.view(np.uint32)
-        assert not (bits & 0xFFFF).any(), "bfloat16 must hold the values"
-        return Stored(dtype, value.shape, (bits >> 16).astype(np.uint16).tobytes())
-    return Stored(dtype, value.shape, data.tobytes())
-
-
-def _save(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write a safetensors file: the header's length, the header, the bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, stored in tensors.items():
-        span = [offset, offset := offset + len(stored.data)]
-        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": span}
-    head = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for stored in tensors.values():
-            file.write(stored.data)
+    """Encode values that the dtype, ``F32`` or ``BF16``, represents exactly."""
+    exact = mx.array(np.asarray(value, np.float32))
+    encoded = exact.astype(mlx_dtype(dtype))
+    assert mx.array_equal(encoded.astype(mx.float32), exact), f"{dtype} must hold the values"
+    return Stored(dtype, encoded)

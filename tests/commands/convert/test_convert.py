@@ -22,12 +22,13 @@ from support.loading import TOKENS, load, new_model, parameters, read, same_bits
 from support.rewriting import layout_to
 from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.checkpoint.operations import Spec
-from vllm_moe_compat.commands.convert import Options, command, convert
-from vllm_moe_compat.commands.convert.shards import Shards
+from vllm_moe_compat.commands.convert import command
+from vllm_moe_compat.commands.convert.conversion import Options, convert
 from vllm_moe_compat.commands.main import main
 from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.execute import stack
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
+from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import LAYOUTS, WrittenLayout
 
 SIZES = Sizes(hidden=128, intermediate=64)

@@ -14,7 +14,7 @@ from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from parity.verdict import stock
 from support.loading import TOKENS
-from vllm_moe_compat.commands.convert import Options, convert
+from vllm_moe_compat.commands.convert.conversion import Options, convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

@@ -15,7 +15,7 @@ import pytest
 
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import read, same_bits
-from vllm_moe_compat.commands.convert import Options, convert
+from vllm_moe_compat.commands.convert.conversion import Options, convert
 from vllm_moe_compat.commands.convert.folder import partial_of
 from vllm_moe_compat.commands.main import main
 
@@ -56,8 +56,8 @@ def test_what_cannot_be_read_or_written_to_is_said_in_one_line(
         (str(empty), new): "no config.json",
         (str(config_only), new): r"no model*.safetensors",
         (here, new, "--layout", "combined", "--quantize", "8bit"): "leave one of them out",
-        (here, new, "--scale-dtype", "e8m0"): "say --fp8",
-        (here, new, "--layout", "combined", "--scale-dtype", "e8m0"): "say --fp8",
+        (here, new, "--scale-dtype", "e8m0"): "add --fp8",
+        (here, new, "--layout", "combined", "--scale-dtype", "e8m0"): "add --fp8",
         (here, new, "--fp8", "128"): "a block such as 128x128",
     }
     for words, part in cases.items():
@@ -143,3 +143,71 @@ def test_an_interrupted_conversion_leaves_no_target_and_the_next_one_works(
     assert not shard.exists() or more
     assert main(["convert", str(source), str(target), *more]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_a_link_that_leaves_the_checkpoint_is_not_copied(source: Path, tmp_path: Path, capsys):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "key.jinja").write_text("mine")
+    linked = tmp_path / "linked"
+    shutil.copytree(source, linked)
+    templates = linked / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("tool")
+    (templates / "key.jinja").symlink_to(elsewhere / "key.jinja")
+    (linked / "tokenizer_config.json").write_text("{}")
+    (linked / "alias.json").symlink_to("tokenizer_config.json")
+    (linked / "special_tokens_map.json").symlink_to(secret)
+    assert main(["convert", str(linked), str(tmp_path / "out")]) == 0
+    notes = capsys.readouterr().err
+    assert f"special_tokens_map.json is a link to {secret}, outside the checkpoint" in notes
+    assert "key.jinja is a link to" in notes
+    copied = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")}
+    assert "special_tokens_map.json" not in copied
+    assert "additional_chat_templates/key.jinja" not in copied
+    assert {"alias.json", "additional_chat_templates/tool.jinja"} <= copied
+    shutil.rmtree(templates)
+    templates.symlink_to(elsewhere)
+    assert main(["convert", str(linked), str(tmp_path / "again")]) == 0
+    assert "additional_chat_templates is a link to" in capsys.readouterr().err
+    assert not (tmp_path / "again" / "additional_chat_templates").exists()
+
+
+def test_links_of_the_hubs_cache_are_copied(source: Path, tmp_path: Path, capsys):
+    cached = tmp_path / "models--org--name"
+    snapshot, blobs = cached / "snapshots" / "abc", cached / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (blobs / "template").write_text("hello")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/template")
+    assert main(["convert", str(snapshot), str(tmp_path / "out")]) == 0
+    assert "is a link" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "hello"
+
+
+@pytest.mark.parametrize("form", [[], ["--layout", "combined"]], ids=["mlx", "published"])
+def test_a_config_beyond_every_limit_is_refused_in_one_line(
+    source: Path, tmp_path: Path, form: list[str], capsys
+):
+    odd = tmp_path / "odd"
+    shutil.copytree(source, odd)
+    config = odd / "config.json"
+    text = config.read_text().rstrip()
+    assert text.endswith("}")
+    words = [str(odd), str(tmp_path / "out"), *form]
+    for more, part in (
+        ("[" * 200 + "]" * 200, "nested more than 100 levels"),
+        ("[" * 100_000 + "]" * 100_000, "config.json"),
+        (f'"{"x" * 2**24}"', "more than 16,777,216 bytes"),
+    ):
+        config.write_text(f'{text[:-1]}, "more": {more}}}')
+        assert part in refused(words, capsys)
+    config.unlink()
+    os.mkfifo(config)
+    assert "it is a pipe, no regular file" in refused(words, capsys)
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from vllm_moe_compat.commands.doctor.link import Diagnosis, Link
 
 COMMAND = """
 import argparse, sys
-from vllm_moe_compat.cli import doctor
+from vllm_moe_compat.commands.doctor import command as doctor
 parser = argparse.ArgumentParser()
 doctor.add_arguments(parser)
 sys.exit(doctor.run(parser.parse_args(sys.argv[1:])))
@@ -95,10 +95,10 @@ def test_a_healthy_chain_from_python_to_the_golden_text(
 
 def test_settings_and_plugins_that_hide_us_are_all_named(model: Path):
     found = doctor(str(model), VLLM_MOE_COMPAT="0", VLLM_PLUGINS="moe_compat")
-    assert "switches the whole plugin off" in broken(found, "settings")["detail"]
+    assert "switches the plugin off" in broken(found, "settings")["detail"]
     hidden = next(link for link in found["links"] if link["id"] == "vllm-plugins")
     assert hidden["state"] == "broken"
-    assert "hides moe_compat_mlx" in hidden["detail"]
+    assert "excludes moe_compat_mlx" in hidden["detail"]
     assert "VLLM_PLUGINS=moe_compat,moe_compat_mlx" in hidden["remedy"]
     assert states(found)["mlx"] == "ok"
     assert states(found)["load"] == "skipped"
@@ -147,7 +147,7 @@ def test_a_version_out_of_range_is_a_warning_that_goes_with_what_is_broken(tmp_p
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-lm\nVersion: 0.99\n")
     found = doctor(shadow=about.parent, VLLM_MOE_COMPAT_BACKEND="what")
     assert states(found)["packages"] == "warning"
-    assert "means nothing" in broken(found, "settings")["detail"]
+    assert "is not a valid value" in broken(found, "settings")["detail"]
     assert "mlx-lm is 0.99, where >=0.32.2,<0.33 was tested" in found["answer"]
 
 
@@ -163,7 +163,7 @@ def test_text_goes_to_a_pipe_whole_and_without_colour(model: Path):
     assert "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[0].startswith("ok      Python: ")
-    assert "broken  Settings: VLLM_MOE_COMPAT_BACKEND='what' means nothing" in lines
+    assert "broken  Settings: VLLM_MOE_COMPAT_BACKEND='what' is not a valid value" in lines
     assert any("Set it to one of auto, embedded, off" in line for line in lines)
 
 
@@ -203,6 +203,6 @@ def test_where_vllm_is_not_installed_the_answer_says_what_was_seen():
     found = Diagnosis(links)
     assert found.first_broken is None
     assert found.answer == (
-        "The checkpoint loads through mlx-lm and generates; not looked at: vLLM, Serve with vLLM, "
+        "The checkpoint loads through mlx-lm and generates; not checked: vLLM, Serve with vLLM, "
         "since vLLM is not installed."
     )

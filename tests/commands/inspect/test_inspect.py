@@ -20,7 +20,9 @@ import pytest
 
 import vllm_moe_compat
 from support.inspect_files import checkpoint, shard, tensors, write
-from vllm_moe_compat.commands.inspect import SCHEMA_VERSION, as_json, inspect, markdown, model, text
+from vllm_moe_compat.commands.inspect import as_json, markdown, model, text
+from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.commands.inspect.model import SCHEMA_VERSION
 from vllm_moe_compat.commands.inspect.problems import PROBLEMS
 from vllm_moe_compat.commands.main import main
 
@@ -342,7 +344,7 @@ def test_nothing_heavy_is_imported(folder: Path, hidden: tuple[str, ...], kind: 
     code = f"""
 import sys
 for name in {hidden!r}: sys.modules[name] = None
-from vllm_moe_compat.cli import inspect
+from vllm_moe_compat.commands.inspect import command as inspect
 import argparse
 parser = argparse.ArgumentParser()
 inspect.add_arguments(parser)
@@ -360,8 +362,8 @@ sys.exit(code)
 
 
 def test_a_terminal_without_unicode(folder: Path):
-    code = "import sys; from vllm_moe_compat.commands import inspect as i; import argparse as a\n"
-    code += f"sys.exit(i.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
+    code = "import argparse as a, sys\nfrom vllm_moe_compat.commands.inspect import command\n"
+    code += f"sys.exit(command.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=environment, timeout=120
@@ -372,8 +374,8 @@ def test_a_terminal_without_unicode(folder: Path):
 
 def test_a_terminal_of_eighty_columns(folder: Path):
     main_end, terminal = pty.openpty()
-    code = "import sys; from vllm_moe_compat.commands import inspect as i; import argparse as a\n"
-    code += f"sys.exit(i.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
+    code = "import argparse as a, sys\nfrom vllm_moe_compat.commands.inspect import command\n"
+    code += f"sys.exit(command.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": ""}
     with subprocess.Popen([sys.executable, "-c", code], stdout=terminal, env=environment) as child:
         os.close(terminal)

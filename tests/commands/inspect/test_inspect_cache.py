@@ -13,8 +13,8 @@ import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from vllm_moe_compat.backend.model.layers import AttentionLayer, describe
-from vllm_moe_compat.commands.inspect import inspect
 from vllm_moe_compat.commands.inspect.cache import cache
+from vllm_moe_compat.commands.inspect.collect import inspect
 
 # One family for every way in which a config tells.
 CHOSEN = (

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.inspect_files import checkpoint, write
-from vllm_moe_compat.commands.inspect import Inspection, as_json, inspect, markdown, text
+from vllm_moe_compat.commands.inspect import as_json, markdown, text
+from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.commands.inspect.model import Inspection
 from vllm_moe_compat.commands.inspect.problems import PROBLEMS
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 

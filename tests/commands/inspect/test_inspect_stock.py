@@ -14,7 +14,7 @@ import pytest
 
 from parity.families import FAMILIES
 from parity.forms import FORMS, applies, build
-from vllm_moe_compat.commands.inspect import inspect
+from vllm_moe_compat.commands.inspect.collect import inspect
 
 RECORDED = json.loads(
     (Path(__file__).parents[3] / "docs" / "data" / "parity.json").read_text(encoding="utf-8")

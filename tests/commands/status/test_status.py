@@ -24,8 +24,9 @@ from vllm_moe_compat.errors import SettingError
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import patching
-from vllm_moe_compat.load import status as state
+from vllm_moe_compat.load.hook_status import PATCHED
+from vllm_moe_compat.probes import evidence
+from vllm_moe_compat.probes.status import status_of
 
 ROOT = Path(__file__).resolve().parents[3]
 OLMOE = "mlx_lm.models.olmoe"
@@ -124,7 +125,7 @@ def test_a_shim_that_takes_our_place_shows():
     ours = module.Model.sanitize
     module.Model.sanitize = lambda self, weights: weights
     try:
-        rows = {row.module: row for row in patching.status_of({}).rows}
+        rows = {row.module: row for row in status_of({}).rows}
         assert rows[module.__name__].state == "displaced"
     finally:
         module.Model.sanitize = ours
@@ -201,7 +202,7 @@ def test_text_names_states_and_what_ends_them(capsys: pytest.CaptureFixture[str]
     assert "ends when JambaSparseMoeBlock takes the softmax first" in out
     assert "\x1b" not in out
     assert "mlx_lm/models/jamba.py, JambaSparseMoeBlock" in out
-    assert patching.status_of({}).headline.partition(";")[0] in out
+    assert status_of({}).headline.partition(";")[0] in out
 
 
 def test_status_with_probes_is_the_same_as_the_command(monkeypatch: pytest.MonkeyPatch):
@@ -210,10 +211,10 @@ def test_status_with_probes_is_the_same_as_the_command(monkeypatch: pytest.Monke
     vllm_moe_compat.apply()
     found = vllm_moe_compat.status(probe=True)
     (entry,) = found.rows
-    assert entry.state == state.ACTIVE
+    assert entry.state == evidence.ACTIVE
     assert found.headline.endswith("modules: 1 active")
     assert {w.id for w in entry.workarounds} == {w.id for w in row.workarounds}
-    assert vllm_moe_compat.status().rows[0].state == state.PATCHED
+    assert vllm_moe_compat.status().rows[0].state == PATCHED
 
 
 def test_a_module_that_there_is_not():
@@ -238,7 +239,7 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch):
 def test_it_is_light_until_it_probes():
     code = (
         "import argparse, sys\n"
-        "from vllm_moe_compat.commands import status\n"
+        "from vllm_moe_compat.commands.status import command as status\n"
         "p = argparse.ArgumentParser(); status.add_arguments(p)\n"
         "assert not {'numpy', 'rich', 'mlx', 'mlx_lm', 'vllm', 'torch'} & sys.modules.keys()\n"
         "assert status.run(p.parse_args(['--quick'])) == 0\n"

@@ -1,8 +1,8 @@
-"""Write a checkpoint in another layout, one tensor after the other.
+"""Write a checkpoint in another layout, one tensor at a time.
 
-By default DST becomes a checkpoint in MLX form, which stock mlx-lm loads without this
-plugin; --quantize packs its weights. With --layout or --fp8 it becomes one in a form that
-authors publish. Nothing is ever written over: DST is there as a whole, or not at all.
+By default DST becomes a checkpoint in MLX form, which mlx-lm loads without this plugin;
+--quantize packs its weights. With --layout or --fp8 it becomes a checkpoint in a form that
+authors publish. DST appears complete or not at all, and nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Declare the options."""
     parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint's folder")
     parser.add_argument("target", metavar="DST", type=Path, help="a folder that is new or empty")
     parser.add_argument(
@@ -39,39 +39,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="what floats become (default: FP8 becomes bfloat16, the rest stays)",
+        help="dtype of floats (default: bfloat16 for dequantised FP8; other floats keep theirs)",
     )
-    parser.add_argument("--layout", choices=LAYOUTS, help="published form: how experts lie")
+    parser.add_argument("--layout", choices=LAYOUTS, help="published form: layout of the experts")
     parser.add_argument(
         "--fp8",
         metavar="BLOCK",
-        help="published form: FP8 with a scale per block such as 128x128, per row, per tensor, "
-        "or none for floats",
+        help="published form: FP8 with one scale per block such as 128x128, per row or per "
+        "tensor; none for floats",
     )
     parser.add_argument(
-        "--scale-dtype", choices=("float32", "e8m0"), help="of FP8 scales (default: float32)"
+        "--scale-dtype", choices=("float32", "e8m0"), help="dtype of FP8 scales (default: float32)"
     )
     parser.add_argument(
         "--max-shard-size",
         type=_bytes,
         default=5 * 10**9,
         metavar="SIZE",
-        help="of one file, such as 5GB or 500MiB (default: 5GB)",
+        help="limit of a shard, such as 5GB or 500MiB (default: 5GB)",
     )
     parser.add_argument(
         "--replace-partial",
         action="store_true",
-        help="remove what a conversion that was killed has left, and start over",
+        help="remove the partial folder of a killed conversion and start over",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read every byte back and compare before the end"
+        "--verify", action="store_true", help="read every tensor back and compare it"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what was done."""
+    """Convert and print the report."""
     layout = _layout(args)
-    from vllm_moe_compat.commands.convert import Options, convert
+    from vllm_moe_compat.commands.convert.conversion import Options, convert
 
     options = Options(
         layout=layout,
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         verify=args.verify,
     )
     if threading.current_thread() is threading.main_thread():
-        # So that the partial folder goes here, too.
-        signal.signal(signal.SIGTERM, _ended)
+        # An exception, so that the partial folder is removed.
+        signal.signal(signal.SIGTERM, _on_sigterm)
     report = convert(args.source, args.target, options)
     print(report)
     for note in report.notes:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ended(number: int, frame: FrameType | None) -> NoReturn:
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
@@ -101,11 +101,11 @@ def _layout(args: argparse.Namespace) -> WrittenLayout | None:
 
     if args.layout is None and args.fp8 is None:
         if args.scale_dtype is not None:
-            raise SettingError("--scale-dtype is about FP8 scales; say --fp8 128x128 too.")
+            raise SettingError("--scale-dtype needs FP8 scales; add --fp8 128x128.")
         return None
     if args.quantize not in (None, "none"):
         raise SettingError(
-            f"--quantize {args.quantize} is MLX's own packed form, which has no "
+            f"--quantize {args.quantize} is a packed form of MLX, which has no "
             f"{'--layout' if args.layout else '--fp8'}; leave one of them out."
         )
     from vllm_moe_compat.checkpoint.numbers.fp8_ops import WrittenFp8
@@ -113,7 +113,7 @@ def _layout(args: argparse.Namespace) -> WrittenLayout | None:
 
     block = _block(args.fp8 or "none")
     if block is None and args.scale_dtype is not None:
-        raise SettingError("--scale-dtype is about FP8 scales; say --fp8 128x128 too.")
+        raise SettingError("--scale-dtype needs FP8 scales; add --fp8 128x128.")
     numbers = None if block is None else WrittenFp8(block, args.scale_dtype == "e8m0")
     return WrittenLayout(LAYOUTS[args.layout or "per-expert"], numbers=numbers)
 
@@ -136,5 +136,5 @@ def _block(words: str) -> tuple[int, int] | None:
 def _bytes(words: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?I?)B?", words.upper())
     if match is None or match[2] not in _UNITS or not (size := float(match[1])):
-        raise argparse.ArgumentTypeError(f"{words!r} is no size; write 5GB or 500MiB")
+        raise argparse.ArgumentTypeError(f"{words!r} is not a size; write 5GB or 500MiB")
     return int(size * _UNITS[match[2]])

@@ -1,8 +1,8 @@
-"""The folder that a conversion writes: there as a whole, or not at all.
+"""The target folder of a conversion, which appears complete or not at all.
 
-The work is done in a folder beside it, ``.NAME.partial``, which is renamed at the end.
-Nothing that is there already is ever written over. An interrupted conversion takes its
-partial folder away; one that was killed leaves it, and the next one says so.
+A conversion writes into ``.NAME.partial`` beside the target and renames it at the end.
+Existing files are never overwritten. An interrupted conversion removes its partial folder; a
+killed one leaves it, and the next conversion refuses to start until it is removed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_moe_compat.checkpoint.config_file import CONFIG, read_config
 from vllm_moe_compat.checkpoint.headers import weight_files
 from vllm_moe_compat.checkpoint.index import INDEX
-from vllm_moe_compat.commands.convert.shards import sync
+from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load.report import size
+from vllm_moe_compat.rewrite.shards import sync
 
-# Of another format, or about how the source was quantised.
+# Weights of other formats, and files that describe the source's weights.
 _WEIGHTS: tuple[str, ...] = (
     ".safetensors",
     ".bin",
@@ -33,25 +35,25 @@ _WEIGHTS: tuple[str, ...] = (
     ".npz",
 )
 _WEIGHTS += (".onnx", ".onnx_data", ".ckpt", ".index.json", ".tflite", ".mlmodel")
-_DESCRIBED = ("config.json", "hf_quant_config.json", "quantize_config.json", "README.md", INDEX)
+_DESCRIBED = (CONFIG, "hf_quant_config.json", "quantize_config.json", "README.md", INDEX)
 _FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did.
+    """The report of a conversion.
 
     Attributes:
         source: the folder that was read.
         target: the folder that was written.
-        form: what it holds now, in words.
-        read: bytes of the tensors that were read.
-        written: bytes of the tensors that were written.
-        tensors: how many.
-        shards: how many.
-        seconds: how long it took.
-        peak: the most that MLX held meanwhile, in bytes.
-        notes: what whoever uses the result should know.
+        form: its form in words.
+        read: size in bytes of the source's tensors.
+        written: size in bytes of the written tensors.
+        tensors: number of written tensors.
+        shards: number of shards.
+        seconds: duration.
+        peak: peak of MLX's memory in bytes.
+        notes: remarks for the user of the result.
     """
 
     source: Path
@@ -74,21 +76,22 @@ class Report:
 
 
 def check_source(source: Path) -> None:
-    """See that there is a checkpoint.
+    """Check that the source is a checkpoint with a readable config.
 
     Raises:
-        CheckpointFileError: there is none.
+        CheckpointFileError: it is not.
     """
     if not source.is_dir():
         raise CheckpointFileError(
             f"{source}: no such folder, where a checkpoint was expected; download the model first, "
             "for instance with `hf download`, and name its folder."
         )
-    if not (source / "config.json").is_file():
+    if not os.path.lexists(source / CONFIG):
         raise CheckpointFileError(
             f"{source}: no config.json was found, where a checkpoint was expected; name the folder "
             "that holds it."
         )
+    read_config(source)
     if not weight_files(source):
         raise CheckpointFileError(
             f"{source}: no model*.safetensors was found, where a checkpoint was expected; weights "
@@ -97,7 +100,7 @@ def check_source(source: Path) -> None:
 
 
 def check_target(source: Path, target: Path) -> None:
-    """See that the target is free and outside of the source.
+    """Check that the target is new or empty, and outside the source.
 
     Raises:
         SettingError: it is not.
@@ -105,47 +108,47 @@ def check_target(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if there == here or here in there.parents:
         raise SettingError(
-            f"{target} lies in {source}, which is being read, where another folder was expected; "
-            "name one beside it."
+            f"{target} lies in the source, {source}, where a folder outside it was expected; name "
+            "another one."
         )
     if there.exists() and (not there.is_dir() or any(there.iterdir())):
         raise SettingError(
-            f"{target} exists already, where a new or empty folder was expected, and nothing is "
-            "written over; name another, or remove that one."
+            f"{target} exists already, where a new or empty folder was expected; name another one, "
+            "or remove it."
         )
 
 
 def partial_of(target: Path) -> Path:
-    """Return the folder that is worked in."""
+    """Return the folder in which the conversion works."""
     there = target.resolve()
     return there.with_name(f".{there.name}.partial")
 
 
 def check_space(target: Path, needed: int) -> None:
-    """See that there is room for the result.
+    """Check that the disk has room for ``needed`` bytes.
 
     Raises:
-        SettingError: there is not.
+        SettingError: it has not.
     """
     free = shutil.disk_usage(partial_of(target).parent).free
     if needed > free:
         raise SettingError(
-            f"{target}: {size(needed)} will be written, where only {size(free)} are free; make "
-            "room, name a folder on another disk, or choose a smaller format."
+            f"{target}: {size(needed)} will be written, where only {size(free)} are free; free "
+            "space, name a folder on another disk, or choose a smaller format."
         )
 
 
 @contextmanager
-def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a folder to write into; at the end it bears the target's name.
+def complete_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to write into and rename it to the target at the end.
 
     Args:
-        target: the folder that will be there.
-        replace: whether what a killed conversion left may be removed.
+        target: the target folder.
+        replace: whether the partial folder of a killed conversion may be removed.
 
     Raises:
-        SettingError: such a thing is there and may not be removed.
-        OSError: the disk's.
+        SettingError: such a folder exists and may not be removed.
+        OSError: the disk is full or fails.
     """
     there, work = target.resolve(), partial_of(target)
     work.parent.mkdir(parents=True, exist_ok=True)
@@ -155,13 +158,13 @@ def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         work.mkdir()
     except FileExistsError as error:
         raise SettingError(
-            f"{work} is there, which a conversion that was killed has left, or one that is still "
-            "running works in; see that none is running and add --replace-partial to start over."
+            f"{work} exists: a killed conversion left it, or a conversion is running; make sure "
+            "that none is running and add --replace-partial to start over."
         ) from error
     try:
         yield work
         sync(work)
-        # Onto an empty folder or none; where one has been filled since, this fails.
+        # Replaces an empty folder; fails if the target was filled in the meantime.
         os.rename(work, there)
         sync(there.parent)
     except BaseException:
@@ -169,12 +172,37 @@ def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def copy_rest(source: Path, work: Path) -> None:
-    """Copy what is neither weights nor says how they are stored: tokenizer, templates and so on."""
+def copy_rest(source: Path, work: Path) -> list[str]:
+    """Copy the tokenizer, the chat templates and other files that are not about weights.
+
+    A link that leaves the checkpoint is not followed: the result is often uploaded, and the
+    target may be anything on this machine.
+
+    Returns:
+        A note for each link that was left out.
+    """
+    notes = []
+    for path in _rest(source):
+        name = path.relative_to(source)
+        if (target := outside_target(path, source)) is not None:
+            notes.append(
+                f"{name} is a link to {target}, outside the checkpoint, and is not copied; copy it "
+                "yourself if it belongs to the model"
+            )
+        elif path.is_file():
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, work / name)
+    return notes
+
+
+def _rest(source: Path) -> Iterator[Path]:
+    """Yield the files to copy; of the subfolders, those that transformers reads."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in _DESCRIBED or path.name.endswith(_WEIGHTS):
             continue
-        if path.is_file():
-            shutil.copyfile(path, work / path.name)
-        elif path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, work / path.name, symlinks=False)
+        if path.is_dir() and path.name in _FOLDERS:
+            # A linked folder is left out as a whole.
+            linked = outside_target(path, source) is not None
+            yield from [path] if linked else sorted(path.rglob("*"))
+        elif not path.is_dir():
+            yield path

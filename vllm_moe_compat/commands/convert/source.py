@@ -1,4 +1,4 @@
-"""What a conversion is given to write, whichever way it is made."""
+"""The tensors and the config that a conversion writes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def _nothing(folder: Path) -> None:
 
 @dataclass(slots=True)
 class Source:
-    """A checkpoint that is about to be written.
+    """A checkpoint to be written.
 
     Attributes:
-        specs: every tensor, in the order that the files will have.
-        stream: makes them one after the other, in any order, and keeps none.
+        specs: every tensor, in the order of the files.
+        stream: yields the tensors one at a time, in any order, without keeping them.
         save_config: writes ``config.json`` into a folder.
-        kind: what ``format`` says in the headers: ``mlx`` or ``pt``.
+        kind: ``format`` in the headers' metadata: ``mlx`` or ``pt``.
         form: the result in words.
-        read: bytes of what is read.
-        notes: what whoever uses the result should know.
-        check: looks at the folder once all headers and the config are in it and no
-            value is; may add to ``notes``, and refuse.
+        read: size in bytes of the source's tensors.
+        notes: remarks for the user of the result.
+        check: inspects the folder when the headers and the config are written and the
+            values are not; may add to ``notes`` and may refuse.
     """
 
     specs: Mapping[str, Spec]

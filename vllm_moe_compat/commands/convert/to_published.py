@@ -16,13 +16,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from vllm_moe_compat.checkpoint.config_file import read_config
 from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.numbers import FORMS
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.dtypes import STORED_NAMES
-from vllm_moe_compat.errors import CheckpointFileError, LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of
 from vllm_moe_compat.plan.serving import Serving
@@ -56,7 +57,7 @@ def prepare(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
         SettingError: the module has nothing of the kind that the layout names.
         UnsupportedCheckpointError: a form that is not read, or cannot be written.
     """
-    config = _read(folder)
+    config = read_config(folder)
     planned = _planned(folder, config, dtype)
     headers, layout, row = planned.headers.tensors, planned.layout, planned.row
     if row is None or layout is None:
@@ -116,19 +117,6 @@ def _planned(folder: Path, config: Mapping[str, Any], dtype: str) -> PlannedLoad
     planned = make(read_headers_of(folder), config, Serving(dtype, dtype, exact=True))
     planned.refuse()
     return planned
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFileError(
-            f"{path}: not readable as JSON ({error}); download the checkpoint again."
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointFileError(f"{path}: holds no object; download the checkpoint again.")
-    return config
 
 
 def _linear(layout: Layout, wanted: WrittenLayout) -> Callable[[str], bool]:

@@ -1,11 +1,7 @@
-"""The chain from a Python to an answer, link by link, and the first one that is broken.
+"""The command ``doctor``: check every link from Python to a served answer.
 
-``examine`` is the door. Looking costs little and is done in this process (``surroundings``);
-whatever imports MLX or vLLM is done in a process of its own (``steps``, run by ``child``),
-so that a crash there is a finding and not the end.
+``chain`` runs the checks in order and finds the first broken link. ``surroundings`` holds the
+cheap checks, which run in this process. Every check that imports MLX or vLLM is one of
+``steps`` and runs in a process of its own, started by ``child``, so that a crash there is a
+finding.
 """
-
-from vllm_moe_compat.commands.doctor.chain import examine
-from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Diagnosis, Link
-
-__all__ = ["BROKEN", "OK", "SKIPPED", "WARNING", "Diagnosis", "Link", "examine"]

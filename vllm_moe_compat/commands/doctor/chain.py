@@ -1,4 +1,4 @@
-"""The links in order, each looked at if those that it needs hold."""
+"""The checks in order; a check runs only if the links that it needs are sound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_moe_compat.load.report import size
 
 SHORT_SECONDS = 120.0
 ENGINE_BYTES = 3 * 2**29
-"""What vLLM, torch and a small model take besides the weights."""
+"""Memory of vLLM, torch and a small model, without the weights."""
 
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 Check = Callable[[], Link]
@@ -25,7 +25,7 @@ Check = Callable[[], Link]
 
 @dataclass(slots=True)
 class _Chain:
-    """What later links have to know of earlier ones."""
+    """State that earlier checks leave for later ones."""
 
     model: Path | None
     timeout: float
@@ -33,7 +33,7 @@ class _Chain:
     path: str = ""
 
     def links(self) -> Iterator[tuple[str, str, tuple[str, ...], Check]]:
-        """Yield id, title, the ids of what is needed, and how to look."""
+        """Yield id, title, the ids of the links that are needed, and the check."""
         yield "python", "Python", (), surroundings.python
         yield "settings", "Settings", (), surroundings.settings
         yield "packages", "Packages", (), surroundings.packages
@@ -51,11 +51,11 @@ class _Chain:
         yield "serve", "Serve with vLLM", ("load", "platform"), self.serve
 
     def mlx(self) -> Link:
-        """MLX can be imported and computes, on the device that this machine is for."""
+        """Check that MLX can be imported and computes on this machine's device."""
         outcome = run("mlx", timeout=SHORT_SECONDS)
         title = "MLX"
         if outcome.error:
-            remedy = "Install MLX anew: pip install --force-reinstall 'vllm-moe-compat[mlx]'"
+            remedy = "Reinstall MLX: pip install --force-reinstall 'vllm-moe-compat[mlx]'"
             return Link("mlx", title, BROKEN, f"it cannot be used: {outcome.error}", remedy)
         gpu = surroundings.wanted_gpu()
         if gpu and not outcome.found["gpu"]:
@@ -64,61 +64,61 @@ class _Chain:
                 title,
                 BROKEN,
                 f"its device is {outcome.found['device']}, where {gpu} was expected",
-                "Install the MLX build for it, and see that its driver works.",
+                "Install the MLX build for that device and check its driver.",
             )
         return Link("mlx", title, OK, f"computes on {outcome.found['device']}")
 
     def compile(self) -> Link:
-        """MLX compiles kernels while it runs."""
+        """Check that MLX can compile a kernel at run time."""
         outcome = run("compile", timeout=SHORT_SECONDS)
         remedy = (
-            "On a CPU MLX needs g++ in PATH and a temporary folder that it may write to and run "
-            "from (TMPDIR)."
+            "On a CPU, MLX needs g++ in PATH and a temporary folder (TMPDIR) that is writable and "
+            "not mounted noexec."
         )
         return _link("compile", "MLX's compiler", outcome, "a fused kernel was compiled", remedy)
 
     def mlx_lm(self) -> Link:
-        """Our hooks go into mlx-lm."""
+        """Check that the hooks can be installed into mlx-lm."""
         outcome = run("mlx_lm", timeout=SHORT_SECONDS)
         remedy = "Install mlx-lm in a tested version: pip install 'vllm-moe-compat[mlx]'"
         return _link("mlx-lm", "mlx-lm and our hooks", outcome, "load_config is hooked", remedy)
 
     def platform(self) -> Link:
-        """Exactly one platform plugin offers itself."""
+        """Check that exactly one platform plugin is active."""
         outcome = run("platforms", timeout=SHORT_SECONDS)
         title = "Platform plugins"
         if outcome.error:
-            return Link("platform", title, BROKEN, outcome.error, "See what the message names.")
+            return Link("platform", title, BROKEN, outcome.error, "Follow the message.")
         found, (server, reason) = outcome.found["found"], outcome.found["serves"]
         failed = "".join(f"; {n} failed ({w})" for n, w in outcome.found["failed"].items())
-        ours = surroundings.OURS["vllm.platform_plugins"]
+        ours = surroundings.ENTRY_POINTS["vllm.platform_plugins"]
         if len(found) > 1:
             others = " and ".join(f"{n}, {w}," for n, w in found.items() if n != ours)
             return Link(
                 "platform",
                 title,
                 BROKEN,
-                f"vLLM takes one platform plugin, and {len(found)} offer themselves: {others} "
+                f"vLLM accepts one platform plugin, and {len(found)} are active: {others} "
                 f"besides {ours}{failed}",
-                "Uninstall what you do not want to serve, name only the plugins that you want in "
-                "VLLM_PLUGINS, or leave serving to the other with VLLM_MOE_COMPAT_BACKEND=off.",
+                "Uninstall the unwanted one, list only the wanted plugins in VLLM_PLUGINS, or let "
+                "the other one serve with VLLM_MOE_COMPAT_BACKEND=off.",
             )
         if server == "embedded" and ours not in found:
-            said = f"{ours} should serve here, since {reason}, and does not offer itself{failed}"
-            return Link("platform", title, BROKEN, said, "See what the message names.")
+            said = f"{ours} should serve here, since {reason}, but is not active{failed}"
+            return Link("platform", title, BROKEN, said, "Follow the message.")
         said = f"{server} serves, since {reason}{failed}"
         return Link("platform", title, OK, said)
 
     def checkpoint(self) -> Link:
-        """The demo checkpoint is there, or the named one can be planned for."""
+        """Check that the demo checkpoint can be built, or that the named one can be planned."""
         title = "Checkpoint"
         if self.model is None:
             outcome = run("demo", timeout=self.timeout)
             if "'vllm-moe-compat[demo]'" in outcome.error:
-                said = f"{outcome.error.partition(';')[0]}; name a MODEL to look at that instead"
+                said = f"{outcome.error.partition(';')[0]}; name a MODEL to check that instead"
                 return Link("checkpoint", title, SKIPPED, said)
             if outcome.error:
-                remedy = "See what the message names, or name a MODEL to look at that instead."
+                remedy = "Follow the message, or name a MODEL to check that instead."
                 said = f"the demo checkpoint cannot be built: {outcome.error}"
                 return Link("checkpoint", title, BROKEN, said, remedy)
             self.golden = dict(outcome.found)
@@ -128,35 +128,35 @@ class _Chain:
         outcome = run("plan", self.path, timeout=SHORT_SECONDS)
         if outcome.error:
             words, _, remedy = outcome.error.partition("; ")
-            remedy = surroundings.sentence(remedy) or "`vllm-moe-compat inspect` says more."
+            remedy = surroundings.sentence(remedy) or "`vllm-moe-compat inspect` gives details."
             return Link("checkpoint", title, BROKEN, words, remedy)
         return Link("checkpoint", title, OK, f"{self.path}: {outcome.found['words']}")
 
     def memory(self) -> Link:
-        """There is room for the files' bytes, and for an engine."""
+        """Check that the weights and an engine fit into memory."""
         total, free = host_memory()
         needed = ENGINE_BYTES
         needed += sum(file.stat().st_size for file in Path(self.path).glob("model*.safetensors"))
-        said = f"{size(free)} of {size(total)} are free, and {size(needed)} at least are needed"
-        remedy = "Close other programs, quantise with VLLM_MOE_COMPAT_QUANTIZE, or use less."
+        said = f"{size(free)} of {size(total)} are free, and at least {size(needed)} are needed"
+        remedy = "Close other programs, set VLLM_MOE_COMPAT_QUANTIZE, or use a smaller model."
         if needed > total:
             return Link("memory", "Memory", BROKEN, said, remedy)
         state = WARNING if needed > free else OK
         return Link("memory", "Memory", state, said, remedy if state == WARNING else "")
 
     def load(self) -> Link:
-        """It loads strictly, and says twice the same."""
+        """Check that the checkpoint loads strictly and generates the same text twice."""
         outcome = run("load", self.path, json.dumps(self.golden), timeout=self.timeout)
         seen = "loaded, " + self._seen(outcome)
-        remedy = "See what the message names; `vllm-moe-compat inspect` says what the form is."
+        remedy = "Follow the message; `vllm-moe-compat inspect` describes the checkpoint."
         return _link("load", "Load through mlx-lm", outcome, seen, remedy)
 
     def serve(self) -> Link:
-        """VLLM's engine serves it, and says twice the same."""
+        """Check that vLLM's engine serves it and generates the same text twice."""
         words = (self.path, json.dumps(self.golden))
         outcome = run("serve", *words, timeout=self.timeout, **_IN_PROCESS)
         seen = f"served by {outcome.found.get('platform')}, " + self._seen(outcome)
-        remedy = "See what the message names, and the troubleshooting of the serving guide."
+        remedy = "Follow the message, and see the troubleshooting section of the serving guide."
         return _link("serve", "Serve with vLLM", outcome, seen, remedy)
 
     def _seen(self, outcome: Outcome) -> str:
@@ -175,14 +175,14 @@ def examine(
     model: Path | None = None,
     *,
     timeout: float = 600.0,
-    tell: Callable[[Link], object] = lambda link: None,
+    report: Callable[[Link], object] = lambda link: None,
 ) -> Diagnosis:
-    """Look at the whole chain.
+    """Run the checks.
 
     Args:
-        model: a checkpoint's folder; None for the demo checkpoint, built if need be.
-        timeout: seconds that building, loading and serving may take each.
-        tell: called with each link as soon as it is known.
+        model: a checkpoint's folder; None for the demo checkpoint, which is built if missing.
+        timeout: limit in seconds for building, for loading and for serving.
+        report: called with each link as soon as it is checked.
     """
     links: dict[str, Link] = {}
     for id, title, needs, check in _Chain(model, timeout).links():
@@ -195,5 +195,5 @@ def examine(
         else:
             link = Link(id, title, SKIPPED, f"{missing.title} is broken")
         links[id] = link
-        tell(link)
+        report(link)
     return Diagnosis(list(links.values()))

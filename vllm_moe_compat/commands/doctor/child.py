@@ -1,7 +1,6 @@
-"""One step in a process of its own: how it is run, and what runs it there.
+"""Run one step in a child process.
 
-``main`` there writes what the step found to a file, as JSON. No file means that the process
-died.
+The child writes the result to a file, as JSON. A missing file means that it died.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from typing import Any
 
 _MAIN = f"from {__name__} import main; main()"
 LINES = 3
-"""How many of the last lines of a process that died are quoted."""
+"""Number of last log lines that are quoted when a child died."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a step.
+    """The outcome of a step.
 
     Attributes:
-        found: what it returned; empty where it failed.
-        error: what it raised, or how the process ended; empty where it did not fail.
-        kind: the exception's name; ``crash`` or ``timeout`` for the process's own end.
+        found: its return value; empty if it failed.
+        error: its exception, or the way the process ended; empty if it did not fail.
+        kind: name of the exception, ``crash`` or ``timeout``.
     """
 
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -38,12 +37,12 @@ class Outcome:
 
 
 def run(step: str, *arguments: str, timeout: float, **environment: str) -> Outcome:
-    """Run a step of ``steps`` with this Python and wait for it, but not for ever."""
+    """Run a step of ``steps`` with this Python; end it at the timeout (seconds)."""
     with tempfile.TemporaryDirectory(prefix="vllm-moe-compat-") as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
         words = [sys.executable, "-c", _MAIN, str(result), step, *arguments]
         with log.open("wb") as output:
-            # A group of its own: engines have children, and all have to go.
+            # A process group, since engines start processes that must be ended, too.
             process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -70,24 +69,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # All have ended by themselves.
+        return  # The whole group has ended.
     finally:
         process.wait()
 
 
 def _last(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"; the last it said: {' / '.join(lines[-LINES:])}" if lines else ""
+    return f"; its last lines: {' / '.join(lines[-LINES:])}" if lines else ""
 
 
 def main() -> None:
-    """Do what the command line names and write down what came of it."""
+    """Run the step that the command line names and write its outcome."""
     result, step, *arguments = sys.argv[1:]
     from vllm_moe_compat.commands.doctor import steps
 
     try:
         outcome: dict[str, Any] = {"found": steps.STEPS[step](*arguments)}
-    except Exception as error:  # noqa: BLE001 - whatever broke is the finding
+    except Exception as error:  # noqa: BLE001 - any error is a finding
         words = " ".join(str(error).split()) or type(error).__name__
         outcome = {"error": words, "kind": type(error).__name__}
     partial = Path(f"{result}.partial")

@@ -1,8 +1,8 @@
-"""Run the whole chain in this environment, and name the first link that is broken.
+"""Check every link from Python to a served answer, and name the first broken one.
 
-From Python and the installed packages to an answer of vLLM's engine: on a small checkpoint
-that is built on the spot, whose right answer is known, or on MODEL, which has to load, to
-generate and to repeat itself. Whatever imports MLX or vLLM runs in a process of its own.
+The checks run on a small checkpoint that is built for them and whose right answer is known,
+or on MODEL, which must load, generate, and generate the same text again. Every check that
+imports MLX or vLLM runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Declare the options."""
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", type=Path, help="a checkpoint's folder"
     )
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="that building, loading and serving may take each (default: 600)",
+        help="limit for building, for loading and for serving (default: 600)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, say what was seen; 1 where something is broken."""
-    from vllm_moe_compat.commands.doctor import examine
+    """Run the checks and print the result; return 1 if a link is broken."""
+    from vllm_moe_compat.commands.doctor.chain import examine
     from vllm_moe_compat.errors import CheckpointFileError
 
     if args.model is not None and not (args.model / "config.json").is_file():
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
             "name one, or none for the demo checkpoint."
         )
     if threading.current_thread() is threading.main_thread():
-        # So that what runs in a process of its own ends, too.
-        signal.signal(signal.SIGTERM, _ended)
+        # An exception, so that the child process of a check is ended, too.
+        signal.signal(signal.SIGTERM, _on_sigterm)
     if args.format == "json":
         import json
 
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from vllm_moe_compat.commands.doctor import Link
+    from vllm_moe_compat.commands.doctor.link import Link
 
     console = Console(soft_wrap=True, highlight=False)
     colours = {"ok": "green", "warning": "yellow", "broken": "bold red", "skipped": "dim"}
 
-    def tell(link: Link) -> None:
+    def show(link: Link) -> None:
         line = Text(f"{link.state:8}", style=colours[link.state])
         line.append(f"{link.title}: ", style="bold")
         line.append(link.detail, style="default")
@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
         if link.remedy:
             console.print(Text(f"{'':8}{link.remedy}"))
 
-    found = examine(args.model, timeout=args.timeout, tell=tell)
+    found = examine(args.model, timeout=args.timeout, report=show)
     console.print()
     console.print(Text(found.answer))
     return 0 if found.first_broken is None else 1
 
 
-def _ended(number: int, frame: FrameType | None) -> NoReturn:
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 

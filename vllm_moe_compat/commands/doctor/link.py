@@ -1,4 +1,4 @@
-"""What was found: one link, and all of them."""
+"""The result of one check, and of all of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Link:
     """One link of the chain.
 
     Attributes:
-        id: for programs; stays the same.
-        title: for people.
-        state: ``ok``; ``warning``, for what may or may not matter; ``broken``;
-            ``skipped``, since it needs what is not there.
-        detail: what was seen.
-        remedy: what to do; empty where nothing is wrong.
-        seconds: how long looking took.
+        id: stable name, for programs.
+        title: name for people.
+        state: ``ok``; ``warning``, a possible problem; ``broken``; ``skipped``, since a link
+            that it needs is missing or broken.
+        detail: the finding.
+        remedy: the action to take; empty where nothing is wrong.
+        seconds: duration of the check.
     """
 
     id: str
@@ -34,22 +34,22 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The whole chain, in order."""
+    """All links, in order."""
 
     links: Sequence[Link]
 
     @property
     def first_broken(self) -> Link | None:
-        """The link to mend first; None if none is broken."""
+        """The link to repair first; None if none is broken."""
         return next((link for link in self.links if link.state == BROKEN), None)
 
     @property
     def answer(self) -> str:
-        """One sentence or two: what is broken and what to do, or what was seen to work."""
+        """The broken link with its remedy, or the part of the chain that works, in words."""
         broken = self.first_broken
         warnings = [link for link in self.links if link.state == WARNING]
         if broken is not None:
-            also = "".join(f" It may come of this: {link.detail}." for link in warnings)
+            also = "".join(f" A possible cause: {link.detail}." for link in warnings)
             return (
                 f"{broken.title} is the first broken link: {broken.detail}. {broken.remedy}{also}"
             )
@@ -62,15 +62,13 @@ class Diagnosis:
             )
         elif "load" in works:
             seen = "the checkpoint loads through mlx-lm and generates"
-        not_seen = (
-            f"; not looked at: {', '.join(link.title for link in skipped)}" if skipped else ""
-        )
+        unchecked = f"; not checked: {', '.join(link.title for link in skipped)}" if skipped else ""
         why = f", since {skipped[0].detail}" if skipped else ""
         also = "".join(f" Note: {link.detail}. {link.remedy}" for link in warnings)
-        return f"{seen[0].upper()}{seen[1:]}{not_seen}{why}.{also}"
+        return f"{seen[0].upper()}{seen[1:]}{unchecked}{why}.{also}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain data; ``schema`` is raised when its meaning changes."""
+        """Return plain data; ``schema`` is raised when a field changes its meaning."""
         broken = self.first_broken
         return {
             "schema": SCHEMA,

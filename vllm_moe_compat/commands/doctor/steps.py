@@ -1,4 +1,4 @@
-"""What is done in a process of its own. Each step returns what it saw, or raises."""
+"""The checks that run in a child process. A step returns its finding, or raises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT = "The quick brown fox"
 
 
 def mlx() -> dict[str, Any]:
-    """Import MLX and compute something on its device."""
+    """Import MLX and compute a sum on its device."""
     import mlx.core as mx
 
     device = mx.default_device()
@@ -25,14 +25,14 @@ def mlx() -> dict[str, Any]:
 
 
 def compile() -> dict[str, Any]:
-    """Have MLX compile a kernel: on its CPU device that takes g++ and a folder to write to."""
+    """Compile a kernel; MLX's CPU device needs g++ and a writable folder for that."""
     import mlx.core as mx
 
     @mx.compile
     def fused(x: Any) -> Any:
         return mx.exp(x * 2.0 + 1.0) * x
 
-    # A shape and constants of no one else's, so that no cache answers.
+    # An unusual shape and unusual constants, so that no cached kernel fits.
     found = fused(mx.full((3, 17), 0.0)).sum().item()
     if found != 0.0:
         raise ArithmeticError(f"a compiled kernel gives {found} where 0 was expected")
@@ -40,8 +40,8 @@ def compile() -> dict[str, Any]:
 
 
 def mlx_lm() -> dict[str, Any]:
-    """Import mlx-lm and put the hooks in."""
-    import mlx_lm.utils  # noqa: F401 - to be hooked
+    """Import mlx-lm and install the hooks."""
+    import mlx_lm.utils  # noqa: F401 - so that there is something to wrap
 
     import vllm_moe_compat
 
@@ -53,7 +53,7 @@ def mlx_lm() -> dict[str, Any]:
 
 
 def platforms() -> dict[str, Any]:
-    """Ask every platform plugin that vLLM would ask whether it serves here."""
+    """Call every platform plugin that vLLM would call."""
     from importlib.metadata import entry_points
 
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -64,7 +64,7 @@ def platforms() -> dict[str, Any]:
             continue
         try:
             answer = entry.load()()
-        except Exception as error:  # noqa: BLE001 - vLLM takes a plugin that fails for absent
+        except Exception as error:  # noqa: BLE001 - vLLM ignores a plugin that fails
             failed[entry.name] = f"{type(error).__name__}: {error}"
             continue
         if answer is not None:
@@ -76,7 +76,7 @@ def platforms() -> dict[str, Any]:
 
 
 def demo() -> dict[str, Any]:
-    """Build the demo checkpoint, unless it is there."""
+    """Build the demo checkpoint if it is missing."""
     from vllm_moe_compat import demo as package
 
     checkpoint = package.build(package.default_path())
@@ -89,7 +89,7 @@ def demo() -> dict[str, Any]:
 
 
 def plan(path: str) -> dict[str, Any]:
-    """Read config and headers and plan the load, as a load does."""
+    """Plan a load of the checkpoint, as ``load_config`` does."""
     import mlx_lm.utils
 
     import vllm_moe_compat
@@ -99,12 +99,12 @@ def plan(path: str) -> dict[str, Any]:
     mlx_lm.utils.load_config(Path(path))
     load = context.current.get()
     if load is None:
-        return {"words": "a model that mlx-lm loads without our help, if at all"}
+        return {"words": "a model that no row of the registry covers"}
     return {"words": f"{load.plan.module}, {load.plan.words}"}
 
 
 def load(path: str, golden: str) -> dict[str, Any]:
-    """Load through mlx-lm, strictly, and generate greedily."""
+    """Load through mlx-lm, strictly, and generate greedily twice."""
     import mlx.core as mx
     import mlx_lm
     from mlx_lm.generate import generate_step
@@ -116,7 +116,7 @@ def load(path: str, golden: str) -> dict[str, Any]:
     vllm_moe_compat.apply()
     expected = json.loads(golden)
     if expected:
-        # What the golden text was computed in, so that it is the very same.
+        # The golden text was computed in float32.
         with loading_with(dtype="float32"):
             model, tokenizer = mlx_lm.load(path)
         model.set_dtype(mx.float32)
@@ -137,7 +137,7 @@ def load(path: str, golden: str) -> dict[str, Any]:
 
 
 def serve(path: str, golden: str) -> dict[str, Any]:
-    """Serve with vLLM's engine in this process, and generate greedily."""
+    """Serve with vLLM's engine in this process, and generate greedily twice."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
@@ -147,9 +147,11 @@ def serve(path: str, golden: str) -> dict[str, Any]:
     try:
         count = expected.get("max_tokens", TOKENS)
         greedy = SamplingParams(temperature=0, max_tokens=count)
-        asked = expected.get("prompt", PROMPT)
+        prompt = expected.get("prompt", PROMPT)
         # With a bar, and TQDM_DISABLE set, vLLM divides by an elapsed time of zero.
-        answers = [llm.generate(asked, greedy, use_tqdm=False)[0].outputs[0].text for _ in range(2)]
+        answers = [
+            llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].text for _ in range(2)
+        ]
     finally:
         llm.llm_engine.engine_core.shutdown()
     if answers[0] != answers[1]:
@@ -161,8 +163,8 @@ def serve(path: str, golden: str) -> dict[str, Any]:
 def _compare(text: str, expected: dict[str, Any]) -> None:
     if expected and text != expected["text"]:
         raise ArithmeticError(
-            f"the answer is {text!r}, where {expected['text']!r} was expected, which transformers "
-            "gives from the same weights"
+            f"the answer is {text!r}, where transformers generates {expected['text']!r} from the "
+            "same weights"
         )
 
 

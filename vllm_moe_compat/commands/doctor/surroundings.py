@@ -1,4 +1,4 @@
-"""What can be seen without importing MLX or vLLM: Python, settings, packages, plugins."""
+"""The checks that import neither MLX nor vLLM: Python, settings, packages, plugins."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm_moe_compat import envs, plugin, versions
 from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Link
 from vllm_moe_compat.errors import SettingError
 
-OURS = {"vllm.general_plugins": "moe_compat", "vllm.platform_plugins": "moe_compat_mlx"}
+ENTRY_POINTS = {"vllm.general_plugins": "moe_compat", "vllm.platform_plugins": "moe_compat_mlx"}
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 
 def python() -> Link:
-    """A Python of a version that we run on, and native to the machine."""
+    """Check that Python has a supported version and is native to the machine."""
     title = "Python"
     where = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
@@ -27,15 +27,15 @@ def python() -> Link:
             title,
             BROKEN,
             f"it is {where}, where 3.11 to 3.13 was expected",
-            "Make an environment with one of these.",
+            "Create an environment with one of these.",
         )
     if platform.system() == "Darwin" and platform.machine() == "x86_64" and _translated():
         return Link(
             "python",
             title,
             BROKEN,
-            f"it is {where}, an Intel Python that Rosetta translates, for which there is no MLX",
-            "Install a Python for arm64 and make the environment anew with it.",
+            f"it is {where}, an Intel Python under Rosetta, for which there is no MLX",
+            "Install an arm64 Python and create the environment again.",
         )
     return Link("python", title, OK, f"{where}, {sys.executable}")
 
@@ -48,7 +48,7 @@ def _translated() -> bool:
 
 
 def settings() -> Link:
-    """Our environment variables mean something, and do not switch us off."""
+    """Check that the package's environment variables are valid and do not switch it off."""
     for variable in envs.VARIABLES:
         try:
             variable.read()
@@ -60,7 +60,7 @@ def settings() -> Link:
             "settings",
             "Settings",
             BROKEN,
-            f"{envs.ENABLED.name}=0 switches the whole plugin off",
+            f"{envs.ENABLED.name}=0 switches the plugin off",
             f"Unset {envs.ENABLED.name}.",
         )
     if envs.BACKEND.read() == "off" and not _others_serve():
@@ -68,13 +68,13 @@ def settings() -> Link:
             "settings",
             "Settings",
             BROKEN,
-            f"{envs.BACKEND.name}=off, and neither vllm-metal nor a vLLM with kernels is here to "
-            "serve instead",
+            f"{envs.BACKEND.name}=off, and neither vllm-metal nor a vLLM with kernels is "
+            "installed to serve instead",
             f"Unset {envs.BACKEND.name}.",
         )
     chosen = [v.name for v in envs.VARIABLES if v.name in os.environ]
     said = ", ".join(f"{name}={os.environ[name]}" for name in chosen)
-    return Link("settings", "Settings", OK, said or "all are at their defaults")
+    return Link("settings", "Settings", OK, said or "all have their defaults")
 
 
 def _others_serve() -> bool:
@@ -84,9 +84,9 @@ def _others_serve() -> bool:
 
 
 def packages() -> Link:
-    """What is installed, against what the tests ran on."""
+    """Compare the installed versions with the tested ranges."""
     title, found = "Packages", versions.packages()
-    said = ", ".join(f"{p.name} {p.version}" for p in found if p.version) or "none of ours"
+    said = ", ".join(f"{p.name} {p.version}" for p in found if p.version) or "none"
     missing = [p.name for p in found if p.name in versions.REQUIRED and p.version is None]
     if missing:
         return Link(
@@ -109,7 +109,7 @@ def packages() -> Link:
 
 
 def vllm() -> Link:
-    """Whether there is a vLLM."""
+    """Check whether vLLM is installed and has kernels."""
     if importlib.util.find_spec("vllm") is None:
         return Link("vllm", "vLLM", SKIPPED, "vLLM is not installed")
     kernels = plugin.vllm_has_kernels()
@@ -120,9 +120,9 @@ def vllm() -> Link:
 
 
 def entry() -> Link:
-    """Whether our plugins are registered where vLLM looks."""
+    """Check that the entry points of the plugin are registered."""
     title = "Entry points"
-    for group, name in OURS.items():
+    for group, name in ENTRY_POINTS.items():
         if name not in {point.name for point in entry_points(group=group)}:
             return Link(
                 "entry-points",
@@ -132,29 +132,29 @@ def entry() -> Link:
                 "plugin",
                 "Install the package with pip into the environment that vLLM runs in.",
             )
-    return Link("entry-points", title, OK, " and ".join(OURS.values()))
+    return Link("entry-points", title, OK, " and ".join(ENTRY_POINTS.values()))
 
 
 def allowed() -> Link:
-    """Whether ``VLLM_PLUGINS`` lets ours pass."""
+    """Check that ``VLLM_PLUGINS`` does not exclude the plugin."""
     title, value = "VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS")
     if value is None:
-        return Link("vllm-plugins", title, OK, "unset, so every plugin is loaded")
-    hidden = [name for name in OURS.values() if name not in value.split(",")]
+        return Link("vllm-plugins", title, OK, "unset: every plugin is loaded")
+    hidden = [name for name in ENTRY_POINTS.values() if name not in value.split(",")]
     if hidden:
         wanted = ",".join([*filter(None, value.split(",")), *hidden])
         return Link(
             "vllm-plugins",
             title,
             BROKEN,
-            f"it is {value!r}, which hides {' and '.join(hidden)} from vLLM",
+            f"it is {value!r}, which excludes {' and '.join(hidden)}",
             f"Set VLLM_PLUGINS={wanted}, or unset it.",
         )
-    return Link("vllm-plugins", title, OK, f"{value} includes ours")
+    return Link("vllm-plugins", title, OK, f"{value} includes the plugin")
 
 
 def wanted_gpu() -> str:
-    """Return which GPU this machine's MLX is for; empty where it is the CPU."""
+    """Return the GPU that the installed MLX is built for; empty for the CPU."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return "Metal's"
     for name in ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda"):
@@ -164,7 +164,7 @@ def wanted_gpu() -> str:
 
 
 def installed(name: str) -> bool:
-    """Whether there is a distribution of that name."""
+    """Whether a distribution is installed."""
     try:
         distribution(name)
     except PackageNotFoundError:
@@ -173,5 +173,5 @@ def installed(name: str) -> bool:
 
 
 def sentence(words: str) -> str:
-    """Begin with a capital letter."""
+    """Return the text with a capital first letter."""
     return words[:1].upper() + words[1:]

@@ -1,4 +1,4 @@
-"""An inspection as JSON; its form is ``schema.json`` beside this file."""
+"""Render an inspection as JSON; ``schema.json`` beside this file describes it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vllm_moe_compat.commands.inspect.model import Inspection
 
 
 def render(found: Inspection) -> str:
-    """Return one JSON object, in ASCII: it can be written to any terminal or file."""
+    """Return one JSON object in ASCII, which any terminal or file can take."""
     return json.dumps(asdict(found), indent=2) + "\n"
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) that ``render`` keeps to."""
+    """Return the JSON Schema (draft 2020-12) of ``render``'s output."""
     text = files("vllm_moe_compat.commands.inspect").joinpath("schema.json").read_text("utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded

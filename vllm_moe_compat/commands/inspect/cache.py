@@ -1,9 +1,9 @@
-"""What a sequence keeps in memory, as far as the config tells: bytes per 1,000 tokens.
+"""The memory that one sequence keeps, by the config: bytes per 1,000 tokens.
 
 Keys and values of softmax attention grow with the sequence, those of a sliding window up
-to the window; latent attention (MLA) keeps one compressed vector and the rotary part of
-the key; linear attention keeps a state of fixed size. Two bytes a number, as in bfloat16.
-The config is untrusted: a number that means nothing makes the answer "not known".
+to the window. Latent attention (MLA) keeps one compressed vector and the rotary part of
+the key per token. Linear attention keeps a state of fixed size. Values take two bytes, as
+in bfloat16. The config is untrusted: an invalid number makes the result "not known".
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from vllm_moe_compat.checkpoint.config import sections
 from vllm_moe_compat.commands.inspect.model import CacheKind
 from vllm_moe_compat.commands.inspect.problems import clean
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
+from vllm_moe_compat.families.row import Cache
 
 TOKENS = 1000
 _WIDTH = 2
@@ -28,12 +30,6 @@ _FULL, _WINDOWED, _LINEAR, _MAMBA = (
 )
 _ALL_KEPT = {"attention", "chunked_attention", "indexed_attention"}
 """Further kinds of softmax attention, which keep every token here."""
-EXPANDED = {"deepseek_v2", "minicpm3"}
-"""Modules with latent attention that keep the keys and values made of the latent."""
-UNBOUNDED = {"gemma2"}
-"""Modules that keep all tokens of layers with a window."""
-DOUBLE = {"longcat_flash", "longcat_flash_ngram"}
-"""Modules whose layers hold two attentions each."""
 
 
 class _UnknownError(Exception):
@@ -52,9 +48,14 @@ def cache(config: Mapping[str, Any], module: str | None) -> tuple[list[CacheKind
         what was assumed.
     """
     try:
-        return _cache(_Numbers(config), module), "2 bytes a number"
+        return _cache(_Numbers(config), _facts(module)), "2 bytes a number"
     except _UnknownError as error:
         return [], f"not known: {error}"
+
+
+def _facts(module: str | None) -> Cache:
+    row = TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{module}")
+    return Cache() if row is None else row.cache
 
 
 class _Numbers:
@@ -88,17 +89,16 @@ class _Numbers:
         return None
 
 
-def _cache(numbers: _Numbers, module: str | None) -> list[CacheKind]:
+def _cache(numbers: _Numbers, facts: Cache) -> list[CacheKind]:
     if numbers.maybe("num_kv_shared_layers"):
         raise _UnknownError("some layers share their keys and values")
     counts = _kinds(numbers)
-    if module in UNBOUNDED:
+    if facts.ignores_window:
         counts[_FULL] += counts.pop(_WINDOWED, 0)
     for kind in _ALL_KEPT & counts.keys():
         counts[_FULL] += counts.pop(kind)
-    if module in DOUBLE:
-        counts[_FULL] *= 2
-    return [_one(numbers, kind, count, module) for kind, count in counts.most_common() if count]
+    counts[_FULL] *= facts.attentions
+    return [_one(numbers, kind, count, facts) for kind, count in counts.most_common() if count]
 
 
 def _kinds(numbers: _Numbers) -> Counter[str]:
@@ -131,9 +131,10 @@ def _split(layers: int, full: int, other: str) -> Counter[str]:
     return Counter({_FULL: full, other: max(0, layers - full)})
 
 
-def _one(numbers: _Numbers, kind: str, count: int, module: str | None) -> CacheKind:
+def _one(numbers: _Numbers, kind: str, count: int, facts: Cache) -> CacheKind:
     if kind == _FULL:
-        if module not in EXPANDED and (rank := numbers.maybe("kv_lora_rank")) is not None:
+        rank = numbers.maybe("kv_lora_rank")
+        if rank is not None and not facts.expands_latent:
             row = rank + numbers.need("qk_rope_head_dim")
             row += 2 * (numbers.maybe("index_head_dim") or 0)  # as keys and as values
             return CacheKind("latent", count, count * row * _WIDTH * TOKENS)

@@ -1,7 +1,7 @@
-"""From a path to an ``Inspection``: the plan of a load, made and not carried out.
+"""Make an ``Inspection`` of a path: plan the load without running it.
 
-The order is that of a load: config, headers, index, module, layout, plan, memory. What
-is wrong becomes a finding, and whatever can still be said is said.
+The order is that of a load: config, headers, index, module, layout, plan, memory. Every
+fault becomes a finding, and the remaining parts are still described.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from vllm_moe_compat.plan.make import Headers, PlannedLoad, make
 from vllm_moe_compat.plan.serving import installed_device, serving
 
 SHOWN = 8
-"""Findings of one kind that are told one by one; equal ones are one finding anyway."""
+"""Maximum number of findings of one kind that are listed; duplicates are merged."""
 
 
 @dataclass(slots=True)
 class _Judged:
-    """What is to be done with it."""
+    """The parts of the result that depend on the planned load."""
 
     module: str | None = None
     row: Row | None = None
@@ -57,7 +57,7 @@ def inspect(name: str) -> Inspection:
     """Inspect a folder, a shard or a repository in the hub's cache.
 
     Raises:
-        SettingError: there is no such thing, or a variable of ours means nothing.
+        SettingError: there is no such checkpoint, or an environment variable is not valid.
     """
     given = read(locate(name))
     config = given.config or {}
@@ -133,17 +133,17 @@ def _code(findings: list[Problem]) -> int:
 
 
 def _sorted(findings: list[Problem]) -> list[Problem]:
-    """Return the findings, errors first, a kind that is found all over cut short."""
+    """Return the findings, errors first, at most ``SHOWN`` of a kind."""
     kinds: dict[str, list[Problem]] = {}
     for finding in dict.fromkeys(findings):
         kinds.setdefault(finding.id, []).append(finding)
-    told = []
+    listed = []
     for id, alike in kinds.items():
-        told += alike[:SHOWN]
+        listed += alike[:SHOWN]
         if (rest := len(alike) - SHOWN) > 0:
-            told.append(problem(id, f"and {rest:,} more of this kind", alike[0].remedy))
+            listed.append(problem(id, f"and {rest:,} more of this kind", alike[0].remedy))
     order = ("error", "warning", "note")
-    return sorted(told, key=lambda finding: order.index(finding.severity))
+    return sorted(listed, key=lambda finding: order.index(finding.severity))
 
 
 def _detect(given: Given, config: Mapping[str, Any]) -> Layout | None:

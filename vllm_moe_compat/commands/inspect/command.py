@@ -1,9 +1,9 @@
-"""Say what a checkpoint is and what will be done to it; no tensor is read.
+"""Describe a checkpoint and the plan of its load; no tensor is read.
 
 Reads ``config.json``, the index and the safetensors headers, makes the plan of a load and
-prints it. Imports neither MLX nor torch. What a checkpoint says is not trusted: whatever
-is wrong with it is a finding. Exit codes: 0 fine, 1 an error was found, so it would not be
-served; 2 its files cannot be read, or there is no such checkpoint.
+prints it. Imports neither MLX nor torch. The checkpoint is not trusted: every fault in it
+is a finding. Exit codes: 0 no error, 1 an error was found, so the checkpoint would not be
+served, 2 the files cannot be read, or there is no such checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORMATS = ("text", "json", "markdown")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes."""
+    """Declare the options."""
     parser.add_argument(
         "checkpoint",
         metavar="PATH_OR_DIR",
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="text",
-        help="text (the default), json (docs/inspect.md has its form), or markdown for an issue",
+        help="text (the default), json (described in docs/inspect.md), or markdown for an issue",
     )
 
 
@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """Inspect, write the report to stdout, and return the exit code.
 
     Raises:
-        SettingError: there is no such checkpoint, or a variable of ours means nothing.
+        SettingError: there is no such checkpoint, or an environment variable is not valid.
     """
-    from vllm_moe_compat.commands.inspect import inspect
+    from vllm_moe_compat.commands.inspect.collect import inspect
 
-    with _uncollected():
+    with _without_gc():
         found = inspect(args.checkpoint)
     if args.format == "json":
         from vllm_moe_compat.commands.inspect import as_json
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep Python from looking for garbage among hundreds of thousands of live objects."""
+def _without_gc() -> Iterator[None]:
+    """Switch garbage collection off: it would scan hundreds of thousands of live objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -75,6 +75,6 @@ def _uncollected() -> Iterator[None]:
 
 
 def _writable(text: str) -> str:
-    """Return the text with question marks for what stdout's encoding lacks."""
+    """Return the text with ``?`` for characters that stdout's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)

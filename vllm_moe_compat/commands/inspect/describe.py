@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in the terms of the report: experts, numbers, extras."""
+"""Describe a checkpoint's files, experts, number forms and extra tensors."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SENSES = re.compile(r"vis(?:ion|ual)|vit_|audio|projector|patch_merge")
 
 
 def files(tensors: Mapping[str, TensorInfo], shards: int) -> Files:
-    """Count what lies there."""
+    """Count shards, tensors, bytes and dtypes."""
     dtypes = Counter(info.dtype for info in tensors.values())
     return Files(shards, len(tensors), sum(map(nbytes, tensors.values())), dict(dtypes))
 
 
 def _held(block: ExpertBlock, layout: Layout) -> tuple[str, int, tuple[str, ...]]:
-    """Return the form of one layer's experts, how many they are, and their dtypes."""
+    """Return form, number and dtypes of one layer's experts."""
     names = [name for name in block.names() if name in layout.tensors]
     count = len({e for experts in block.per_expert.values() for e in experts})
     for name in (*block.combined.values(), *block.stacked.values()):
@@ -43,7 +43,7 @@ def _held(block: ExpertBlock, layout: Layout) -> tuple[str, int, tuple[str, ...]
 
 
 def experts(layout: Layout) -> Experts | None:
-    """Say how the routed experts lie, runs of equal layers as one; None for a dense model."""
+    """Describe the routed experts, equal layers grouped; None for a dense model."""
     if not layout.experts:
         return None
     held: dict[str, dict[int, tuple[str, int, tuple[str, ...]]]] = {}
@@ -78,7 +78,7 @@ def _layers(names: Iterable[str]) -> set[tuple[str, int]]:
 def _alike(
     layers: Mapping[int, tuple[str, int, tuple[str, ...]]],
 ) -> list[tuple[tuple[str, int, tuple[str, ...]], list[int]]]:
-    """Group layers by what they hold, in the order of the first of each group."""
+    """Group equal layers, in the order of each group's first layer."""
     groups: dict[tuple[str, int, tuple[str, ...]], list[int]] = {}
     for number in sorted(layers):
         groups.setdefault(layers[number], []).append(number)
@@ -86,12 +86,12 @@ def _alike(
 
 
 def quantization(layout: Layout, config: Mapping[str, Any], extern: Any) -> Quantization:
-    """Say how the numbers are stored.
+    """Describe the stored form of the weights.
 
     Args:
-        layout: of the checkpoint.
+        layout: the checkpoint's layout.
         config: its config.json.
-        extern: what its hf_quant_config.json holds, where there is one.
+        extern: the content of its hf_quant_config.json, if it has one.
     """
     method = next((c.get("quant_method") for c in quantization_configs(config)), None)
     if method is None and isinstance(extern, dict):
@@ -122,7 +122,7 @@ def quantization(layout: Layout, config: Mapping[str, Any], extern: Any) -> Quan
 def extras(
     layout: Layout, everything: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
 ) -> list[Extra]:
-    """Say what lies beside the language model, and whether the config knows of it."""
+    """Describe the tensors beside the language model and compare them with the config."""
     names = set(layout.ignored)
     loaded = DEFAULT_EXTRAS.of(config or {}).select(layout.tensors)
     kinds: dict[str, list[str]] = {"mtp": [], "vision": [], "surplus experts": []}

@@ -1,7 +1,7 @@
-"""From what the user typed to a folder: a path, one shard, or a repository in the cache.
+"""Resolve a command-line argument to a folder: a path, one shard, or a cached repository.
 
-The hub's cache is resolved by hand, since huggingface_hub need not be installed: its
-layout is ``models--ORG--NAME/{refs,snapshots,blobs}``, files of a snapshot are links
+The hub's cache is read directly, since huggingface_hub may not be installed. Its layout is
+``models--ORG--NAME/{refs,snapshots,blobs}``, files of a snapshot are links
 into ``blobs``, and ``refs/main`` names the snapshot.
 """
 
@@ -22,12 +22,12 @@ _COMMIT = re.compile(r"[\w-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What is to be inspected.
+    """A checkpoint on this machine.
 
     Attributes:
-        folder: of the checkpoint.
-        shard: the one file that was named; None for all.
-        repository: its id, where it is one of the cache's.
+        folder: its folder.
+        shard: the only file to inspect; None for all.
+        repository: its id on the hub, if it was found in the hub's cache by that id.
     """
 
     folder: Path
@@ -36,13 +36,13 @@ class Place:
 
 
 def locate(name: str) -> Place:
-    """Find what a name stands for.
+    """Find the checkpoint that the argument names.
 
     Raises:
-        SettingError: nothing here.
+        SettingError: there is none.
     """
     if not name:
-        raise SettingError("no checkpoint is named; name a folder.")
+        raise SettingError("the checkpoint's name is empty; name a folder.")
     try:
         path = Path(name).expanduser()
         whole = path.suffix != ".safetensors" or (path / "config.json").exists()
@@ -52,26 +52,26 @@ def locate(name: str) -> Place:
             return Place(path.parent, path)
         there = os.path.lexists(path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise SettingError(f"{name!r} cannot be looked at ({error}); name a folder.") from error
+        raise SettingError(f"{name!r} cannot be accessed ({error}); name a folder.") from error
     if there:
         raise SettingError(
             f"{name!r} is neither a folder nor a .safetensors file; name the checkpoint's folder."
         )
     if not _REPOSITORY.fullmatch(name) or ".." in name:
-        raise SettingError(f"{name!r} is not there; name a folder that is.")
+        raise SettingError(f"{name!r} does not exist; name an existing folder.")
     repository, _, revision = name.partition("@")
     cached = hub_cache() / f"models--{repository.replace('/', '--')}"
     folder = _snapshot(cached, revision or "main")
     if folder is None:
         raise SettingError(
-            f"{name!r} is no folder here and not in the hub's cache, {hub_cache()}; download it "
-            f"with `hf download {repository}`, or set HF_HUB_CACHE to where it is."
+            f"{name!r} is neither a folder nor in the hub's cache, {hub_cache()}; download it with "
+            f"`hf download {repository}`, or set HF_HUB_CACHE to the cache that has it."
         )
     return Place(folder, repository=repository)
 
 
 def hub_cache() -> Path:
-    """Return the folder where huggingface_hub keeps what it has downloaded."""
+    """Return the folder of huggingface_hub's downloads."""
     if own := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(os.path.expandvars(own)).expanduser()
     home = os.environ.get("HF_HOME")
@@ -85,19 +85,7 @@ def _snapshot(cached: Path, revision: str) -> Path | None:
     if not (cached / "snapshots").is_dir() or (cached / "config.json").exists():
         return None
     commit = revision
-    with suppress(UnreadableError, ValueError):  # a commit has no file of its own
+    with suppress(UnreadableError, ValueError):  # a commit has no file in refs
         commit = read_bytes(cached / "refs" / revision, 200).decode("ascii").strip()
     folder = cached / "snapshots" / commit
     return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
-
-
-def leaves(path: Path, folder: Path) -> Path | None:
-    """Return where a link leads, if that is neither in the folder nor in its cache's blobs."""
-    if not path.is_symlink():
-        return None
-    target = Path(os.path.realpath(path))
-    root = Path(os.path.realpath(folder))
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    return None if any(target.is_relative_to(home) for home in homes) else target

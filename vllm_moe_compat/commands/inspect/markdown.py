@@ -1,4 +1,4 @@
-"""An inspection as Markdown, to be pasted into an issue."""
+"""Render an inspection as Markdown, for an issue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#~$@!"})
 
 
 def render(found: Inspection) -> str:
-    """Return the report; what the checkpoint says is escaped, so it cannot link or mention."""
+    """Return the report; text from the checkpoint is escaped, so that it makes no links."""
     return "\n".join(_lines(found)) + "\n"
 
 
@@ -38,5 +38,5 @@ def _row(cells: tuple[str, ...]) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape what Markdown and GitHub give a meaning to."""
+    """Escape the characters that have a meaning in Markdown or on GitHub."""
     return text.translate(_SPECIAL).replace("://", ":\u200b//")

@@ -1,7 +1,7 @@
-"""What an inspection finds, as plain data: what text, JSON and Markdown are made of.
+"""The result of an inspection, as plain data; text, JSON and Markdown render it.
 
-The JSON form is these dataclasses, field by field; ``SCHEMA_VERSION`` is raised when a
-field goes or changes its meaning, not when one is added. Sizes are bytes throughout.
+The JSON output has these dataclasses field by field. ``SCHEMA_VERSION`` is raised when a
+field is removed or changes its meaning, not when one is added. All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Problem:
     """One finding.
 
     Attributes:
-        id: its kind, one of ``problems.PROBLEMS``.
-        severity: an error keeps the checkpoint from being served.
-        message: the file or tensor, what was found, what was expected.
-        remedy: what to do about it; empty where nothing has to be done.
+        id: its kind, a key of ``problems.PROBLEMS``.
+        severity: a checkpoint with an error is not served.
+        message: the file or tensor, the found and the expected state.
+        remedy: the action to take; empty where none is needed.
     """
 
     id: str
@@ -33,13 +33,13 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What lies there.
+    """The files of the checkpoint.
 
     Attributes:
-        shards: files that mlx-lm loads.
-        tensors: tensors in them.
-        tensor_bytes: their bytes.
-        dtypes: safetensors' name → how many tensors.
+        shards: number of files that mlx-lm loads.
+        tensors: number of tensors in them.
+        tensor_bytes: their size.
+        dtypes: safetensors' name → number of tensors.
     """
 
     shards: int
@@ -50,14 +50,15 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Which model it is, and who will serve it.
+    """The model and the mlx-lm module for it.
 
     Attributes:
-        model_type: as config.json has it.
-        architectures: likewise.
+        model_type: from config.json.
+        architectures: from config.json.
         module: the mlx-lm module that will load it; None where there is none.
-        mapped: whether the registry has a row for it.
-        mlx_lm: the version installed here, or None: the registry alone has answered.
+        mapped: whether the registry has a row for the module.
+        mlx_lm: the installed version; None if it is not installed, and the module comes from
+            the registry alone.
     """
 
     model_type: str | None
@@ -69,13 +70,13 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
-    """Layers that are alike.
+    """A group of equal layers.
 
     Attributes:
-        layers: ``model.layers.0…2``.
-        form: ``dense``, or that of the experts.
-        experts: how many routed experts each has.
-        dtypes: of the experts' weights.
+        layers: their names, folded: ``model.layers.0…2``.
+        form: ``dense``, or the form of the experts.
+        experts: number of routed experts in each.
+        dtypes: dtypes of the experts' weights.
     """
 
     layers: str
@@ -89,10 +90,10 @@ class Experts:
     """The routed experts.
 
     Attributes:
-        forms: those that occur: ``per-expert``, ``combined``, ``MLX form``, ``packed``.
-        expected: how many a layer has by the config.
-        projections: as they are called here.
-        runs: what the layers hold, in order.
+        forms: ``per-expert``, ``combined``, ``MLX form``, ``packed``, as they occur.
+        expected: number of experts in a layer, by the config.
+        projections: their names in this checkpoint.
+        runs: the layers, grouped, in order.
     """
 
     forms: list[str]
@@ -103,15 +104,15 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the numbers are stored.
+    """The stored form of the weights.
 
     Attributes:
-        form: in words: ``block FP8``, ``MLX affine 4-bit g64``, ``bfloat16``, …
+        form: name of the form: ``block FP8``, ``MLX affine 4-bit g64``, ``bfloat16``, …
         method: ``quant_method`` of the config.
-        weights: tensors that are quantised.
-        blocks: rows and columns under one scale, as they occur.
+        weights: number of quantised tensors.
+        blocks: ``[rows, columns]`` that share a scale, as they occur.
         scale_dtypes: safetensors' names of the scales' dtypes.
-        static_scales: scales of activations and caches, which MLX has no use for.
+        static_scales: number of scales for activations and caches, which MLX does not use.
     """
 
     form: str
@@ -124,16 +125,16 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """Something beside the language model.
+    """Tensors beside the language model.
 
     Attributes:
-        kind: ``mtp`` (heads that predict further tokens), ``vision`` (towers of any
-            other sense too), ``surplus experts``.
-        tensors: how many.
-        bytes: how large.
-        loaded: how many of them the module loads; the others play no part.
-        in_config: whether config.json speaks of it; None where no config does.
-        agree: whether config and tensors say the same.
+        kind: ``mtp`` (multi-token prediction), ``vision`` (towers for images or sound),
+            ``surplus experts``.
+        tensors: their number.
+        bytes: their size.
+        loaded: number of tensors that the module loads; the others are ignored.
+        in_config: whether config.json describes them; None where it never does.
+        agree: whether config and tensors agree.
     """
 
     kind: str
@@ -146,14 +147,14 @@ class Extra:
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """What mlx-lm does with it without this package.
+    """The behaviour of mlx-lm without this package.
 
     Attributes:
-        verdict: ``loads``; ``refuses``; ``wrong``: it loads and computes something else;
-            ``refuses or wrong``; ``unsure``: it depends on code that headers do not show;
-            ``unknown``: the registry has no row.
-        reasons: why.
-        unexpected: tensors that its module has no parameter for; it may find more.
+        verdict: ``loads``; ``refuses``; ``wrong`` (it loads and computes something else);
+            ``refuses or wrong``; ``unsure`` (it depends on code that headers do not show);
+            ``unknown`` (the registry has no row).
+        reasons: the reasons for the verdict.
+        unexpected: number of tensors without a parameter in the module; there may be more.
     """
 
     verdict: str
@@ -163,13 +164,13 @@ class Stock:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that is done to many tensors.
+    """One step of the load, for all its tensors.
 
     Attributes:
-        action: what.
-        made: how many tensors come out; those that are changed or dropped otherwise.
-        layers: how many layers they are in.
-        targets: which, folded.
+        action: the step in words.
+        made: number of tensors that it makes, or else changes or drops.
+        layers: number of layers that they are in.
+        targets: their names, folded.
     """
 
     action: str
@@ -180,12 +181,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """What this package does.
+    """The behaviour of this package.
 
     Attributes:
-        verdict: ``loads``, ``refuses``, or ``unknown`` where it was not planned.
-        steps: in order; none where the checkpoint is left as it is.
-        workarounds: ids of the registry's that apply, and why each is there.
+        verdict: ``loads``, ``refuses``, or ``unknown`` where no load was planned.
+        steps: in order; empty where the checkpoint is loaded as it is.
+        workarounds: id of each workaround in the row → why it is needed.
     """
 
     verdict: str
@@ -195,14 +196,14 @@ class Ours:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one ``VLLM_MOE_COMPAT_QUANTIZE`` takes.
+    """The memory that one value of ``VLLM_MOE_COMPAT_QUANTIZE`` needs.
 
     Attributes:
-        setting: ``none`` or one that quantises.
-        weights: bytes of the weights, once loaded.
-        loading: bytes at the most while they are.
-        fits: whether loading fits the machine's memory; None where that is unknown.
-        fits_now: whether it fits what is free.
+        setting: the value.
+        weights: size of the loaded weights.
+        loading: peak during the load.
+        fits: whether the peak fits into the machine's memory; None where that is unknown.
+        fits_now: whether it fits into the free memory.
     """
 
     setting: str
@@ -214,15 +215,15 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class CacheKind:
-    """What layers of one kind keep of a sequence.
+    """The cache of one sequence in layers of one kind.
 
     Attributes:
         kind: ``softmax``, ``window``, ``latent``, or as the config calls it:
             ``linear_attention``, ``mamba``, ``conv``, …
-        layers: how many.
-        bytes_per_1000_tokens: what they keep together; None where the config does not tell.
-        window: tokens that are kept at most, where it is bounded.
-        state_bytes: what they keep of a sequence whatever its length.
+        layers: their number.
+        bytes_per_1000_tokens: their total size; None where the config does not tell.
+        window: maximum number of tokens kept, where it is bounded.
+        state_bytes: size of their state, which does not depend on the sequence's length.
     """
 
     kind: str
@@ -234,16 +235,16 @@ class CacheKind:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What it takes.
+    """Memory for weights and caches.
 
     Attributes:
-        dtype: of weights and caches that are not quantised.
-        needs: one per setting that can be used.
-        cache: by kind of layer; empty where the config does not tell.
-        cache_note: why something is not known, or what was assumed.
-        machine_total: bytes of this machine.
-        machine_free: those free now.
-        machine_note: what was asked.
+        dtype: dtype of weights and caches that are not quantised.
+        needs: one entry per usable setting.
+        cache: one entry per kind of layer; empty where the config does not tell.
+        cache_note: the assumption made, or the reason for missing entries.
+        machine_total: memory of this machine.
+        machine_free: memory that is free now.
+        machine_note: the source of both.
     """
 
     dtype: str
@@ -257,7 +258,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All of it; parts that could not be worked out are None."""
+    """The whole result; parts that could not be determined are None."""
 
     path: str
     repository: str | None

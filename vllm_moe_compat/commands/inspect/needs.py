@@ -1,4 +1,4 @@
-"""What loading and serving take, and whether this machine has it. MLX is not asked."""
+"""Estimate the memory of loading and serving, and compare it with this machine's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_moe_compat.plan.planner import Plan
 def memory(
     planned: PlannedLoad, config: Mapping[str, Any], module: str | None
 ) -> tuple[Memory, list[Problem]]:
-    """Work out what each setting takes.
+    """Estimate the memory that each quantisation setting needs.
 
     Args:
         planned: the load.

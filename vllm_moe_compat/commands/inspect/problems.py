@@ -1,7 +1,7 @@
-"""Every kind of finding: how grave it is, and what it means.
+"""The kinds of findings, with severity and meaning.
 
-``FILES`` are those after which nothing can be planned: exit code 2. Everything that a
-checkpoint says goes through ``clean`` before it is shown: names may hold anything.
+After a finding of ``FILES`` no load can be planned: exit code 2. Text from a checkpoint goes
+through ``clean`` before it is shown, since names may hold any characters.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _LONGEST = 1500
 
 
 def clean(text: object, longest: int = _LONGEST) -> str:
-    """Return a text without control characters and surrogates, cut to a length."""
+    """Return the text without control characters and surrogates, cut to a length."""
     words = str(text)
     words = words if len(words) <= longest else f"{words[: longest - 1]}…"
     if words.isprintable():
@@ -65,17 +65,17 @@ def clean(text: object, longest: int = _LONGEST) -> str:
 
 
 def problem(id: str, message: object, remedy: object = "") -> Problem:
-    """Make a finding of a kind that is in the table."""
+    """Make a finding of a kind in ``PROBLEMS``."""
     return Problem(id, PROBLEMS[id][0], clean(message), clean(remedy))
 
 
 def of_fault(fault: FileFault) -> Problem:
-    """Make a finding of what is wrong with a file."""
+    """Make the finding for a faulty file."""
     return problem(fault.id, fault.message, fault.remedy)
 
 
 def of_error(id: str, error: Exception) -> Problem:
-    """Make a finding of an exception, whose message ends with the remedy."""
+    """Make the finding for an exception; its message ends with the remedy."""
     message, _, remedy = str(error).removesuffix(".").rpartition("; ")
     return problem(id, message or remedy, remedy if message else "")
 

@@ -1,7 +1,4 @@
-"""Config, headers and index of a checkpoint, as far as they can be read.
-
-In goes a ``Place``, out comes a ``Given``: what was read, and findings for what was not.
-"""
+"""Read config, headers and index of a checkpoint, with a finding for each fault."""
 
 from __future__ import annotations
 
@@ -9,30 +6,29 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_moe_compat.checkpoint.config_file import CONFIG, MAX_CONFIG, read_object
 from vllm_moe_compat.checkpoint.files import FileFault, UnreadableError, read_json
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
 from vllm_moe_compat.checkpoint.index import INDEX, read_index
+from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.commands.inspect.locate import Place, leaves
+from vllm_moe_compat.commands.inspect.locate import Place
 from vllm_moe_compat.commands.inspect.model import Problem
 from vllm_moe_compat.commands.inspect.problems import of_fault, problem
-
-MAX_CONFIG = 16 * 2**20
-"""Bytes of the largest config that is read; real ones have a few thousand."""
 
 
 @dataclass(slots=True)
 class Given:
-    """What was read, and what is found as it is looked at.
+    """The contents of a checkpoint, and the findings so far.
 
     Attributes:
-        place: where.
-        config: its config.json; None where there is none that can be read.
-        extern: what its hf_quant_config.json holds.
-        tensors: all of them.
-        shards: the files that they are in.
-        index: name → file, by the index; None where there is none that can be read.
-        problems: findings so far, in the order in which they were made.
+        place: the checkpoint.
+        config: its config.json; None where it is missing or unreadable.
+        extern: the content of its hf_quant_config.json.
+        tensors: every tensor.
+        shards: number of files.
+        index: name → file, by the index; None where it is missing or unreadable.
+        problems: the findings so far, in the order of discovery.
     """
 
     place: Place
@@ -48,12 +44,12 @@ class Given:
         self.problems.append(problem(id, message, remedy))
 
     def fault(self, fault: FileFault) -> None:
-        """Add what is wrong with a file."""
+        """Add the finding for a faulty file."""
         self.problems.append(of_fault(fault))
 
 
 def read(place: Place) -> Given:
-    """Read config, headers and index, as far as they can be."""
+    """Read config, headers and index; unreadable parts become findings."""
     shards = weight_files(place.folder)
     if place.shard is not None and [os.fspath(s) for s in shards] == [os.fspath(place.shard)]:
         place = Place(place.folder, None, place.repository)
@@ -61,7 +57,7 @@ def read(place: Place) -> Given:
     _read_config(given)
     if place.shard is not None:
         shards = [place.shard]
-        given.add("single-file", f"{place.shard.name} is described by itself; nothing is planned")
+        given.add("single-file", f"only {place.shard.name} is described; no load is planned")
     elif not shards:
         others = sorted(p.name for p in place.folder.glob("*.safetensors"))[:3]
         found = f"found {', '.join(others)}" if others else "no file of that name"
@@ -72,11 +68,11 @@ def read(place: Place) -> Given:
         )
     given.shards = len(shards)
     for path in shards:
-        if (target := leaves(path, place.folder)) is not None:
+        if path.is_symlink() and (target := outside_target(path, place.folder)) is not None:
             given.add(
                 "link-outside",
                 f"{path.name} is a link to {target}, outside the folder",
-                "nothing has to be done if you have put it there",
+                "nothing has to be done if you put it there",
             )
     given.tensors = scan_headers(shards, given.fault)
     if place.shard is None and shards:
@@ -85,20 +81,17 @@ def read(place: Place) -> Given:
 
 
 def _read_config(given: Given) -> None:
-    path = given.place.folder / "config.json"
+    path = given.place.folder / CONFIG
     single = given.place.shard is not None
     if not os.path.lexists(path):
         if not single:
             given.add("config-missing", "there is no config.json", "download it too")
         return
     try:
-        config, _ = read_json(path, MAX_CONFIG)
-        if not isinstance(config, dict):
-            raise UnreadableError(f"it is a {type(config).__name__}, where an object was expected")
+        given.config = read_object(path)
     except UnreadableError as error:
         given.add("config-unreadable", f"config.json: {error}", "download the config again")
         return
-    given.config = config
     extern = given.place.folder / "hf_quant_config.json"
     if os.path.lexists(extern):
         try:

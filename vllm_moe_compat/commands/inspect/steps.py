@@ -1,4 +1,4 @@
-"""A plan in words: what is done, to how many tensors, in how many layers."""
+"""Describe a plan: each step, with its numbers of tensors and layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vllm_moe_compat.plan.planner import Plan
 
 
 def steps(plan: Plan, layout: Layout, row: Row, changed: Sequence[str]) -> list[Step]:
-    """List what will be done, in order.
+    """List the steps of a load, in order.
 
     Args:
-        plan: for the tensors.
-        layout: of the checkpoint.
-        row: of the module.
-        changed: ids of what was put right in the config.
+        plan: the plan.
+        layout: the checkpoint's layout.
+        row: the module's row.
+        changed: ids of the fixes that were applied to the config.
     """
     found = []
     if changed:

@@ -1,9 +1,9 @@
-"""What mlx-lm does with a checkpoint by itself, as far as the registry tells.
+"""Predict what mlx-lm does with a checkpoint without this package, from the registry.
 
-A row says what upstream's ``sanitize`` reads and digests; whatever the plan has to do
-beyond that is what upstream lacks. Where the module then has no parameter for a tensor,
-its strict load refuses; where a setting is not read or a repair is needed, it loads and
-computes something else, or refuses, and which of the two only the module's code says.
+A row says which forms the module's ``sanitize`` reads; everything else that the plan does is
+missing without it. If the module then has no parameter for a tensor, its strict load refuses.
+If a setting is not read or a fix is missing, it loads and computes something else, or
+refuses; only the module's code tells which.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_moe_compat.checkpoint.config import layer_count, quantization_configs
+from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.commands.inspect.describe import dropped_by_us
 from vllm_moe_compat.commands.inspect.model import Stock
@@ -35,17 +35,17 @@ def stock(
     known: bool,
     extern: Any = None,
 ) -> Stock:
-    """Say what upstream does.
+    """Return the prediction.
 
     Args:
-        plan: ours.
-        layout: of the checkpoint.
-        row: of the module.
-        config: as it was read.
-        fixed: the same in mlx-lm's words.
-        changed: ids of what we put right in it.
+        plan: the plan of the load with this package.
+        layout: the checkpoint's layout.
+        row: the module's row.
+        config: the config as it was read.
+        fixed: the config translated for mlx-lm.
+        changed: ids of the fixes that were applied to it.
         known: whether mlx-lm has a module for the model type as it was read.
-        extern: what its hf_quant_config.json holds, where there is one.
+        extern: the content of its hf_quant_config.json, if it has one.
     """
     if not known:
         kind = config.get("model_type")
@@ -60,8 +60,8 @@ def stock(
     hints = []
     if settings := [id for id in changed if id != "model_type"]:
         hints.append(
-            "config.json is not in its words, so it may refuse, or take defaults that are other "
-            f"than what is meant: {', '.join(settings)}"
+            "config.json has keys that it does not read, so it may refuse, or use other defaults: "
+            f"{', '.join(settings)}"
         )
     if _scaled(fixed):
         hints.append("whether it scales rotary embeddings is seen only once it is built")
@@ -70,8 +70,8 @@ def stock(
     if layout.numbers.weights and knows and not foreign:
         doubts.append("its sanitize knows FP8, but not in this form")
     if any(isinstance(op, Add) for build in plan.builds for op in build.ops):
-        wrongs.append("norms that are stored less 1 stay so")
-    _repairs(layout, row, config, refusals, doubts, wrongs)
+        wrongs.append("it does not add 1 to norms that are stored less 1")
+    _add_symptoms(layout, row, config, refusals, wrongs)
     reasons = [*refusals, *doubts, *wrongs, *hints]
     if doubts:
         return Stock(EITHER, reasons, len(unexpected))
@@ -81,7 +81,7 @@ def stock(
         return Stock(EITHER if hints else WRONG, reasons)
     if hints:
         return Stock(UNSURE, reasons)
-    return Stock(LOADS, ["everything in it is in a form that its module takes"])
+    return Stock(LOADS, ["its module reads every tensor and every setting"])
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:
@@ -128,29 +128,15 @@ def _quantization(config: Mapping[str, Any], layout: Layout, row: Row, extern: A
     return []
 
 
-def _repairs(
+def _add_symptoms(
     layout: Layout,
     row: Row,
     config: Mapping[str, Any],
     refusals: list[str],
-    doubts: list[str],
     wrongs: list[str],
 ) -> None:
-    """Add what a row's repairs are for, where this checkpoint needs them."""
+    """Add the effects of missing workarounds that the plan does not show."""
     for workaround in row.workarounds:
-        match workaround.id:
-            case "jamba-router":
-                if layout.experts:
-                    wrongs.append(workaround.why)
-            case "ernie-bias":
-                if any(name.endswith("e_score_correction_bias") for name in layout.tensors):
-                    wrongs.append(workaround.why)
-            case "layer-61":
-                if (layer_count(config) or 0) > 61:
-                    refusals.append(workaround.why)
-            case "tied-head":
-                if not any(name.endswith("lm_head.weight") for name in layout.tensors):
-                    refusals.append(workaround.why)
-            case "hunyuan-router":
-                if config.get("model_type") == "hunyuan_v1_moe":
-                    wrongs.append(workaround.why)
+        symptom = workaround.symptom
+        if symptom is not None and symptom.occurs(layout, config):
+            (refusals if symptom.refuses else wrongs).append(workaround.why)

@@ -1,7 +1,7 @@
-"""An inspection as text, by rich: for a terminal, and whole when it is piped.
+"""Render an inspection as text with rich, for a terminal or a pipe.
 
-In a pipe there is no width to keep to, so no line is broken and no name is cut; nor is
-there colour. What a checkpoint says is never read as rich's markup.
+Piped output has no width limit and no colour, so lines are not wrapped and names are not
+cut. Text from the checkpoint is never interpreted as rich markup.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def render(found: Inspection) -> str:
 
 
 def show(found: Inspection, out: TextIO) -> None:
-    """Write to a stream: in colour and to its width if it is a terminal."""
+    """Write to a stream; a terminal gets colour and lines of its width."""
     if out.isatty():
         _print(Console(file=out, highlight=False), found)
     else:

@@ -1,4 +1,4 @@
-"""An inspection as titled lists of lines, which text and Markdown both write down."""
+"""An inspection as titled sections, which text and Markdown render."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ from vllm_moe_compat.commands.inspect.model import CacheKind, Extra, Inspection,
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.load.report import size
 
-VERDICTS = {
-    "loads": "loads: everything that is not a warning is in order",
-    "refuses": "refused: see the errors",
-    "unknown": "not planned",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under column names; numbers are on the right."""
+    """A table with column names."""
 
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -26,7 +20,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A title, pairs of a label and its text, and a table."""
+    """A title, pairs of label and text, and possibly a table."""
 
     title: str
     pairs: list[tuple[str, str]]
@@ -34,12 +28,12 @@ class Section:
 
 
 def amount(count: int) -> str:
-    """Write bytes for people, whatever a header has made of them."""
+    """Format a size; a malicious header may claim any."""
     return size(count) if count < 2**70 else "more than any machine has"
 
 
 def sections(found: Inspection) -> Iterator[Section]:
-    """Yield what there is to say, in the order of a load."""
+    """Yield the sections, in the order of a load."""
     yield Section("Checkpoint", list(_checkpoint(found)))
     if found.experts is not None:
         runs = Table(

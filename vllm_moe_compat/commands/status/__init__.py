@@ -1,1 +1,1 @@
-"""The command ``status``."""
+"""The command ``status``: versions, modules, workarounds and what ends them."""

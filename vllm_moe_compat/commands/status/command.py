@@ -1,9 +1,9 @@
-"""Say what is installed, which workarounds are at work, and what ends them.
+"""Show versions, the state of every module and its workarounds, and what ends them.
 
-Every mapped module is tried on tiny checkpoints, through mlx-lm's own class and through
-the patched one, and compared with recorded numbers: a module is active only if ours come
-out right, and dormant if mlx-lm's do without us. That takes the better part of a minute;
-``--quick`` leaves it out, and then nothing is called active.
+Every mapped module loads tiny checkpoints through mlx-lm's own class and through the patched
+one, and the logits are compared with recorded ones. A module is active if the patched class
+is right, and dormant if mlx-lm's own class is right, too. That takes the better part of a
+minute; with ``--quick`` nothing is probed, and no module is reported active.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_moe_compat.families.row import Row
-    from vllm_moe_compat.load.status import Status
     from vllm_moe_compat.probes.evidence import Examined
+    from vllm_moe_compat.probes.status import Status
 
 SCHEMA = "vllm-moe-compat/status/1"
 SECONDS = 50.0
-"""How long probing all modules goes on; the row that is begun last may take a second more."""
+"""Time limit for probing; the row that is probed at that moment is finished."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,27 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="only this module of mlx-lm, in every form that is recorded of it; repeatable",
+        help="only this module of mlx-lm, in every recorded form; repeatable",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=SECONDS,
         metavar="N",
-        help=f"begin no further module after so many seconds (default {SECONDS:g})",
+        help=f"probe no further module after so many seconds (default {SECONDS:g})",
     )
     parser.add_argument(
         "--plugins",
         action="store_true",
-        help="load vLLM's other general plugins first, whose shims may displace our hooks",
+        help="load vLLM's other general plugins first; their patches may displace the hooks",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the status; return 1 if something is unpatchable, broken or out of range."""
+    """Print the status; return 1 if there is a problem."""
     from vllm_moe_compat.families import registry
     from vllm_moe_compat.load import patching
     from vllm_moe_compat.plugin import mlx_installed
+    from vllm_moe_compat.probes.status import status_of
 
     rows = [_row(name) for name in args.module] or list(registry.TRANSFORMS_BY_MODULE.values())
     patching.apply()
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         _load_plugins()
     examined: Mapping[str, Examined] = {}
     if not args.quick and mlx_installed():
-        examined = _examine(rows, bool(args.module), args.seconds)
-    status = patching.status_of(examined)
+        examined = _probe(rows, bool(args.module), args.seconds)
+    status = status_of(examined)
     if args.module:
         wanted = {row.module for row in rows}
         status = dataclasses.replace(
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """Return the status as JSON has it; ``schema`` changes when a field changes its meaning."""
+    """Return the status as plain data; ``schema`` changes when a field changes its meaning."""
     from vllm_moe_compat import __version__
 
     return {
@@ -107,7 +108,7 @@ def _row(name: str) -> Row:
     return TRANSFORMS_BY_MODULE[module]
 
 
-def _examine(rows: list[Row], every: bool, seconds: float) -> dict[str, Examined]:
+def _probe(rows: list[Row], every: bool, seconds: float) -> dict[str, Examined]:
     from vllm_moe_compat import envs
     from vllm_moe_compat.probes.evidence import examine_all
 
@@ -118,7 +119,7 @@ def _examine(rows: list[Row], every: bool, seconds: float) -> dict[str, Examined
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[Row], None]]:
-    """Show a bar on a terminal's stderr."""
+    """Show a progress bar if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda row: None
         return
@@ -134,7 +135,7 @@ def _progress(total: int) -> Iterator[Callable[[Row], None]]:
 
 
 def _load_plugins() -> None:
-    """Have vLLM load its plugins, as every process of a server does."""
+    """Load vLLM's plugins, as every process of a server does."""
     try:
         from vllm.plugins import load_general_plugins
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The status for people: packages, modules by state, workarounds and what ends them."""
+"""Render the status as text: packages, modules by state, workarounds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_moe_compat.load.status import (
+from vllm_moe_compat.load.hook_status import UNPATCHABLE
+from vllm_moe_compat.probes.evidence import (
     ACTIVE,
     BROKEN,
     DORMANT,
     NEEDED,
     NOT_PROBED,
-    RIGHT,
-    UNPATCHABLE,
-    Probe,
-    RowStatus,
-    Status,
-    Verdict,
     WorkaroundStatus,
 )
+from vllm_moe_compat.probes.results import RIGHT, Probe, Verdict
+from vllm_moe_compat.probes.status import RowStatus, Status
 
 WIDTH = 120
-"""Of what is not printed on a terminal."""
+"""Columns of piped output."""
 STYLES = {ACTIVE: "green", BROKEN: "bold red", UNPATCHABLE: "bold red", DORMANT: "yellow"}
 
 
@@ -96,7 +93,7 @@ def _why(probe: Probe) -> Text:
 
 
 def _workarounds(rows: Iterable[RowStatus]) -> Table:
-    """Each workaround once: why it is there, what ends it, how many modules need it."""
+    """Return a table with each workaround once."""
     found: dict[str, list[WorkaroundStatus]] = {}
     for row in rows:
         for entry in row.workarounds:

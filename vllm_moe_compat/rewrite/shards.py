@@ -1,10 +1,12 @@
-"""Safetensors shards that are laid out first and filled afterwards, tensor by tensor.
+"""Write safetensors shards: first every header, then each tensor at its slot.
 
-In goes what every tensor will be; the headers are written and the room is taken at
-once, so a full disk shows before the work and not after it. Then each tensor goes to
-its place, in any order, and nothing is held: a library's ``save`` wants the tensors of
-a whole shard, and MLX's has no name for E4M3. The format is eight bytes of length, a
-JSON header, and the values one after the other.
+All dtypes and shapes are given at the start. The headers are written and the disk space is
+allocated at once, so that a full disk shows before the work begins. Tensors may then come in
+any order, and none is kept in memory. Two reasons not to use a library: ``save_file`` takes
+all tensors of a shard at once, and MLX has no name for E4M3.
+
+Format: eight bytes of length (little-endian), a JSON header, the values. Source:
+https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -29,8 +31,14 @@ BYTES_AT_ONCE = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor goes: a shard, and the byte of it that the values begin at."""
+class Slot:
+    """The place of one tensor.
+
+    Attributes:
+        file: name of the shard.
+        offset: first byte of the values in the shard.
+        spec: dtype and shape.
+    """
 
     file: str
     offset: int
@@ -38,9 +46,9 @@ class Place:
 
 
 def divide(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
-    """Return the names in shards of at most ``limit`` bytes, in order.
+    """Group the tensors into shards of at most ``limit`` bytes, in order.
 
-    A tensor that is larger than that has a shard of its own.
+    A larger tensor gets a shard of its own.
     """
     shards: list[list[str]] = []
     filled = 0
@@ -55,13 +63,13 @@ def divide(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
 
 
 class Shards:
-    """The files of one checkpoint, from their headers to their index.
+    """The shards and the index of one checkpoint.
 
     Args:
-        folder: where; exists.
-        specs: every tensor that will be written, in the order of the files.
-        limit: bytes of a shard.
-        kind: what ``format`` says in the headers: ``mlx`` or ``pt``.
+        folder: an existing folder.
+        specs: every tensor, in the order of the files.
+        limit: bytes per shard.
+        kind: ``format`` in the headers' metadata: ``mlx`` or ``pt``.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -70,7 +78,7 @@ class Shards:
     def __init__(self, folder: Path, specs: Mapping[str, Spec], limit: int, kind: str) -> None:
         self._folder = folder
         self._specs = dict(specs)
-        self._places: dict[str, Place] = {}
+        self._slots: dict[str, Slot] = {}
         self._sums: dict[str, int] = {}
         self.total = sum(map(nbytes, specs.values()))
         groups = divide(specs, limit)
@@ -86,7 +94,7 @@ class Shards:
         header: dict[str, object] = {"__metadata__": {"format": kind}}
         ends: dict[str, tuple[int, int]] = {}
         end = 0
-        # Wide numbers first, so that every tensor begins at a multiple of its width.
+        # Wide dtypes first, so that every tensor begins at a multiple of its item size.
         for name in sorted(names, key=lambda n: -_width(self._specs[n])):
             begin, end = end, end + nbytes(self._specs[name])
             ends[name] = begin, end
@@ -100,7 +108,7 @@ class Shards:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
         for name, (begin, _) in ends.items():
-            self._places[name] = Place(file, 8 + len(text) + begin, self._specs[name])
+            self._slots[name] = Slot(file, 8 + len(text) + begin, self._specs[name])
         with (self._folder / file).open("xb") as shard:
             shard.write(len(text).to_bytes(8, "little") + text)
             size = 8 + len(text) + end
@@ -111,21 +119,21 @@ class Shards:
                 shard.truncate(size)
 
     def write(self, name: str, array: mx.array) -> None:
-        """Put one tensor to its place; FP8 and E8M0 come as ``uint8``.
+        """Write one tensor; FP8 and E8M0 come as ``uint8``.
 
         Raises:
-            OSError: it could not be written.
-            RuntimeError: it is not what was announced, which is a bug.
+            OSError: the disk is full or fails.
+            RuntimeError: shape or size differ from the spec, which is a bug.
         """
-        place = self._places[name]
-        if tuple(array.shape) != place.spec.shape or array.nbytes != nbytes(place.spec):
-            raise RuntimeError(f"{name} is {array.shape} {array.dtype}, not {place.spec}")
-        # In the order of its axes; a view of another tensor may lie otherwise.
+        slot = self._slots[name]
+        if tuple(array.shape) != slot.spec.shape or array.nbytes != nbytes(slot.spec):
+            raise RuntimeError(f"{name} is {array.shape} {array.dtype}, not {slot.spec}")
+        # Row-major; a view of another tensor may have other strides.
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
         data = memoryview(flat)  # type: ignore[arg-type]
         checksum = 0
-        with (self._folder / place.file).open("r+b") as shard:
-            shard.seek(place.offset)
+        with (self._folder / slot.file).open("r+b") as shard:
+            shard.seek(slot.offset)
             for start in range(0, len(data), BYTES_AT_ONCE):
                 piece = data[start : start + BYTES_AT_ONCE]
                 shard.write(piece)
@@ -133,10 +141,10 @@ class Shards:
         self._sums[name] = checksum
 
     def finish(self) -> None:
-        """See that all was written and is on the disk, headers read back.
+        """Flush everything to the disk and check the headers by reading them back.
 
         Raises:
-            CheckpointFileError: what the headers say is not what was to be written.
+            CheckpointFileError: a header differs from the specs.
             RuntimeError: a tensor was never written, which is a bug.
         """
         if missing := self._specs.keys() - self._sums.keys():
@@ -144,8 +152,8 @@ class Shards:
         for path in sorted(self._folder.iterdir()):
             sync(path)
         wanted = {
-            name: TensorInfo(place.spec.dtype, place.spec.shape, place.file)
-            for name, place in self._places.items()
+            name: TensorInfo(slot.spec.dtype, slot.spec.shape, slot.file)
+            for name, slot in self._slots.items()
         }
         found = read_headers(self._folder)
         if found != wanted:
@@ -156,34 +164,34 @@ class Shards:
             )
 
     def verify(self) -> None:
-        """Read every byte back and compare its sum with that of what was written.
+        """Read every tensor back and compare its checksum with the written one.
 
         Raises:
-            CheckpointFileError: a tensor has other bytes.
+            CheckpointFileError: a checksum differs.
         """
-        for name, place in self._places.items():
-            checksum, left = 0, nbytes(place.spec)
-            with (self._folder / place.file).open("rb") as shard:
-                shard.seek(place.offset)
+        for name, slot in self._slots.items():
+            checksum, left = 0, nbytes(slot.spec)
+            with (self._folder / slot.file).open("rb") as shard:
+                shard.seek(slot.offset)
                 while left and (piece := shard.read(min(left, BYTES_AT_ONCE))):
                     checksum = zlib.crc32(piece, checksum)
                     left -= len(piece)
             if checksum != self._sums[name]:
                 raise CheckpointFileError(
-                    f"{self._folder / place.file}: {name} was read back with other bytes than were "
+                    f"{self._folder / slot.file}: {name} was read back with other bytes than were "
                     "written; see whether the disk is sound, and try again."
                 )
 
     def _write_index(self) -> None:
         index = {
             "metadata": {"total_size": self.total},
-            "weight_map": {name: self._places[name].file for name in sorted(self._places)},
+            "weight_map": {name: self._slots[name].file for name in sorted(self._slots)},
         }
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """See that a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,4 +1,4 @@
-"""From a folder to a folder: checks first, then the work, then the name."""
+"""Convert a checkpoint: check first, write into a partial folder, rename it at the end."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pathlib import Path
 
 from vllm_moe_compat.commands.convert import folder as folders
 from vllm_moe_compat.commands.convert.folder import Report
-from vllm_moe_compat.commands.convert.shards import Shards
 from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.envs import DTYPE, ENABLED, QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 MAX_SHARD_BYTES = 5 * 10**9
 _OVERHEAD = 16 * 2**20
-"""Headers, index, tokenizer and the like; generously."""
+"""A generous bound for headers, index and tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to write.
+    """The options of a conversion.
 
     Attributes:
         layout: a published layout; None for MLX's own.
-        setting: to what the MLX form is quantised; ``none``, ``8bit``, …
+        setting: quantisation of the MLX form: ``none``, ``8bit``, …
         dtype: what FP8 becomes, and in MLX form every other float; empty for bfloat16,
             with what is no FP8 left as it is.
-        shard_bytes: of a file, at most, but for a tensor that is larger.
-        replace_partial: whether the leavings of a killed conversion may be removed.
-        verify: whether every byte is read back and compared.
+        shard_bytes: limit of a shard; a larger tensor gets a shard of its own.
+        replace_partial: whether the partial folder of a killed conversion may be removed.
+        verify: whether every tensor is read back and compared.
     """
 
     layout: WrittenLayout | None = None
@@ -50,36 +50,34 @@ class Options:
 def convert(source: Path, target: Path, options: Options) -> Report:
     """Write the checkpoint in another layout.
 
-    No more is in memory than what is made at once: a projection of one layer's experts.
+    At most one projection of one layer's experts is in memory at a time.
 
     Args:
         source: the checkpoint's folder.
-        target: a folder that is not there, or is empty.
-        options: what to write.
+        target: a new or empty folder.
+        options: the options of the conversion.
 
     Raises:
-        CompatError: the checkpoint cannot be read, or not be written so.
-        SettingError: the target is taken, inside the source or on a full disk.
+        CompatError: the checkpoint cannot be read, or cannot be written in that layout.
+        SettingError: the target is not empty, lies inside the source, or the disk is full.
     """
     folders.check_source(source)
     folders.check_target(source, target)
     if ENABLED.read() == "0":
-        raise SettingError(
-            f"{ENABLED.name}=0 switches off what reads the checkpoint; unset it to convert."
-        )
+        raise SettingError(f"{ENABLED.name}=0 switches off the hooks that convert needs; unset it.")
     import mlx.core as mx
 
     began = time.perf_counter()
-    with folders.whole(target, replace=options.replace_partial) as work, _hooks(options):
+    with folders.complete_folder(target, replace=options.replace_partial) as work, _hooks(options):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         given = _prepare(source, options)
         if not given.specs:
-            raise CheckpointFileError(f"{source}: holds no tensor that the model uses.")
+            raise CheckpointFileError(f"{source}: it has no tensor that the model uses.")
         folders.check_space(target, sum(map(nbytes, given.specs.values())) + _OVERHEAD)
         try:
             given.save_config(work)
-            folders.copy_rest(source, work)
+            given.notes += folders.copy_rest(source, work)
             shards = Shards(work, given.specs, options.shard_bytes, given.kind)
             given.check(work)
             with bar(len(given.specs), "Writing checkpoint tensors") as done:
@@ -92,7 +90,7 @@ def convert(source: Path, target: Path, options: Options) -> Report:
                 shards.verify()
         except OSError as error:
             raise SettingError(
-                f"{target}: it could not be written ({error}); make room or name another folder."
+                f"{target}: it could not be written ({error}); free space or name another folder."
             ) from error
         peak = mx.get_peak_memory() - before
     return Report(
@@ -121,7 +119,7 @@ def _prepare(source: Path, options: Options) -> Source:
 
 @contextmanager
 def _hooks(options: Options) -> Iterator[None]:
-    """Have the hooks in, and loads give what the options say, whatever the device is."""
+    """Install the hooks and set the dtype and the quantisation of loads by the options."""
     values = {QUANTIZE.name: options.setting, DTYPE.name: options.dtype or "bfloat16"}
     with _environment(values), patching.applied():
         yield
