@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,10 @@ def demo_path(demo_checkpoint: demo.DemoCheckpoint) -> Path:
 def schedule_budget(request: pytest.FixtureRequest) -> int:
     """Random schedules per setting: ``--schedules N`` for a longer run."""
     return int(request.config.getoption("--schedules"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect() -> Iterator[None]:
+    """Collect what a file's engines have left; ``support.engine`` keeps vLLM from it."""
+    yield
+    gc.collect()
