@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from support.engine import Greedy
 from vllm_moe_compat import demo
 
 
 @pytest.fixture(scope="session")
 def demo_path(demo_checkpoint: demo.DemoCheckpoint) -> Path:
     return demo_checkpoint.path
+
+
+@pytest.fixture(scope="session")
+def greedy(demo_path: Path) -> Greedy:
+    """mlx-lm's greedy continuations by the demo checkpoint; the prompts recur between files."""
+    return Greedy(demo_path)
 
 
 @pytest.fixture(scope="session")

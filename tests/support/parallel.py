@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-_FAMILY = re.compile(r"tests/parity/test_(?:forms|parity|recorded|rewritten)\.py::\w+\[([^-\]]+)")
+_FAMILY = re.compile(
+    r"tests/parity/test_(?:forms|parity|recorded|rewritten|still_needed)\.py::\w+\[([^-\]]+)"
+)
 
 
 def scope(nodeid: str) -> str:
