@@ -14,12 +14,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
 
+import hypothesis
 from filelock import FileLock
 
 from support import parallel
 from vllm_moe_compat import demo
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Examples are not timed: beside another worker they take as long as they take.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from parity.daily import DAILY
 from parity.forms import CELLS
 from support import parallel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARITY = "tests/parity/test_parity.py"
 
 
