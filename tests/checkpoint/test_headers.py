@@ -77,9 +77,9 @@ def test_sixty_thousand_tensors_take_well_under_two_seconds(tmp_path: Path):
         for p in ("gate_proj", "up_proj", "down_proj")
     }
     write(tmp_path, json.dumps(entries).encode())
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(read_headers(tmp_path)) == 61_440
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def write(path: Path, header: bytes, data: bytes = b"") -> None:

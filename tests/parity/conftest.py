@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +8,9 @@ import torch
 import transformers
 
 from parity.family import Family
-from parity.forms import Form
+from parity.forms import CELLS, Form
 from parity.verdict import Verdict
+from support import parallel
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,27 +21,23 @@ def quiet() -> None:
 
 
 @pytest.fixture(scope="session")
-def record_parity(request: pytest.FixtureRequest) -> Iterator[Callable[..., None] | None]:
-    """Collect a row per cell, written as JSON when the session ends."""
-    path = request.config.getoption("--record-parity")
-    if path is None:
-        yield None
-        return
-    rows: list[dict[str, Any]] = []
+def record_parity(request: pytest.FixtureRequest) -> Callable[..., None] | None:
+    """Keep a row per cell for ``--record-parity``; None without that option."""
+    config = request.config
+    if config.getoption("--record-parity") is None:
+        return None
 
     def record(family: Family, form: Form, found: Verdict, upstream: Verdict) -> None:
-        rows.append(
-            {
-                "family": family.name,
-                "module": family.module,
-                "form": form.name,
-                **_fields("", found),
-                **_fields("stock_", upstream),
-            }
-        )
+        row = {
+            "family": family.name,
+            "module": family.module,
+            "form": form.name,
+            **_fields("", found),
+            **_fields("stock_", upstream),
+        }
+        parallel.hand_over(config, parallel.CELLS, [[CELLS.index((family, form)), row]])
 
-    yield record
-    Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+    return record
 
 
 def _fields(prefix: str, verdict: Verdict) -> dict[str, Any]:

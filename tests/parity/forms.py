@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from parity import experts as ex
 from parity import quantization as qc
 from parity.dense import DENSE
+from parity.families import FAMILIES
 from parity.family import Family
 from parity.fp8 import quantize
 from parity.reference import GRAIN, Reference, State, reference
@@ -107,6 +108,9 @@ def applies(family: Family, form: Form) -> bool:
     if family.name in _DENSE:
         return form.layout in ("released", "single")
     return True
+
+
+CELLS = [(f, form) for f in FAMILIES.values() for form in FORMS if applies(f, form)]
 
 
 def build(family: Family, form: Form) -> Cell:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vllm_moe_compat
+from parity.daily import DAILY, shape_of
 from parity.families import FAMILIES
 from parity.family import Family
-from parity.forms import FORM_BY_NAME, FORMS, Form, applies, build
+from parity.forms import CELLS, FORM_BY_NAME, Form, applies, build
 from parity.refused import REFUSED
 from parity.verdict import Verdict, judge, stock
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
-CELLS = [(f, form) for f in FAMILIES.values() for form in FORMS if applies(f, form)]
+
+def lanes() -> list[Any]:
+    """The matrix; what is not compared daily is marked."""
+    return [
+        pytest.param(
+            family, form, marks=() if (family.name, form.name) in DAILY else pytest.mark.full
+        )
+        for family, form in CELLS
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +36,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("family", "form"), CELLS, ids=lambda value: value.name)
+@pytest.mark.parametrize(("family", "form"), lanes(), ids=lambda value: value.name)
 def test_the_logits_are_those_of_transformers(
     family: Family, form: Form, tmp_path: Path, record_parity: Callable[..., None] | None
 ):
@@ -51,3 +61,14 @@ def check(found: Verdict, refusal: str | None) -> None:
 def test_refusals_are_of_forms_that_exist():
     for family, form in REFUSED:
         assert applies(FAMILIES[family], FORM_BY_NAME[form])
+
+
+def test_the_daily_cells_cover_every_row_and_every_form_of_every_shape():
+    daily = [(family, form) for family, form in CELLS if (family.name, form.name) in DAILY]
+    assert {family.name for family, _ in daily} == set(FAMILIES)
+    for name in ("release", "saved"):
+        own = {family.name for family, form in daily if form.name == name}
+        assert own == {f.name for f in FAMILIES.values() if applies(f, FORM_BY_NAME[name])}
+    covered = {(shape_of(family), form.name) for family, form in daily}
+    assert covered == {(shape_of(family), form.name) for family, form in CELLS}
+    assert len(daily) < len(CELLS)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.engine import Greedy
 from vllm_moe_compat import demo
 
 
@@ -13,6 +16,19 @@ def demo_path(demo_checkpoint: demo.DemoCheckpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
+def greedy(demo_path: Path) -> Greedy:
+    """mlx-lm's greedy continuations by the demo checkpoint; the prompts recur between files."""
+    return Greedy(demo_path)
+
+
+@pytest.fixture(scope="session")
 def schedule_budget(request: pytest.FixtureRequest) -> int:
     """Random schedules per setting: ``--schedules N`` for a longer run."""
     return int(request.config.getoption("--schedules"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect() -> Iterator[None]:
+    """Collect what a file's engines have left; ``support.engine`` keeps vLLM from it."""
+    yield
+    gc.collect()

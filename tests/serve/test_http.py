@@ -136,8 +136,9 @@ def test_a_tool_call_comes_back_parsed(server: Server) -> None:
     assert 1 <= json.loads(call["function"]["arguments"])["number"] <= 19
 
 
-def test_eight_at_once_are_each_as_if_alone(server: Server, demo_path: Path) -> None:
-    greedy = Greedy(demo_path)
+def test_eight_at_once_are_each_as_if_alone(
+    server: Server, demo_path: Path, greedy: Greedy
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_path)

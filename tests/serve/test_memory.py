@@ -97,13 +97,15 @@ def test_sequences_are_lowered_when_their_states_do_not_fit(demo_path: Path) -> 
     ],
 )
 def test_poisoned_pages_are_never_read(
-    kind: str, prefix: bool, demo_path: Path, tmp_path: Path
+    kind: str, prefix: bool, demo_path: Path, tmp_path: Path, greedy: Greedy
 ) -> None:
     """NaN in every page that nobody has written: no token may change."""
     import mlx.core as mx
 
-    path = demo_path if kind == "demo" else models.write_mlx(tmp_path / "model", kind)
-    greedy = Greedy(path)
+    path = demo_path
+    if kind != "demo":
+        path = models.write_mlx(tmp_path / "model", kind)
+        greedy = Greedy(path)
     settings = {"enable_prefix_caching": prefix, "max_num_batched_tokens": 100}
     with in_process_llm(path, skip_tokenizer_init=True, **settings) as llm:
         for pool in pools(llm):

@@ -1,4 +1,8 @@
-"""One small model of each module path: vLLM's tokens are mlx-lm's."""
+"""One small model of each module path: vLLM's tokens are mlx-lm's.
+
+Each has an engine of its own: loading, the self-check and the passes are nine tenths of
+what that costs, and a test of the runner alone would have to do them as well.
+"""
 
 from __future__ import annotations
 

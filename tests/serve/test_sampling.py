@@ -36,11 +36,6 @@ def llm(demo_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def greedy(demo_path: Path) -> Greedy:
-    return Greedy(demo_path)
-
-
-@pytest.fixture(scope="module")
 def unsure(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A model that repeats itself and is sure of nothing, beside its reference."""
     path = models.write(tmp_path_factory.mktemp("unsure"), "qwen3", demo_path)

@@ -23,11 +23,6 @@ def llm(demo_path: Path) -> Iterator[Any]:
         yield llm
 
 
-@pytest.fixture(scope="module")
-def greedy(demo_path: Path) -> Greedy:
-    return Greedy(demo_path)
-
-
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of all logits that are copied to torch."""

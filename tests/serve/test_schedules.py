@@ -36,11 +36,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def greedy(demo_path: Path) -> Greedy:
-    return Greedy(demo_path)
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_are_those_of_a_single_sequence(
     name: str, demo_path: Path, greedy: Greedy, schedule_budget: int

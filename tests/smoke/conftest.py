@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
     config.stash[_LEFT_OUT] = reasons
+    if hasattr(config, "workeroutput"):  # one of pytest-xdist's: tests/conftest.py prints them
+        config.workeroutput.setdefault("notes", []).extend(reasons)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -44,6 +44,13 @@ def test_without_the_variable_they_are_deselected_and_it_is_said() -> None:
     assert f"{said[1]} deselected in" in result.stdout
 
 
+def test_beside_other_tests_in_several_processes_it_is_said_once() -> None:
+    others = ("tests/checkpoint/test_names.py", "tests/test_import.py")
+    result = run_pytest(*FILES, *others, "-n", "2", "--dist", "loadfile")
+    assert result.returncode == pytest.ExitCode.OK, result.stdout
+    assert len(re.findall(r"no smoke model: \d+ smoke tests deselected", result.stdout)) == 1
+
+
 @pytest.mark.parametrize("folder", ["missing", "empty"])
 def test_a_path_without_a_checkpoint_fails_and_names_the_variable(
     folder: str, tmp_path: Path
