@@ -51,6 +51,7 @@ def check_packed(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterato
                     remedy=CONVERT,
                     error=UnsupportedCheckpointError,
                     rank=1,
+                    topic="packed",
                 )
 
 

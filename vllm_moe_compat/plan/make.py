@@ -345,7 +345,7 @@ def _unmapped(
         )
     weights = [*layout.numbers.weights, *layout.numbers.stray]
     if weights:
-        forms = " and ".join(sorted({f.form.name.upper() for f in layout.numbers.found}))
+        forms = " and ".join(sorted({f.form.title for f in layout.numbers.found}))
         verb = "are" if len(weights) > 1 else "is"
         yield Fault(
             f"{layout.numbers.found[0].form.name}-unmapped",
@@ -360,7 +360,7 @@ def _unmapped(
 def _needs_row(layout: Layout) -> str:
     """Name the tensors that mlx-lm may not load right without a row; empty for none."""
     parts = [
-        f"{len(found.weights) + len(found.stray()):,} {found.form.name.upper()} weights"
+        f"{len(found.weights) + len(found.stray()):,} {found.form.title} weights"
         for found in layout.numbers.found
         if found.weights or found.stray()
     ]

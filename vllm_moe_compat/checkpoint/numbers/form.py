@@ -107,12 +107,16 @@ class NumberForm(ABC):
     """One stored number form.
 
     Attributes:
-        name: for messages and tests.
+        name: in ids of findings.
+        title: in messages.
+        faults: kind of finding, ``scales`` or ``unsupported`` → what it means.
         methods: values of ``quant_method`` in configs of checkpoints in the form.
         dtypes: safetensors' names of the dtypes that only weights in the form have.
     """
 
     name: str
+    title: str
+    faults: Mapping[str, str]
     methods: frozenset[str]
     dtypes: frozenset[str]
 

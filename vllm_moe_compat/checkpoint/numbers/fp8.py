@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.experts import UNUSED_SCALES
@@ -200,6 +200,11 @@ class Fp8(NumberForm):
     """E4M3 with scales."""
 
     name = "fp8"
+    title = "FP8"
+    faults: ClassVar = {
+        "scales": "an FP8 weight without a scale, or a scale that does not fit",
+        "unsupported": "FP8 of a kind that MLX cannot decode",
+    }
     methods = frozenset({"fp8", "compressed-tensors", "modelopt"})
     dtypes = frozenset(_DTYPES)
 

@@ -7,20 +7,28 @@ through ``clean`` before it is shown, since names may hold any characters.
 from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.files import FileFault
+from vllm_moe_compat.checkpoint.numbers import FORMS
 from vllm_moe_compat.commands.inspect.model import Problem, Severity
 from vllm_moe_compat.plan.make import Fault
 
+_ERROR: Severity = "error"
 FILES: dict[str, tuple[Severity, str]] = {
-    "no-weights": ("error", "there is no `model*.safetensors`, which is all that mlx-lm loads"),
-    "shard-unreadable": ("error", "a shard is truncated, malformed, no regular file or not ours"),
+    "no-weights": ("error", "there is no `model*.safetensors`; mlx-lm loads no other files"),
+    "shard-unreadable": (
+        "error",
+        "a shard is truncated, malformed, not a regular file, or not readable by this user",
+    ),
     "headers-too-large": ("error", "the headers together are larger than any real checkpoint's"),
     "config-missing": ("error", "there is no `config.json`"),
-    "config-unreadable": ("error", "`config.json` is no JSON object, or absurdly large or deep"),
+    "config-unreadable": (
+        "error",
+        "`config.json` is not a JSON object, or exceeds the limits below",
+    ),
 }
 PROBLEMS: dict[str, tuple[Severity, str]] = {
     **FILES,
     "tensor-duplicate": ("error", "a tensor is in two shards, or twice in one header"),
-    "index-unreadable": ("error", "the index is no JSON with a `weight_map`"),
+    "index-unreadable": ("error", "the index is not JSON with a `weight_map`"),
     "index-duplicate": ("error", "the index names a tensor twice"),
     "index-outside": ("error", "the index names a file outside the folder"),
     "index-missing-file": ("error", "the index names a file that is not there"),
@@ -28,29 +36,45 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "index-other-file": ("error", "the index names a file that mlx-lm does not load"),
     "index-extra": ("warning", "shards hold tensors that the index does not name"),
     "link-outside": ("warning", "a shard is a link that leaves the folder and the hub's cache"),
-    "single-file": ("note", "one shard of several: it is described, and nothing is planned"),
+    "single-file": ("note", "one shard of several: described without a plan"),
     "model-type": ("error", "`config.json` has no `model_type`, by which mlx-lm picks its module"),
     "module-unknown": ("error", "mlx-lm has no module for this `model_type`"),
-    "module-unmapped": ("note", "the registry has no row for the module: mlx-lm loads it as it is"),
+    "module-unmapped": (
+        "note",
+        "the registry has no row for the module: the checkpoint is left to mlx-lm",
+    ),
     "experts-unmapped": ("warning", "the module has no row, and the experts come one by one"),
-    "fp8-unmapped": ("error", "the module has no row, and would take FP8 for integers"),
-    "own-code": ("warning", "the checkpoint brings its own model code, which is not looked into"),
-    "config-number": ("error", "a number in `config.json` that is needed means nothing"),
+    **{
+        f"{form.name}-unmapped": (
+            _ERROR,
+            f"the module has no row, and would read {form.title} as integers",
+        )
+        for form in FORMS
+    },
+    "own-code": ("warning", "the checkpoint brings its own model code, which is not examined"),
+    "config-number": ("error", "a required number in `config.json` is not valid"),
     "config-unsupported": ("error", "mlx-lm's module cannot represent what `config.json` asks for"),
-    "experts-none": ("warning", "the config speaks of experts, and no layer has any"),
+    "experts-none": ("warning", "the config declares experts, and no layer has any"),
     "experts-twice": ("error", "a layer has its experts twice"),
-    "experts-gap": ("error", "experts are missing, or there are more than the config says"),
+    "experts-gap": ("error", "experts are missing, or there are more than in the config"),
     "experts-contradict": ("error", "projections are missing, or their shapes do not fit"),
     "experts-unlike": ("error", "single experts differ from the others in shape or dtype"),
     "experts-unsupported": ("error", "experts in a form or a place that the module cannot take"),
-    "fp8-scales": ("error", "an FP8 weight without a scale, or a scale that does not fit"),
-    "fp8-unsupported": ("error", "FP8 of a kind that MLX cannot give the value of"),
-    "plan-impossible": ("error", "the tensors' shapes do not allow what has to be done to them"),
+    **{
+        f"{form.name}-{kind}": (_ERROR, words)
+        for form in FORMS
+        for kind, words in form.faults.items()
+    },
+    "packed-unsupported": (
+        "error",
+        "packed weights in a form that neither mlx-lm nor this package reads",
+    ),
+    "plan-impossible": ("error", "a planned operation does not fit the tensors' shapes"),
     "mtp-disagree": ("note", "config and tensors disagree on heads that predict further tokens"),
     "vision-disagree": ("note", "config and tensors disagree on towers for images or sound"),
     "quantized-already": ("error", "`VLLM_MOE_COMPAT_QUANTIZE` does not apply to this checkpoint"),
     "quantize-unmapped": ("error", "the module has no row, and `VLLM_MOE_COMPAT_QUANTIZE` is set"),
-    "memory": ("warning", "what the setting in force takes exceeds this machine's memory"),
+    "memory": ("warning", "with the current setting, loading exceeds this machine's memory"),
 }
 _LONGEST = 1500
 
@@ -66,7 +90,8 @@ def clean(text: object, longest: int = _LONGEST) -> str:
 
 def problem(id: str, message: object, remedy: object = "") -> Problem:
     """Make a finding of a kind in ``PROBLEMS``."""
-    return Problem(id, PROBLEMS[id][0], clean(message), clean(remedy))
+    severity, _ = PROBLEMS.get(id, (_ERROR, ""))  # A number form may be added while we run.
+    return Problem(id, severity, clean(message), clean(remedy))
 
 
 def of_fault(fault: FileFault) -> Problem:
