@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.experts import UNUSED_SCALES
@@ -201,10 +202,12 @@ class Fp8(NumberForm):
 
     name = "fp8"
     title = "FP8"
-    faults: ClassVar = {
-        "scales": "an FP8 weight without a scale, or a scale that does not fit",
-        "unsupported": "FP8 of a kind that MLX cannot decode",
-    }
+    faults: Mapping[str, str] = MappingProxyType(
+        {
+            "scales": "an FP8 weight without a scale, or a scale that does not fit",
+            "unsupported": "FP8 of a kind that MLX cannot decode",
+        }
+    )
     methods = frozenset({"fp8", "compressed-tensors", "modelopt"})
     dtypes = frozenset(_DTYPES)
 

@@ -16,13 +16,13 @@ FILES: dict[str, tuple[Severity, str]] = {
     "no-weights": ("error", "there is no `model*.safetensors`; mlx-lm loads no other files"),
     "shard-unreadable": (
         "error",
-        "a shard is truncated, malformed, not a regular file, or not readable by this user",
+        "a shard is truncated, malformed, not a regular file, or not readable",
     ),
     "headers-too-large": ("error", "the headers together are larger than any real checkpoint's"),
     "config-missing": ("error", "there is no `config.json`"),
     "config-unreadable": (
         "error",
-        "`config.json` is not a JSON object, or exceeds the limits below",
+        "`config.json` is no JSON object, or exceeds the limits below",
     ),
 }
 PROBLEMS: dict[str, tuple[Severity, str]] = {
@@ -41,13 +41,13 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "module-unknown": ("error", "mlx-lm has no module for this `model_type`"),
     "module-unmapped": (
         "note",
-        "the registry has no row for the module: the checkpoint is left to mlx-lm",
+        "the registry has no row for the module: mlx-lm loads it alone",
     ),
     "experts-unmapped": ("warning", "the module has no row, and the experts come one by one"),
     **{
         f"{form.name}-unmapped": (
             _ERROR,
-            f"the module has no row, and would read {form.title} as integers",
+            f"the module has no row; it would read {form.title} bytes",
         )
         for form in FORMS
     },
@@ -67,7 +67,7 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     },
     "packed-unsupported": (
         "error",
-        "packed weights in a form that neither mlx-lm nor this package reads",
+        "packed weights that neither mlx-lm nor this package reads",
     ),
     "plan-impossible": ("error", "a planned operation does not fit the tensors' shapes"),
     "mtp-disagree": ("note", "config and tensors disagree on heads that predict further tokens"),
