@@ -166,7 +166,7 @@ class Fp8Tensors(FoundNumbers):
         if inverse and dtype in FLOATS:
             if scale in ((), (*weight[:-2], 1, 1)):
                 found.add("fp8 tensor")
-            if len(weight) == 2 and self.block_of(weight, scale) == (128, 128):
+            if len(weight) == len(scale) == 2 and self.block_of(weight, scale) == (128, 128):
                 found.add("fp8 block 128")
         if dtype in _E8M0 and (*scale[:-1], *(32 * n for n in scale[-1:])) == weight:
             found.add("fp8 mx")
@@ -300,7 +300,8 @@ def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | 
 
     Args:
         weight: shape ``[…, O, I]``.
-        scale: shape of its scale: nothing, ``[O, 1]``, ``[O]``, a grid; per expert or not.
+        scale: shape of its scale: nothing, ``[O, 1]``, ``[O]``, a grid ``[o, i]`` or
+            ``[o, 1, i, 1]``; per expert or not.
         blocks: as the config names them; without any, 128x128 is tried.
 
     Returns:
@@ -309,6 +310,9 @@ def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | 
     if len(weight) < 2:
         return None
     *lead, rows, columns = weight
+    if len(scale) == len(weight) + 2 and scale[-3] == scale[-1] == 1:
+        # ModelOpt's FP8_PB_WO: [o, 1, i, 1], a broadcastable grid.
+        scale = (*scale[:-4], scale[-4], scale[-2])
     for block in blocks or (DEFAULT_BLOCK,):
         if scale == (*lead, -(-rows // block[0]), -(-columns // block[1])):
             return block
