@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_moe_compat.backend.step.batch import Batch, Request
-from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, RunningRequest, Step
+from vllm_moe_compat.backend.step.schedule import NewRequest, RunningRequest, Schedule
 
 # Of the two KV groups that every request here has blocks of.
 SIZES = [16, 4096]
@@ -21,8 +21,8 @@ def step(
     running: list[RunningRequest] | None = None,
     scheduled: dict[str, int] | None = None,
     finished: set[str] | None = None,
-) -> Step:
-    return Step(
+) -> Schedule:
+    return Schedule(
         frozenset(finished or ()), tuple(new or ()), tuple(running or ()), scheduled or {}, ()
     )
 

@@ -1,26 +1,24 @@
-"""What a loaded model's layers keep between steps, found from the model itself.
+"""Descriptions of a loaded model's layers, found by running the model lazily.
 
-In: an mlx-lm model. Out: one description per cache that the model makes for
-itself, softmax attention or a state of fixed size, with the exact shapes that
-it would hold. They come from forward passes that are built but never evaluated,
-not from index arithmetic on the config. A layer that keeps anything else is
-refused by name.
+``describe`` makes the caches that mlx-lm would use, builds short forward passes with them and
+reads off the shapes that they hold. Nothing is evaluated, and nothing is derived from the config
+by index arithmetic. A cache that the pools cannot hold is refused, naming its layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from vllm_moe_compat.backend.model import attention_hook
+from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, StateLayer
 from vllm_moe_compat.errors import UnsupportedServingError
 
-# Layers with a state whose code leaves it alone where a row is padded on the right.
+# State layers whose code skips the padding on the right of a row.
 PADDED_STATE_MODULES = frozenset(
     {
         ("mlx_lm.models.qwen3_5", "GatedDeltaNet"),
@@ -31,126 +29,50 @@ PADDED_STATE_MODULES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionLayer:
-    """Softmax attention: keys and values ``[kv_heads, tokens, head_dim]`` each.
-
-    Attributes:
-        index: which of the model's caches, those of a layer with several one by one.
-        slot: in which of the model's list.
-        value_dim: of the values where it is another than the keys'.
-        window: each token sees so many, itself included; None: all.
-        direct: the attention function gets just what the cache returned, so that
-            the cache may attend by itself.
-        alone: the model's code takes one sequence at a time.
-    """
-
-    index: int
-    kv_heads: int
-    head_dim: int
-    dtype: mx.Dtype
-    value_dim: int | None = None
-    window: int | None = None
-    direct: bool = True
-    alone: bool = False
-    slot: int = -1
-
-    @property
-    def planes(self) -> int:
-        """Keys and values lie in two planes of a page, or beside each other in one."""
-        return 2 if self.value_dim is None else 1
-
-    @property
-    def row(self) -> int:
-        """Elements of one token and head in one plane."""
-        return self.head_dim + (self.value_dim or 0)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token."""
-        return self.planes * self.kv_heads * self.row * int(self.dtype.size)
-
-
-@dataclass(frozen=True, slots=True)
-class StateLayer:
-    """A state of fixed size: for instance a convolution's tail and a recurrence.
-
-    Attributes:
-        index: which of the model's caches, as above.
-        slot: in which of the model's list.
-        shapes: of its arrays, one sequence's.
-        dtypes: theirs.
-        padded: the layer knows which tokens of a row are padding.
-    """
-
-    index: int
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[mx.Dtype, ...]
-    padded: bool = True
-    slot: int = -1
-
-
-Layer = AttentionLayer | StateLayer
-
-
-class Rows(Enum):
-    """Which sequences a forward pass may take together."""
-
-    PADDED = "any"
-    EVEN = "with as many tokens"
-    SINGLE = "none"
-
-
-def rows_of(layers: Sequence[Layer]) -> Rows:
-    """What all of ``layers`` allow."""
-    if any(isinstance(layer, AttentionLayer) and layer.alone for layer in layers):
-        return Rows.SINGLE
-    if any(isinstance(layer, StateLayer) and not layer.padded for layer in layers):
-        return Rows.EVEN
-    return Rows.PADDED
-
-
 def describe(model: nn.Module) -> list[Layer]:
-    """Describe what every cache of ``model`` keeps.
+    """Return one description per cache of ``model``.
 
     Raises:
-        UnsupportedServingError: one keeps something that the pools cannot hold.
+        UnsupportedServingError: a cache stores something that the pools cannot hold.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     made = make_prompt_cache(model)
-    caches = _flat(made)
+    caches = _flatten(made)
     names = _names(model, caches, len(made))
     for name, (_, cache) in zip(names, caches, strict=True):
         _check_kind(name, cache)
-    # Two tokens: enough for every cache to be filled, too few to be masked away.
+    # Two tokens fill every cache, and are too few for a window to drop one.
     model(mx.zeros((1, 2), dtype=mx.int32), cache=made)
     layers = [
-        _describe_one(index, slot, name, cache, _knows_padding(model, slot, len(made)))
+        _describe_one(index, slot, name, cache, _skips_padding(model, slot, len(made)))
         for index, (name, (slot, cache)) in enumerate(zip(names, caches, strict=True))
     ]
     if not any(isinstance(layer, AttentionLayer) for layer in layers):
         raise _refusal(
             f"{type(model).__module__}",
-            "none of its layers keeps keys and values, which vLLM's pages are made of",
+            "none of its layers stores keys and values, which vLLM's pages consist of",
         )
-    # One more token, as in decoding: who asks its cache for what, and keeps its size?
-    with attention_hook.watching(model, [cache for _, cache in caches]) as watched:
+    # A third token, as in decoding, shows which caches attention reads unchanged, and whether
+    # states keep their size.
+    with attention_hook.recording(model, [cache for _, cache in caches]) as record:
         model(mx.zeros((1, 1), dtype=mx.int32), cache=made)
-    direct = watched.direct() and not any(
+    attends_itself = record.unchanged() and not any(
         isinstance(layer, AttentionLayer) and layer.planes == 1 for layer in layers
     )
     for name, layer, (_, cache) in zip(names, layers, caches, strict=True):
         if isinstance(layer, StateLayer):
-            _check_fixed(name, layer, cache)
+            _check_fixed_size(name, layer, cache)
     return [
-        replace(layer, direct=direct) if isinstance(layer, AttentionLayer) else layer
+        replace(layer, attends_itself=attends_itself)
+        if isinstance(layer, AttentionLayer)
+        else layer
         for layer in layers
     ]
 
 
-def _flat(made: Sequence[Any]) -> list[tuple[int, Any]]:
-    """All caches with their place in the model's list; a layer may have several."""
+def _flatten(made: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Return all caches with their slot in the model's list; a layer may have several."""
     from mlx_lm.models.cache import CacheList
 
     return [
@@ -160,34 +82,18 @@ def _flat(made: Sequence[Any]) -> list[tuple[int, Any]]:
     ]
 
 
-def nested(layers: Sequence[Layer]) -> bool:
-    """Whether some layer has several caches."""
-    slots = [layer.slot for layer in layers if layer.slot >= 0]
-    return len(set(slots)) < len(slots)
-
-
-def nest(layers: Sequence[Layer], caches: Sequence[Any]) -> list[Any]:
-    """The list that the model takes, from ``caches`` in the order of ``layers``."""
-    from mlx_lm.models.cache import CacheList
-
-    slots: dict[int, list[Any]] = {}
-    for layer, cache in zip(layers, caches, strict=True):
-        slots.setdefault(layer.slot, []).append(cache)
-    return [CacheList(*parts) if len(parts) > 1 else parts[0] for parts in slots.values()]
-
-
 def _names(model: nn.Module, caches: Sequence[tuple[int, Any]], slots: int) -> list[str]:
-    """How to call each cache in a sentence: by its layer, where there is one each."""
+    """Return a name of each cache for messages: its layer, if every layer has one slot."""
     if slots == len(model.layers):
         kinds = [f"{type(layer).__module__}.{type(layer).__name__}" for layer in model.layers]
         return [f"layer {slot} ({kinds[slot]})" for slot, _ in caches]
     return [f"{type(model).__module__}, cache {slot} of {slots}" for slot, _ in caches]
 
 
-def _refusal(who: str, why: str) -> UnsupportedServingError:
+def _refusal(part: str, reason: str) -> UnsupportedServingError:
     return UnsupportedServingError(
-        f"The embedded MLX backend cannot serve {who}: {why}; use mlx-lm's own server for this "
-        "model."
+        f"The embedded MLX backend cannot serve {part}: {reason}; use mlx-lm's own server for "
+        "this model."
     )
 
 
@@ -198,8 +104,8 @@ def _check_kind(name: str, cache: Any) -> None:
     if type(cache) not in known:
         raise _refusal(
             name,
-            f"it keeps a {type(cache).__name__}, and only keys and values of softmax attention and "
-            "states of fixed size have paged storage",
+            f"it uses a {type(cache).__name__}, and pages can only store the keys and values of "
+            "softmax attention and states of fixed size",
         )
     if getattr(cache, "keep", 0):
         raise _refusal(name, f"its window always keeps the first {cache.keep} tokens")
@@ -210,12 +116,12 @@ def _describe_one(index: int, slot: int, name: str, cache: Any, padded: bool) ->
 
     if isinstance(cache, ArraysCache):
         if any(part is None for part in cache.cache):
-            raise _refusal(name, "a part of its state stays empty")
+            raise _refusal(name, "an array of its state is never set")
         shapes = tuple(tuple(part.shape[1:]) for part in cache.cache)
         dtypes = tuple(part.dtype for part in cache.cache)
         return StateLayer(index, shapes, dtypes, padded, slot)
     if cache.keys is None:
-        raise _refusal(name, f"its {type(cache).__name__} stays empty")
+        raise _refusal(name, f"its {type(cache).__name__} is never filled")
     _, heads, _, dim = cache.keys.shape
     _, value_heads, _, value_dim = cache.values.shape
     if value_heads != heads or not value_dim:
@@ -235,12 +141,8 @@ def _describe_one(index: int, slot: int, name: str, cache: Any, padded: bool) ->
     )
 
 
-def _check_fixed(name: str, layer: StateLayer, cache: Any) -> None:
-    """Refuse a state that another token makes larger.
-
-    Raises:
-        UnsupportedServingError: it does.
-    """
+def _check_fixed_size(name: str, layer: StateLayer, cache: Any) -> None:
+    """Refuse a state that changes its shape or dtype with another token."""
     for shape, dtype, part in zip(layer.shapes, layer.dtypes, cache.cache, strict=True):
         if tuple(part.shape[1:]) != shape or part.dtype != dtype:
             raise _refusal(
@@ -249,7 +151,7 @@ def _check_fixed(name: str, layer: StateLayer, cache: Any) -> None:
             )
 
 
-def _knows_padding(model: nn.Module, slot: int, slots: int) -> bool:
+def _skips_padding(model: nn.Module, slot: int, slots: int) -> bool:
     return slots == len(model.layers) and any(
         (type(child).__module__, type(child).__name__) in PADDED_STATE_MODULES
         for child in model.layers[slot].children().values()

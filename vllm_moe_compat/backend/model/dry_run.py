@@ -1,15 +1,16 @@
-"""Whether a model's own code takes paged caches, and several sequences at once.
+"""A dry run of a model's own code on paged caches.
 
-In: a model and the description of its layers. Out: the description, with a note
-where one pass may hold one sequence only. A pass of one token is built on pools
-of a few pages and never evaluated: code that cannot count with a vector of
-positions, or take a mask for each row, fails while the graph is built.
+Model code may compute with ``cache.offset`` as a number, or apply one mask to all sequences. Such
+code fails, or is wrong, when a pass holds several sequences. The dry run builds a pass of one
+token per sequence on pools of a few pages and never evaluates it: the errors appear while MLX
+builds the graph. If several sequences fail and one succeeds, the model is served one sequence at
+a time, with the failure as the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -17,52 +18,67 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ArraysCache
 
-from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, nest
+from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
+from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, nest_caches
 from vllm_moe_compat.backend.pages.page_pool import PagePool
-from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
+from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 from vllm_moe_compat.errors import UnsupportedServingError
 
 BLOCK = 16
-# As no model has heads: a mask [B, 1, 1, L] must not fit in another axis by accident.
+# A number of heads that no model has: a mask [B, 1, 1, L] must not fit another axis by accident.
 ROWS = 7
-# What MLX, numpy and Python raise when a vector is no number or a shape does not fit.
+# Raised by MLX, numpy and Python if a vector is used as a number or shapes do not match.
 FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
-def settle(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
-    """Try the model's code with paged caches; mark layers that must run ``alone``.
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """Result of a dry run.
+
+    Attributes:
+        layers: the descriptions, marked ``single_sequence`` where that is required.
+        failure: type and message of the exception raised with several sequences; empty if none
+            was. The exception itself would keep the dry run's arrays alive.
+    """
+
+    layers: list[Layer]
+    failure: str = ""
+
+
+def dry_run(model: nn.Module, layers: Sequence[Layer]) -> DryRun:
+    """Build a pass of several sequences on paged caches; fall back to a pass of one.
 
     Raises:
-        UnsupportedServingError: it fails with one sequence, too.
+        UnsupportedServingError: the model's code fails with one sequence, too.
     """
-    failure = _fails(model, layers, rows=ROWS)
+    failure = _failure(model, layers, rows=ROWS)
     if failure is None:
-        return list(layers)
-    alone = [
-        replace(layer, alone=True) if isinstance(layer, AttentionLayer) else layer
+        return DryRun(list(layers))
+    single = [
+        replace(layer, single_sequence=True) if isinstance(layer, AttentionLayer) else layer
         for layer in layers
     ]
-    fatal = _fails(model, alone, rows=1)
+    fatal = _failure(model, single, rows=1)
     if fatal is not None:
         raise UnsupportedServingError(
             f"The embedded MLX backend cannot serve {type(model).__module__}: its code does not "
             f"run on paged caches ({type(fatal).__name__}: {fatal}); use mlx-lm's own server for "
             "this model."
-        )
-    return alone
+        ) from fatal
+    return DryRun(single, f"{type(failure).__name__}: {failure}")
 
 
-def _fails(model: nn.Module, layers: Sequence[Layer], rows: int) -> Exception | None:
-    """What goes wrong when a pass over ``rows`` sequences is built, or None."""
+def _failure(model: nn.Module, layers: Sequence[Layer], rows: int) -> Exception | None:
+    """Return the exception raised when a pass over ``rows`` sequences is built, or None."""
     offsets = np.arange(3, 3 + rows, dtype=np.int64)
     tables = np.arange(1, 1 + rows, dtype=np.int64)[:, None]
-    plain = AttentionStep(offsets, np.ones(rows, dtype=np.int64), tables, BLOCK)
+    full = AttentionMetadata(offsets, np.ones(rows, dtype=np.int64), tables, BLOCK)
     caches: list[Any] = []
     for layer in layers:
         if isinstance(layer, AttentionLayer):
             pool = PagePool(1 + rows, layer.token_bytes * BLOCK, layer.dtype)
-            step = plain if layer.window is None else plain.windowed(layer.window)
-            caches.append(PagedKV(layer, pool, step, asked=layer.direct))
+            metadata = full if layer.window is None else full.with_window(layer.window)
+            caches.append(PagedKV(layer, pool, metadata, attends_itself=layer.attends_itself))
         else:
             cache = ArraysCache(size=len(layer.shapes))
             cache.cache = [
@@ -71,7 +87,7 @@ def _fails(model: nn.Module, layers: Sequence[Layer], rows: int) -> Exception | 
             ]
             caches.append(cache)
     try:
-        model(mx.zeros((rows, 1), dtype=mx.int32), cache=nest(layers, caches))
+        model(mx.zeros((rows, 1), dtype=mx.int32), cache=nest_caches(layers, caches))
     except UnsupportedServingError:
         raise
     except FAILURES as failure:
