@@ -32,13 +32,14 @@ def gemma2(kv_heads: int) -> Any:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_masks_that_fit_only_one_sequence_make_it_run_alone(kv_heads: int) -> None:
+def test_masks_that_fit_only_one_sequence_limit_a_pass_to_one(kv_heads: int) -> None:
     """Its scores are [B, H, G, T, L]: a mask per row would be taken for one per head."""
     model = gemma2(kv_heads)
     layers = describe(model)
     assert batching_of(layers) is Batching.PADDED
     result = dry_run(model, layers)
     assert batching_of(result.layers) is Batching.SINGLE_SEQUENCE
+    assert result.failure.startswith("ValueError: [broadcast_shapes]")
 
 
 def test_code_that_wants_more_of_a_cache_is_refused() -> None:
