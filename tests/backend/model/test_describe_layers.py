@@ -1,4 +1,4 @@
-"""Layer kinds come from the model; what has no paged storage is refused by name."""
+"""Layers are described from the model; a cache that pages cannot hold is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's code cannot do shows before anything is computed."""
+"""The limits of a model's code are found before anything is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the start-up line says about a loaded model."""
+"""The start-up line about a loaded model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_says_why_a_model_is_served_one_sequence_at_a_time(
     """Gemma 2 applies masks to scores of five axes, so a mask per sequence does not fit."""
     line = start_up_line(checkpoint, caplog)
     assert "one sequence at a time, since its code fails on several (ValueError: " in line
-    # The words are MLX's own: what was attempted, with the shapes.
+    # MLX's message: the operation and the shapes.
     assert "Shapes (7," in line
 
 

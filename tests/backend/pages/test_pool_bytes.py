@@ -14,7 +14,7 @@ from vllm_moe_compat.backend.step.batch import make_pass
 from vllm_moe_compat.backend.step.forward import Forward
 
 POOL_BYTES = 64 << 20
-# What a step may take: activations of this small model, no part of a pool.
+# A step may take the activations of this small model, and no part of a pool.
 ALLOWED = POOL_BYTES // 16
 
 
@@ -38,7 +38,7 @@ def growth(step: Callable[[], Any]) -> int:
     return int(mx.get_peak_memory()) - int(before)
 
 
-@pytest.mark.parametrize("greedy", [True, False], ids=["ahead", "one by one"])
+@pytest.mark.parametrize("greedy", [True, False], ids=["next pass built early", "one by one"])
 def test_decode_steps_grow_by_far_less_than_a_pool(
     model: Any, storage: LayerStorage, greedy: bool
 ) -> None:
@@ -103,14 +103,14 @@ def test_layers_that_share_a_pool_in_one_pass_do_not_copy_it(
     assert [row.output for row in rows] == own
 
 
-def test_what_was_built_ahead_is_gone_before_a_page_is_written(
+def test_a_pass_built_early_is_gone_before_a_page_is_written(
     model: Any, storage: LayerStorage
 ) -> None:
     forward = Forward(model, storage)
     rows = hybrid.requests([40, 17, 33, 5])
     hybrid.prefill(forward, rows)
     hybrid.decode(forward, rows, greedy=True)
-    # Another batch than the one that was built for: the prepared pass is stale.
+    # Another batch than the one that was built for: the pass built early is stale.
     for pool in storage.distinct_pools:
         pool.zero([1])
     assert growth(lambda: hybrid.decode(forward, rows[:2], greedy=True)) < ALLOWED

@@ -73,7 +73,7 @@ def test_the_same_batch_gets_its_own_arrays_back() -> None:
     assert all(mine is yours for mine, yours in zip(given, back, strict=True))
 
 
-def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_asked() -> None:
+def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_requested() -> None:
     pool = storage().states
     first, second, paged = states(2, 1.0), states(1, 50.0), states(1, 90.0)
     pool.put_in(["p"], paged)

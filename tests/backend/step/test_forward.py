@@ -22,7 +22,7 @@ def single(served: Any, prompt: list[int], count: int) -> list[int]:
     return out
 
 
-@pytest.mark.parametrize("greedy", [True, False], ids=["ahead", "one by one"])
+@pytest.mark.parametrize("greedy", [True, False], ids=["next pass built early", "one by one"])
 def test_tokens_are_those_of_single_sequences(greedy: bool) -> None:
     served = hybrid.model()
     rows = hybrid.requests([40, 17, 31, 5])
@@ -35,7 +35,7 @@ def test_tokens_are_those_of_single_sequences(greedy: bool) -> None:
     assert (forward.hits > 10) == greedy
 
 
-def test_a_pass_built_ahead_is_dropped_when_another_comes() -> None:
+def test_a_pass_built_early_is_discarded_when_another_comes() -> None:
     served = hybrid.model()
     rows = hybrid.requests([40, 17, 31, 5])
     forward = Forward(served, hybrid.storage(served, 1 << 20))

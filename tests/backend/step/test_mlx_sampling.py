@@ -1,4 +1,4 @@
-"""What MLX draws, against the probabilities that vLLM's own masks leave."""
+"""Tokens drawn in MLX follow the probabilities that vLLM's own masks leave."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def exact(row: Any, params: SamplingRequest) -> Any:
 
 
 def drawn(row: Any, params: SamplingRequest, rows: int = ROWS, keys: int = KEYS) -> tuple[Any, int]:
-    """Many draws, and how many of them had to be settled."""
+    """Many draws, and how many of them were undecided at first."""
     draw = BatchSampler([params] * rows, len(row))
     scores = mx.broadcast_to(mx.array(row), (rows, len(row)))
     tokens: list[int] = []
@@ -55,7 +55,7 @@ def drawn(row: Any, params: SamplingRequest, rows: int = ROWS, keys: int = KEYS)
 
 
 def agrees(counts: Any, expected: Any) -> None:
-    """Same support, and a chi-square within five standard deviations of what is usual."""
+    """Same support, and a chi-square within five standard deviations of its mean."""
     assert not counts[expected == 0].any(), "a token outside of vLLM's support"
     wanted = expected * counts.sum()
     assert counts[wanted > 15].all(), "a token of vLLM's support that is never drawn"
@@ -86,7 +86,7 @@ def agrees(counts: Any, expected: Any) -> None:
 )
 def test_draws_follow_vllms_distribution(kind: str, params: SamplingRequest) -> None:
     row = logits(kind=kind)
-    # So many tokens equal the 300th of the coarse ones that each row is settled.
+    # So many tokens equal the 300th of the coarse ones that each row is undecided.
     counts, _ = drawn(row, params, rows=100 if (kind, params.top_k) == ("coarse", 300) else ROWS)
     if kind == "coarse" and params.top_p < 1:
         agrees(of_values(row, counts), of_values(row, exact(row, params)))
@@ -118,7 +118,7 @@ def test_a_nucleus_is_vllms(kind: str, p: float) -> None:
         agrees(counts, expected)
 
 
-def test_undecided_draws_are_settled_without_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecided_rows_are_drawn_without_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_sampling, "rejection_draws", lambda p: 1)
     row = logits(kind="flat")
     counts, undecided = drawn(row, SamplingRequest(1.0, top_p=0.6), rows=500)
@@ -175,7 +175,7 @@ def test_a_vocabulary_of_real_size_in_half_precision() -> None:
             assert wide[token] >= wide[exact(wide, params) > 0].min()
 
 
-def test_rows_of_a_mixed_batch_get_what_each_asked_for() -> None:
+def test_rows_of_a_mixed_batch_are_drawn_by_their_own_parameters() -> None:
     draw = np.random.default_rng(0)
     kinds = [
         SamplingRequest(),

@@ -1,4 +1,4 @@
-"""What differs between vLLM releases; the rest of the suite runs on each of them."""
+"""Differences between vLLM releases; the rest of the suite runs on each of them."""
 
 from __future__ import annotations
 
@@ -88,3 +88,36 @@ def test_vllms_input_batch_takes_our_blocks() -> None:
         **bridge.input_batch_blocks([16]),
     )
     assert len(batch.block_table.block_tables) == 1
+
+
+def test_settings_that_a_release_does_not_have_count_as_unset() -> None:
+    bare: Any = SimpleNamespace()
+    assert bridge.watermark_config(bare) is None
+    assert bridge.reasoning_config(bare) is None
+    assert bridge.cpu_offload_gb(bare) == 0
+    assert not bridge.returns_routed_experts(bare)
+    assert bridge.input_kind(object()) is None
+
+
+def test_settings_that_a_release_has_are_read() -> None:
+    offload = SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=1.5))
+    full: Any = SimpleNamespace(
+        watermark_config="w", offload_config=offload, enable_return_routed_experts=True
+    )
+    assert bridge.watermark_config(full) == "w"
+    assert bridge.cpu_offload_gb(full) == 1.5
+    assert bridge.returns_routed_experts(full)
+    assert bridge.input_kind({"type": "embeds"}) == "embeds"
+
+
+def test_copies_of_pages_are_read_where_the_release_has_them() -> None:
+    output = SchedulerOutput.make_empty()
+    assert bridge.page_copies(output) == ()
+    output.kv_cache_block_copies = [(1, 2)]
+    assert decode(output).page_copies == ((1, 2),)
+
+
+def test_a_group_of_layers_of_several_shapes_has_a_spec_for_each() -> None:
+    group: Any = SimpleNamespace(kv_cache_specs={"layers.1": "own"})
+    assert bridge.layer_spec(group, "layers.1") == "own"
+    assert bridge.layer_spec(group, "layers.0") is group
