@@ -38,7 +38,7 @@ class PackageStatus:
         if self.state == "out of range":
             return (
                 f"{self.name} {self.version} is installed, where {self.tested} was tested; "
-                f"install a version in that range, or see what the probes say of this one."
+                f"install a version in that range, or check the probes of `status` for this one."
             )
         if self.version is None and self.name in REQUIRED:
             return f"{self.name} is not installed: the plugin does nothing; install {self.name}."

@@ -3,7 +3,7 @@
 Four packages, each of which imports only those before it:
 
 * ``pages``: storage of one layer between steps (KV pages, states) and attention over it;
-* ``model``: loading a checkpoint, and finding out what its layers store;
+* ``model``: loading a checkpoint, and describing the caches of its layers;
 * ``step``: requests, forward passes and sampling of one engine step;
 * ``vllm``: the platform, worker and runner that vLLM calls; the only one that imports vllm.
 """

@@ -1,1 +1,1 @@
-"""Loading a model, and finding out what its layers store."""
+"""Loading a model and describing the caches of its layers."""

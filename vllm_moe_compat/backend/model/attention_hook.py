@@ -4,7 +4,7 @@ mlx-lm's models call ``scaled_dot_product_attention`` of their own module and pa
 ``install`` replaces that function in the modules of one model: a cache with a method ``attend``
 computes attention itself, and every other call goes to the original, so mlx-lm's own caches
 behave as before in the same process. ``install`` returns the function that undoes it.
-``recording`` observes, before serving, what a model passes to its attention function.
+``recording`` observes, before serving, the arguments of a model's attention calls.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _modules(model: nn.Module) -> list[ModuleType]:
 
 @dataclass
 class AttentionRecord:
-    """What a forward pass exchanged with its caches.
+    """Arrays that a forward pass exchanged with its caches.
 
     Attributes:
         fetched: id of a softmax cache → ids of the keys and values that it returned.

@@ -1,4 +1,4 @@
-"""Descriptions of what a layer stores between steps.
+"""Descriptions of the data that a layer stores between steps.
 
 ``model.describe_layers`` makes one description per cache of a model; everything else in the
 backend works from the descriptions and never from the model's config.
@@ -89,7 +89,7 @@ class Batching(Enum):
 
 
 def batching_of(layers: Sequence[Layer]) -> Batching:
-    """Return what all of ``layers`` support."""
+    """Return the batching that all of ``layers`` support."""
     if any(isinstance(layer, AttentionLayer) and layer.single_sequence for layer in layers):
         return Batching.SINGLE_SEQUENCE
     if any(isinstance(layer, StateLayer) and not layer.padded for layer in layers):

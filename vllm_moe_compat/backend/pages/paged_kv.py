@@ -67,7 +67,7 @@ class PagedKV:
         return None if self.on_pages else self.metadata.mask(return_array)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write ``[B, H, T, D]`` to the pages and return what the rows may see.
+        """Write ``[B, H, T, D]`` to the pages and return all keys and values in view.
 
         Returns keys and values ``[B, H, L, D]`` in the order of their positions. Where nothing
         has to be read (a prompt from its first token, or attention on the pages), the arguments
@@ -97,7 +97,7 @@ class PagedKV:
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Return attention of ``queries [B, Hq, T, D]`` over what ``update_and_fetch`` returned.
+        """Return attention of ``queries [B, Hq, T, D]`` over the keys of ``update_and_fetch``.
 
         ``sinks [Hq]``: logit of an additional key per query head, whose value is zero.
         """

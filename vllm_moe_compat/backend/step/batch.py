@@ -2,7 +2,7 @@
 
 A pass is a padded batch of token ids with the offsets and block tables of its rows. Prompts are
 computed by prefill passes without their last token; that token joins the decodes. So prefill
-passes need no logits (MLX evaluates only what is requested), and one pass with one token per
+passes need no logits (MLX evaluates only requested arrays), and one pass with one token per
 request yields all rows that are sampled. mlx-lm splits prompts in the same way.
 
 vLLM counts a block as cached from the moment that it schedules the block's tokens. A request may
@@ -96,7 +96,7 @@ class Pass:
     def tables(self, group: int, block: int) -> Int:
         """Return the blocks of KV group ``group`` that hold the rows' tokens, ``[B, W]``.
 
-        W is what the longest row needs; shorter rows are padded with block 0.
+        W is the number of blocks of the longest row; shorter rows are padded with block 0.
         """
         need = -(-(self.offsets + self.lengths) // block)
         table = np.zeros((len(self.requests), int(need.max())), dtype=np.int64)
@@ -170,7 +170,7 @@ class Batch:
     ) -> dict[int, list[int]]:
         """Return, by KV group, the blocks that this step begins and no single pass fills.
 
-        ``block_sizes``: group → tokens per block, of the attention groups alone.
+        ``block_sizes``: group → tokens per block, of attention groups only.
 
         They have to be zeroed first: bits of an earlier owner may be NaN when read as keys, and
         a mask does not stop NaN. A request that samples never fills its last block in one pass,
@@ -190,8 +190,9 @@ class Batch:
     def prefills(self, scheduled: dict[str, int], block_sizes: Sequence[int]) -> list[Pass]:
         """Return the passes for prompt tokens, without the last token of requests that sample.
 
-        There is one pass, unless padding would more than double its work or rows read what other
-        rows of this step write. ``scheduled`` is in vLLM's order, ``block_sizes`` by KV group.
+        There is one pass, unless padding would more than double its work, or rows read blocks
+        that other rows of this step write. ``scheduled`` is in vLLM's order; ``block_sizes`` are
+        by KV group.
         """
         turns, needed_first = self._prefix_turns(scheduled, block_sizes)
         rows = []

@@ -91,7 +91,7 @@ class BatchSampler:
         self._to_batch_order = mx.array(np.argsort(order).astype(np.uint32))
 
     def _method(self, request: SamplingRequest) -> str:
-        # A nucleus of at most 1/V holds the likeliest token alone.
+        # A nucleus of at most 1/V holds only the likeliest token.
         if request.temperature == 0 or request.top_p * self.vocab <= 1:
             return "greedy"
         if 0 < request.top_k < self.vocab:

@@ -197,7 +197,7 @@ def page_copies(output: SchedulerOutput) -> tuple[tuple[int, int], ...]:
 def layer_spec(group_spec: KVCacheSpec, layer_name: str) -> KVCacheSpec:
     """Return the spec of one layer of a group.
 
-    Layers that differ in shape alone may share a group, whose spec then holds one per layer.
+    Layers that differ only in shape may share a group, whose spec then holds one per layer.
     """
     return getattr(group_spec, "kv_cache_specs", {}).get(layer_name, group_spec)
 

@@ -1,4 +1,4 @@
-"""vLLM's KV cache specs for the layers of a model, and what a sequence needs of them.
+"""vLLM's KV cache specs for the layers of a model, and the blocks that a sequence needs.
 
 vLLM assigns blocks to groups of layers that need the same ones. With several groups, a block id
 may name a page of any group, so all pages have one size: layers with fewer bytes per token get
@@ -136,7 +136,7 @@ class Demand:
 
 
 def demand(vllm_config: VllmConfig, layers: Sequence[Layer]) -> Demand:
-    """Compute what a sequence of ``max_model_len`` tokens needs.
+    """Compute the blocks that a sequence of ``max_model_len`` tokens needs.
 
     With several kinds of layers, vLLM forms groups as large as the rarest kind, or as the most
     common kind if that has less than 1.5 times as many; a block is one page in each layer of a

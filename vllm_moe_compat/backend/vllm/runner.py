@@ -63,7 +63,7 @@ class ModelRunner:
         self._pending: PendingOutput | None = None
 
     def close(self) -> None:
-        """Remove what the runner changed outside of itself: the attention hook."""
+        """Wait for the running pass and remove the attention hook."""
         self.forward.close()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:

@@ -71,7 +71,7 @@ class MlxWorker(WorkerBase):
         kv_specs.align_pages(self.vllm_config, self.served.layers)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Return what each layer stores, as a vLLM spec by layer name."""
+        """Return vLLM's KV cache spec of each layer by its name."""
         found = kv_specs.specs(self.vllm_config, self.served.layers)
         return {_layer_name(index): spec for index, spec in found.items()}
 
