@@ -125,7 +125,7 @@ class StatePool:
         return states
 
     def put_in(self, req_ids: Sequence[str], states: list[State]) -> None:
-        """Keep the states of ``req_ids``, per layer, for the next step."""
+        """Keep the states of ``req_ids``, per layer, for the next step; the pass evaluates them."""
         self.banks.append(_Bank(list(req_ids), states))
 
     def save(self, req_ids: Sequence[str], blocks: Mapping[int, Sequence[int]]) -> None:
