@@ -16,6 +16,7 @@ import pytest
 
 from vllm_moe_compat import envs, plugin
 from vllm_moe_compat.errors import SettingError
+from vllm_moe_compat.who_serves import who_serves
 
 HEAVY = ("vllm", "mlx", "mlx_lm", "torch", "transformers", "safetensors", "numpy", "wrapt")
 LOADED = f"""
@@ -76,7 +77,7 @@ def apple_silicon(monkeypatch: pytest.MonkeyPatch, machine: str = "arm64") -> No
 
 
 def check(server: str, *words: str) -> None:
-    found, reason = plugin.who_serves()
+    found, reason = who_serves()
     assert found == server, reason
     assert all(word in reason for word in words), reason
     assert plugin.platform() == (plugin.PLATFORM_CLASS if server == "embedded" else None)
@@ -158,7 +159,7 @@ def test_here_it_is_us() -> None:
 @pytest.mark.parametrize("name", ["VLLM_MOE_COMPAT", "VLLM_MOE_COMPAT_BACKEND"])
 def test_a_setting_that_means_nothing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "nonsense")
-    for function in (plugin.who_serves, plugin.platform):
+    for function in (who_serves, plugin.platform):
         with pytest.raises(SettingError, match=f"{name}='nonsense' is not a valid value; set"):
             function()
 

@@ -1,9 +1,8 @@
 """The package's logger.
 
-Outside vLLM it is an ordinary library logger. Under vLLM, loggers outside
-``vllm.*`` have no handler and their INFO lines vanish, so the plugin hangs this
-one below vLLM's. Every line begins with
-``moe_compat:``, since vLLM's format names the file but not the package.
+Outside vLLM it is an ordinary library logger. Under vLLM, loggers outside ``vllm.*`` have no
+handler and their INFO lines are lost, so the plugin makes vLLM's logger the parent of this one.
+Every line begins with ``moe_compat:``, since vLLM's format names the file but not the package.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ logger.logger.addFilter(lambda record: not _silent.get())
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Log nothing inside, in this thread."""
+    """Suppress the package's log lines inside the block, in this thread only."""
     token = _silent.set(True)
     try:
         yield
@@ -45,8 +44,8 @@ def silence() -> Iterator[None]:
 def speak_through_vllm() -> None:
     """Make vLLM's logger the parent of ours; idempotent.
 
-    Handlers and levels then are vLLM's at any time: it configures its logging
-    after it has loaded its plugins, and again in every process.
+    A parent is used and no copied handler, since vLLM configures its logging only after it has
+    loaded its plugins, and again in every process: handlers and levels stay vLLM's at any time.
     """
     ours = logger.logger
     ours.parent = logging.getLogger("vllm")

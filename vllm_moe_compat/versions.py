@@ -1,14 +1,18 @@
-"""What is installed, and whether the tests have seen it; imports none of it."""
+"""Installed versions of the packages around us, and the ranges that the tests cover.
+
+Versions come from distribution metadata; no package is imported. A version outside its range is
+not refused: ``status``, ``doctor`` and the embedded backend report it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata
 
-from vllm_moe_compat.tested import TESTED
-
+TESTED = {"mlx": ">=0.32,<0.33", "mlx-lm": ">=0.32.2,<0.33", "vllm": ">=0.27.1,<0.33"}
+"""Distribution name → tested range, as a specifier set of ``packaging.specifiers``."""
 PACKAGES = ("mlx", "mlx-lm", "vllm", "vllm-metal")
-"""What we work with; of vllm-metal the tests have a stand-in only."""
+"""Packages that we work with; the tests replace vllm-metal by a stand-in."""
 REQUIRED = ("mlx", "mlx-lm")
 
 
@@ -17,9 +21,9 @@ class PackageStatus:
     """One distribution that the package works with.
 
     Attributes:
-        name: of the distribution.
-        version: what is installed; None where it is not.
-        tested: the range that the tests have run on; empty where they have not.
+        name: distribution name.
+        version: installed version; None if it is not installed.
+        tested: tested range; empty if there is none.
         state: ``tested``, ``out of range``, ``never tested`` or ``not installed``.
     """
 
@@ -30,28 +34,28 @@ class PackageStatus:
 
     @property
     def problem(self) -> str:
-        """What is wrong and what to do, in one sentence; empty where nothing is."""
+        """The problem and its remedy in one sentence; empty if there is none."""
         if self.state == "out of range":
             return (
                 f"{self.name} {self.version} is installed, where {self.tested} was tested; "
-                f"install a version in that range, or see what the probes say of this one."
+                f"install a version in that range, or check the probes of `status` for this one."
             )
         if self.version is None and self.name in REQUIRED:
             return f"{self.name} is not installed: the plugin does nothing; install {self.name}."
         return ""
 
     def __str__(self) -> str:
-        beyond = f" (tested: {self.tested})" if self.state == "out of range" else ""
-        return f"{self.name} {self.version or 'not installed'}{beyond}"
+        outside = f" (tested: {self.tested})" if self.state == "out of range" else ""
+        return f"{self.name} {self.version or 'not installed'}{outside}"
 
 
 def packages() -> tuple[PackageStatus, ...]:
-    """Return what we work with, read from metadata."""
+    """Return the status of every distribution in ``PACKAGES``."""
     return tuple(_package(name) for name in PACKAGES)
 
 
 def versions() -> dict[str, str]:
-    """Return installed distributions → version."""
+    """Return distribution name → version of those that are installed."""
     return {package.name: package.version for package in packages() if package.version}
 
 
@@ -67,7 +71,7 @@ def _package(name: str) -> PackageStatus:
 
 
 def judge(version: str, tested: str) -> str:
-    """Return ``tested`` or ``out of range``; a development version of one is the one."""
+    """Return ``tested`` or ``out of range``; development versions count like releases."""
     from packaging.specifiers import SpecifierSet
 
     found = SpecifierSet(tested).contains(version, prereleases=True)

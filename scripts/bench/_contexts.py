@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer
-from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
+from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
+from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
+from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 
 # Per layer: keys and values [1, H, n, D], or convolution tail and state.
 Context = list[tuple[mx.array, mx.array]]
@@ -66,25 +67,25 @@ def instead_of_prefills(runner: Any, contexts: dict[int, Context]) -> Any:
             return
         for request, start, count in zip(work.requests, work.offsets, work.lengths, strict=True):
             context = contexts[request.prompt[0]]
-            _fill_one(runner.memory, request, int(start), int(count), context)
+            _fill_one(runner.storage, request, int(start), int(count), context)
 
     return fill
 
 
-def _fill_one(memory: Any, request: Any, start: int, count: int, context: Context) -> None:
+def _fill_one(storage: Any, request: Any, start: int, count: int, context: Context) -> None:
     states = []
-    for layer, (first, second) in zip(memory.layers, context, strict=True):
+    for layer, (first, second) in zip(storage.layers, context, strict=True):
         if not isinstance(layer, AttentionLayer):
             states.append((mx.array(first), mx.array(second)))
             continue
-        group = memory.groups[layer.index]
-        block = memory.block_sizes[group]
+        group = storage.groups[layer.index]
+        block = storage.block_sizes[group]
         table = np.asarray([request.blocks[group]], dtype=np.int64)
-        step = AttentionStep(np.asarray([start]), np.asarray([count]), table, block)
-        pool = memory.pools[layer.index]
+        metadata = AttentionMetadata(np.asarray([start]), np.asarray([count]), table, block)
+        pool = storage.pools[layer.index]
         chunk = slice(start, start + count)
-        PagedKV(layer, pool, step).update_and_fetch(first[:, :, chunk], second[:, :, chunk])
+        PagedKV(layer, pool, metadata).update_and_fetch(first[:, :, chunk], second[:, :, chunk])
         mx.eval(pool.pages)
-    memory.states.drop({request.req_id})
+    storage.states.drop({request.req_id})
     mx.eval(states)
-    memory.states.put_in([request.req_id], states)
+    storage.states.put_in([request.req_id], states)

@@ -44,7 +44,7 @@ class Ours:
 
         runner = self.worker.runner
         runner._prefill = instead_of_prefills(runner, self.contexts)
-        self.layers = runner.memory.layers
+        self.layers = runner.storage.layers
         self.inside = 0.0
         for name in ("execute_model", "sample_tokens"):
             setattr(self.worker, name, self._timed(getattr(self.worker, name)))

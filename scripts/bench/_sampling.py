@@ -19,22 +19,22 @@ BATCH, VOCAB = 8, 151_936
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     """A row per way of sampling and kind of logits."""
-    from vllm_moe_compat.backend.step.mlx_sampling import Wish
+    from vllm_moe_compat.backend.step.mlx_sampling import SamplingRequest
 
     mx.random.seed(0)
     rows = []
-    wishes = {
-        "greedy": Wish(),
-        "temperature": Wish(0.8),
-        "top-k 20, top-p 0.95": Wish(0.6, 20, 0.95),
-        "top-p 0.9": Wish(1.0, 0, 0.9),
+    requests = {
+        "greedy": SamplingRequest(),
+        "temperature": SamplingRequest(0.8),
+        "top-k 20, top-p 0.95": SamplingRequest(0.6, 20, 0.95),
+        "top-p 0.9": SamplingRequest(1.0, 0, 0.9),
     }
     noise = mx.random.normal((BATCH, VOCAB))
     ranks = mx.random.permutation(mx.arange(VOCAB)).astype(mx.float32) + 1
     for kind, logits in (("peaked", noise / 2 - 1.2 * mx.log(ranks)), ("flat", noise)):
         mx.eval(logits)
-        for name, wish in wishes.items():
-            turns = [_turn(logits, wish, number) for number in range(rounds + 1)][1:]
+        for name, request in requests.items():
+            turns = [_turn(logits, request, number) for number in range(rounds + 1)][1:]
             rows.append(
                 {
                     "case": f"{name}, {kind}",
@@ -46,24 +46,24 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _turn(logits: mx.array, wish: Any, number: int) -> tuple[float, float]:
+def _turn(logits: mx.array, request: Any, number: int) -> tuple[float, float]:
     """Seconds in MLX and in vLLM's sampler."""
-    from vllm_moe_compat.backend.step.mlx_sampling import Draw
+    from vllm_moe_compat.backend.step.mlx_sampling import BatchSampler
 
-    draw, key = Draw([wish] * BATCH, VOCAB), mx.random.key(number)
+    draw, key = BatchSampler([request] * BATCH, VOCAB), mx.random.key(number)
     mx.eval(key)
     began = time.perf_counter()
     tokens: Any = draw(logits, key).tolist()
-    tokens = draw.settle(logits, tokens, key)
+    tokens = draw.draw_undecided(logits, tokens, key)
     between = time.perf_counter()
-    theirs = _vllm(logits, wish)
+    theirs = _vllm(logits, request)
     end = time.perf_counter()
     assert len(tokens) == len(theirs) == BATCH
-    assert wish.temperature or tokens == theirs
+    assert request.temperature or tokens == theirs
     return between - began, end - between
 
 
-def _vllm(logits: mx.array, wish: Any) -> list[int]:
+def _vllm(logits: mx.array, request: Any) -> list[int]:
     import torch
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
     from vllm.v1.sample.sampler import Sampler
@@ -72,10 +72,10 @@ def _vllm(logits: mx.array, wish: Any) -> list[int]:
 
     with torch.no_grad():
         scores = to_torch(logits)
-        if not wish.temperature:
+        if not request.temperature:
             return list(Sampler.greedy_sample(scores).tolist())
-        scores = Sampler.apply_temperature(scores, torch.full((BATCH,), wish.temperature), True)
-        k = torch.full((BATCH,), wish.top_k) if wish.top_k else None
-        p = torch.full((BATCH,), wish.top_p) if wish.top_p < 1 else None
+        scores = Sampler.apply_temperature(scores, torch.full((BATCH,), request.temperature), True)
+        k = torch.full((BATCH,), request.top_k) if request.top_k else None
+        p = torch.full((BATCH,), request.top_p) if request.top_p < 1 else None
         tokens, _ = TopKTopPSampler()(scores, {}, k, p)
         return list(tokens.tolist())

@@ -131,7 +131,7 @@ def test_a_bar_is_shown_on_a_terminal_for_long_loads_only(tmp_path: Path, monkey
     def shown(stream: io.StringIO, delay: float, wanted: bool = True) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(progress, "DELAY_SECONDS", delay)
-        with progress.wanted_as(wanted):
+        with progress.enabled(wanted):
             load(path)
         return stream.getvalue()
 

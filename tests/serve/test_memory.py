@@ -15,7 +15,7 @@ pytestmark = pytest.mark.serve
 
 
 def pools(llm: Any) -> list[Any]:
-    return list(worker(llm).runner.memory.distinct_pools)
+    return list(worker(llm).runner.storage.distinct_pools)
 
 
 @pytest.mark.parametrize("size", [8 << 20, 50 << 20])

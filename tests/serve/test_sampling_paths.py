@@ -129,12 +129,12 @@ def test_everything_else_goes_through_vllms_sampler(
 def test_a_parameter_that_nobody_has_heard_of_is_vllms_business() -> None:
     from vllm import SamplingParams
 
-    from vllm_moe_compat.backend.vllm import sampling
+    from vllm_moe_compat.backend.vllm import bridge, sampling
 
-    known = sampling.HEEDED | sampling.HARMLESS
+    known = sampling.APPLIED_FIELDS | bridge.NEUTRAL_SAMPLING_FIELDS
     assert known & set(SamplingParams().__struct_fields__) >= {"temperature", "top_k", "top_p", "n"}
-    assert {"seed", "min_p", "logprobs", "structured_outputs"} <= set(sampling.HAS_TO_BE_DEFAULT)
-    for name in sampling.HAS_TO_BE_DEFAULT:
+    assert {"seed", "min_p", "logprobs", "structured_outputs"} <= set(sampling.DEFAULT_ONLY_FIELDS)
+    for name in sampling.DEFAULT_ONLY_FIELDS:
         params = SamplingParams()
         assert sampling.is_plain(params)
         setattr(params, name, object())

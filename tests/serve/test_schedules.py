@@ -111,7 +111,7 @@ def check(
             assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
             llm.llm_engine.step()
             runner = worker(llm).runner
-            assert not runner.memory.states.resident - set(runner.batch.requests)
+            assert not runner.storage.states.resident - set(runner.batch.requests)
             if "prefix" in name and seed == 0:
                 # Refused by vLLM unless every block was given back.
                 assert llm.reset_prefix_cache()

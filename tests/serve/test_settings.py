@@ -90,7 +90,7 @@ def test_the_dtype_that_was_asked_for_is_the_dtype_of_weights_and_pages(
         assert str(mine.model_config.dtype) == f"torch.{wanted}"
         softmax = mine.served.model.language_model.model.layers[3].self_attn
         assert softmax.q_proj.weight.dtype == getattr(mx, wanted)
-        (pool,) = mine.runner.memory.distinct_pools
+        (pool,) = mine.runner.storage.distinct_pools
         assert pool.pages.dtype.size == getattr(mx, wanted).size
         assert llm.generate("Beautiful", use_tqdm=False)[0].outputs[0].text
 

@@ -10,7 +10,7 @@ import pytest
 
 from support.engine import in_process_llm
 from support.server import Server, start, stop, wait
-from vllm_moe_compat.plugin import who_serves
+from vllm_moe_compat.who_serves import who_serves
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]
 

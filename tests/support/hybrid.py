@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from vllm_moe_compat.backend.model.layers import AttentionLayer, describe
+from vllm_moe_compat.backend.model.describe_layers import describe
+from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Request, make_pass
-from vllm_moe_compat.backend.vllm.runner import Memory
 
 BLOCK = 16
 TEXT = {
@@ -56,7 +57,7 @@ def model(seed: int = 0, dtype: mx.Dtype = mx.float32) -> Any:
     return built
 
 
-def memory(served: Any, pool_bytes: int) -> Memory:
+def storage(served: Any, pool_bytes: int) -> LayerStorage:
     """Two pools, each shared by a softmax and a gated-delta layer, as vLLM plans them."""
     layers = describe(served)
     softmax = next(x for x in layers if isinstance(x, AttentionLayer))
@@ -69,10 +70,10 @@ def memory(served: Any, pool_bytes: int) -> Memory:
         mine[layer.index], groups[layer.index] = pools[seen[kind]], int(kind)
         seen[kind] += 1
     mx.eval([pool.pages for pool in pools])
-    return Memory(layers, mine, groups, [4096, BLOCK], keep_boundaries=False)
+    return LayerStorage(layers, mine, groups, [4096, BLOCK], keep_boundaries=False)
 
 
-def softmax_memory(served: Any, pool_bytes: int) -> Memory:
+def softmax_storage(served: Any, pool_bytes: int) -> LayerStorage:
     """Pools that layers of different windows and shapes share, as vLLM plans them."""
     layers = [layer for layer in describe(served) if isinstance(layer, AttentionLayer)]
     largest = max(layer.token_bytes for layer in layers)
@@ -88,13 +89,13 @@ def softmax_memory(served: Any, pool_bytes: int) -> Memory:
             pools.append(PagePool(pool_bytes // page, page, layer.dtype))
         mine[layer.index] = pools[place]
     mx.eval([pool.pages for pool in pools])
-    return Memory(layers, mine, groups, sizes, keep_boundaries=False)
+    return LayerStorage(layers, mine, groups, sizes, keep_boundaries=False)
 
 
-def softmax_requests(memory: Memory, lengths: list[int], room: int = 64) -> list[Request]:
+def softmax_requests(storage: LayerStorage, lengths: list[int], room: int = 64) -> list[Request]:
     """Requests of these prompt lengths with blocks of every group."""
     draw = np.random.default_rng(0)
-    need = [[-(-(length + room) // size) for size in memory.block_sizes] for length in lengths]
+    need = [[-(-(length + room) // size) for size in storage.block_sizes] for length in lengths]
     free = list(draw.permutation(np.arange(1, 1 + sum(map(sum, need)))))
     params = SimpleNamespace(prompt_logprobs=None, temperature=0)
     made = []
@@ -127,10 +128,10 @@ def prefill(forward: Any, rows: list[Request]) -> None:
 def decode(forward: Any, rows: list[Request], *, greedy: bool = False) -> mx.array:
     """One token for everyone: append the likeliest, return the logits ``[B, V]``.
 
-    ``greedy``: with the next pass built ahead.
+    ``greedy``: with the next pass built while this one runs.
     """
     work = make_pass([(row, row.num_tokens - 1, 1) for row in rows])
-    logits, tokens = forward.decode(work, likeliest, ahead=greedy)
+    logits, tokens = forward.decode(work, likeliest, build_next=greedy)
     forward.wait()
     for row, token in zip(rows, tokens.tolist(), strict=True):
         row.output.append(token)

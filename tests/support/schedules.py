@@ -132,7 +132,7 @@ def play(llm: Any, arrivals: list[Arrival], limit: int = 3000) -> Played:
                 played.tokens[output.request_id] = list(output.outputs[0].token_ids)
                 played.cached += output.num_cached_tokens or 0
         # Preempted requests give their states back like their pages.
-        states = worker(llm).runner.memory.states
+        states = worker(llm).runner.storage.states
         assert len(states.resident) <= scheduler.max_num_running_reqs
         waiting_again = {request.request_id for request in scheduler.waiting}
         played.preemptions += len(before & waiting_again)

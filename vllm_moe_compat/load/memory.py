@@ -1,8 +1,8 @@
-"""How much memory there is where MLX allocates, and whether a load fits in it.
+"""Memory of the device on which MLX allocates, and the check that a load fits it.
 
-A load whose weights exceed the whole machine is refused, since nothing that is
-closed would make room for them; one that only exceeds what is free now is warned
-of, since what is free is a guess: other programs come and go, and caches shrink.
+A load whose weights exceed the total memory is refused, since closing other programs would not
+help. A load that only exceeds the free memory causes a warning, since free memory is an estimate:
+other programs start and end, and caches shrink.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_moe_compat.plan.estimate import Estimate
 
 
 def device_memory() -> tuple[int, int]:
-    """Return total and free bytes where MLX allocates."""
+    """Return total and free bytes of the device on which MLX allocates."""
     import mlx.core as mx
 
     total, free = host_memory()
@@ -27,21 +27,21 @@ def device_memory() -> tuple[int, int]:
     if mx.default_device().type == mx.DeviceType.gpu:
         own = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
         if own:
-            # Metal's memory is the host's; a CUDA device's is its own.
+            # Metal shares the host's memory; a CUDA device has its own.
             left = info.get("free_memory")
             return own, int(left) if left is not None else min(own, free)
     return total, free
 
 
 def host_memory() -> tuple[int, int]:
-    """Return total and free bytes of the host, a container's limit counted."""
+    """Return total and free bytes of the host, or of the container if its limit is lower."""
     try:
         import psutil
 
         host = psutil.virtual_memory()
         total, free = int(host.total), int(host.available)
     except ImportError:
-        # vLLM brings psutil, mlx-lm does not.
+        # psutil is a dependency of vLLM, but not of mlx-lm.
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         free = total
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -54,15 +54,15 @@ def host_memory() -> tuple[int, int]:
 
 
 def check(path: object, needs: Estimate, setting: str) -> None:
-    """Refuse, or warn of, a load that the machine has no memory for.
+    """Refuse a load that exceeds the total memory; warn if it exceeds the free memory.
 
     Args:
         path: the checkpoint, for the message.
-        needs: what loading it takes.
-        setting: the one in force.
+        needs: memory that loading takes, by quantisation setting.
+        setting: the quantisation setting in force.
 
     Raises:
-        InsufficientMemoryError: the weights alone are larger than the memory.
+        InsufficientMemoryError: the weights alone are larger than the total memory.
     """
     total, free = device_memory()
     final, peak = needs.final[setting], needs.peak[setting]
@@ -75,8 +75,8 @@ def check(path: object, needs: Estimate, setting: str) -> None:
             f"{_advice(needs, total, setting)}."
         )
     logger.warning(
-        "%s: loading takes %s with %s=%s, and %s of %s are free: expect swapping or the end of "
-        "this process; close other programs, or %s",
+        "%s: loading takes %s with %s=%s, and %s of %s are free: expect swapping or an "
+        "out-of-memory kill; close other programs, or %s",
         path,
         size(peak),
         QUANTIZE.name,

@@ -1,7 +1,7 @@
-"""A bar for long loads, in the words of vLLM's own bar for shards.
+"""Progress bar for long loads, worded like vLLM's own bar for shards.
 
-It appears after two seconds, on a terminal only, and not where vLLM's is switched
-off (``use_tqdm_on_load`` of its load config) or tqdm's (``TQDM_DISABLE``).
+It appears after two seconds and only on a terminal. vLLM's ``use_tqdm_on_load`` (load config) and
+tqdm's ``TQDM_DISABLE`` switch it off.
 """
 
 from __future__ import annotations
@@ -16,35 +16,37 @@ FORMAT = (
 )
 DELAY_SECONDS = 2.0
 
-wanted: ContextVar[bool] = ContextVar("vllm_moe_compat_progress", default=True)
+_enabled: ContextVar[bool] = ContextVar("vllm_moe_compat_progress", default=True)
 
 
 @contextmanager
-def wanted_as(shown: bool) -> Iterator[None]:
-    """Let loads inside show a bar, or not."""
-    token = wanted.set(shown)
+def enabled(value: bool) -> Iterator[None]:
+    """Show a bar for loads inside the block only if ``value``."""
+    token = _enabled.set(value)
     try:
         yield
     finally:
-        wanted.reset(token)
+        _enabled.reset(token)
 
 
 @contextmanager
-def bar(total: int, words: str = "Loading checkpoint tensors") -> Iterator[Callable[[int], object]]:
-    """Show how many of ``total`` tensors are done; yields what to tell of each step."""
-    if not total or not wanted.get() or not sys.stderr.isatty():
+def bar(
+    total: int, description: str = "Loading checkpoint tensors"
+) -> Iterator[Callable[[int], object]]:
+    """Show how many of ``total`` tensors are done; yield a function that adds finished ones."""
+    if not total or not _enabled.get() or not sys.stderr.isatty():
         yield lambda count: None
         return
     from tqdm import tqdm
 
     with tqdm(
         total=total,
-        desc=words,
+        desc=description,
         unit="tensor",
         bar_format=FORMAT,
         delay=DELAY_SECONDS,
         mininterval=0.5,
     ) as shown:
         yield shown.update
-        # Fused tensors are counted once and give two.
+        # A fused tensor counts once and yields two, so the count may end below the total.
         shown.update(total - shown.n)

@@ -9,12 +9,12 @@ import mlx.core as mx
 import pytest
 
 from support import hybrid, models
+from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import make_pass
 from vllm_moe_compat.backend.step.forward import Forward
-from vllm_moe_compat.backend.vllm.runner import Memory
 
 POOL_BYTES = 64 << 20
-# What a step may take: activations of this small model, no part of a pool.
+# A step may take the activations of this small model, and no part of a pool.
 ALLOWED = POOL_BYTES // 16
 
 
@@ -24,8 +24,8 @@ def model() -> Any:
 
 
 @pytest.fixture
-def memory(model: Any) -> Memory:
-    return hybrid.memory(model, POOL_BYTES)
+def storage(model: Any) -> LayerStorage:
+    return hybrid.storage(model, POOL_BYTES)
 
 
 def growth(step: Callable[[], Any]) -> int:
@@ -38,11 +38,11 @@ def growth(step: Callable[[], Any]) -> int:
     return int(mx.get_peak_memory()) - int(before)
 
 
-@pytest.mark.parametrize("greedy", [True, False], ids=["ahead", "one by one"])
+@pytest.mark.parametrize("greedy", [True, False], ids=["next pass built early", "one by one"])
 def test_decode_steps_grow_by_far_less_than_a_pool(
-    model: Any, memory: Memory, greedy: bool
+    model: Any, storage: LayerStorage, greedy: bool
 ) -> None:
-    forward = Forward(model, memory)
+    forward = Forward(model, storage)
     rows = hybrid.requests([40, 17, 33, 5])
     hybrid.prefill(forward, rows)
     hybrid.decode(forward, rows, greedy=greedy)
@@ -55,20 +55,20 @@ def test_decode_steps_grow_by_far_less_than_a_pool(
     assert (forward.hits > 0) == greedy
 
 
-def test_a_prompt_grows_by_far_less_than_a_pool(model: Any, memory: Memory) -> None:
-    forward = Forward(model, memory)
+def test_a_prompt_grows_by_far_less_than_a_pool(model: Any, storage: LayerStorage) -> None:
+    forward = Forward(model, storage)
     rows = hybrid.requests([40, 17, 33, 5])
     assert growth(lambda: hybrid.prefill(forward, rows)) < ALLOWED
 
 
 @pytest.mark.parametrize("path", ["on_pool", "per_request", "gather"])
 def test_no_read_path_copies_a_pool(
-    model: Any, memory: Memory, path: str, monkeypatch: pytest.MonkeyPatch
+    model: Any, storage: LayerStorage, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_compat.backend.pages import decode_attention as paged_attention
+    from vllm_moe_compat.backend.pages import decode_attention
 
-    monkeypatch.setattr(paged_attention, "path", lambda step, dtype: path)
-    forward = Forward(model, memory)
+    monkeypatch.setattr(decode_attention, "choose_path", lambda metadata, dtype: path)
+    forward = Forward(model, storage)
     rows = hybrid.requests([40, 17, 33, 5])
     hybrid.prefill(forward, rows)
     hybrid.decode(forward, rows)
@@ -81,13 +81,13 @@ def test_layers_that_share_a_pool_in_one_pass_do_not_copy_it(
     name: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windowed and full layers, or latents: several layers write to a pool in a pass."""
-    from vllm_moe_compat.backend.pages import decode_attention as paged_attention
+    from vllm_moe_compat.backend.pages import decode_attention
 
-    monkeypatch.setattr(paged_attention, "path", lambda step, dtype: path)
+    monkeypatch.setattr(decode_attention, "choose_path", lambda metadata, dtype: path)
     served, _ = models.build_mlx(name)
-    memory = hybrid.softmax_memory(served, POOL_BYTES)
-    rows = hybrid.softmax_requests(memory, [40, 17, 33, 5])
-    forward = Forward(served, memory)
+    storage = hybrid.softmax_storage(served, POOL_BYTES)
+    rows = hybrid.softmax_requests(storage, [40, 17, 33, 5])
+    forward = Forward(served, storage)
     assert growth(lambda: hybrid.prefill(forward, rows)) < ALLOWED
     assert growth(lambda: hybrid.decode(forward, rows)) < ALLOWED
     assert growth(lambda: [hybrid.decode(forward, rows, greedy=True) for _ in range(6)]) < ALLOWED
@@ -103,21 +103,23 @@ def test_layers_that_share_a_pool_in_one_pass_do_not_copy_it(
     assert [row.output for row in rows] == own
 
 
-def test_what_was_built_ahead_is_gone_before_a_page_is_written(model: Any, memory: Memory) -> None:
-    forward = Forward(model, memory)
+def test_a_pass_built_early_is_gone_before_a_page_is_written(
+    model: Any, storage: LayerStorage
+) -> None:
+    forward = Forward(model, storage)
     rows = hybrid.requests([40, 17, 33, 5])
     hybrid.prefill(forward, rows)
     hybrid.decode(forward, rows, greedy=True)
-    # Another batch than the one that was built for: the prepared pass is stale.
-    for pool in memory.distinct_pools:
+    # Another batch than the one that was built for: the pass built early is stale.
+    for pool in storage.distinct_pools:
         pool.zero([1])
     assert growth(lambda: hybrid.decode(forward, rows[:2], greedy=True)) < ALLOWED
 
 
-def test_the_count_sees_a_copy(model: Any, memory: Memory) -> None:
-    forward = Forward(model, memory)
+def test_the_count_sees_a_copy(model: Any, storage: LayerStorage) -> None:
+    forward = Forward(model, storage)
     rows = hybrid.requests([40, 17])
     hybrid.prefill(forward, rows)
-    views = [pool.pages for pool in memory.distinct_pools]
+    views = [pool.pages for pool in storage.distinct_pools]
     assert growth(lambda: hybrid.decode(forward, rows)) >= POOL_BYTES
-    assert views[0] is not memory.distinct_pools[0].pages
+    assert views[0] is not storage.distinct_pools[0].pages

@@ -1,4 +1,4 @@
-"""Who computes what: passes made from a schedule."""
+"""Passes made from a schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_moe_compat.backend.step.batch import Batch, Request
-from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, RunningRequest, Step
+from vllm_moe_compat.backend.step.schedule import NewRequest, RunningRequest, Schedule
 
 # Of the two KV groups that every request here has blocks of.
 SIZES = [16, 4096]
@@ -21,8 +21,8 @@ def step(
     running: list[RunningRequest] | None = None,
     scheduled: dict[str, int] | None = None,
     finished: set[str] | None = None,
-) -> Step:
-    return Step(
+) -> Schedule:
+    return Schedule(
         frozenset(finished or ()), tuple(new or ()), tuple(running or ()), scheduled or {}, ()
     )
 
@@ -79,25 +79,25 @@ def behind(req_id: str, blocks: list[int], length: int, computed: int = 0) -> Ne
     return NewRequest(req_id, list(range(1, length + 1)), params(), (blocks, [50]), computed)
 
 
-def test_who_begins_behind_tokens_of_the_same_step_follows_them():
+def test_a_prefix_computed_in_the_same_step_comes_in_an_earlier_pass():
     batch = Batch()
     new = [
         behind("a", [1, 2], 32),  # whole blocks: its last token is waited for
         behind("b", [1, 2, 3, 4], 64, computed=32),  # the same, by c
         behind("c", [1, 2, 3, 4, 5], 70, computed=64),
-        behind("d", [1, 6], 20, computed=16),  # of a's first block alone
-        behind("e", [7, 8], 32),  # nobody's
+        behind("d", [1, 6], 20, computed=16),  # only a's first block
+        behind("e", [7, 8], 32),  # of no other request
     ]
     batch.update(step(new=new))
     scheduled = {"a": 32, "b": 32, "c": 6, "d": 4, "e": 32}
     passes = batch.prefills(scheduled, SIZES)
     rows = [list(zip(work.req_ids, work.lengths.tolist(), strict=True)) for work in passes]
     assert rows == [[("a", 32), ("e", 31)], [("b", 32), ("d", 3)], [("c", 5)]]
-    # Everyone is sampled all the same.
+    # Every request is sampled all the same.
     assert batch.decodes(list(scheduled), scheduled).offsets.tolist() == [31, 63, 69, 19, 31]
 
 
-def test_who_begins_behind_older_tokens_follows_nobody():
+def test_a_prefix_from_an_earlier_step_needs_no_later_pass():
     batch = Batch()
     batch.update(step(new=[behind("a", [1, 2, 3], 40)]))
     batch.prefills({"a": 40}, SIZES)
@@ -106,7 +106,7 @@ def test_who_begins_behind_older_tokens_follows_nobody():
     assert prefill.req_ids == ["c", "b"]
 
 
-def test_who_resumes_behind_tokens_of_the_same_step_follows_them():
+def test_a_resumed_request_waits_for_a_prefix_of_the_same_step():
     batch = Batch()
     batch.update(step(new=[behind("a", [1, 2, 3], 40)]))
     resumed = RunningRequest("a", 32, 0, ([4, 5, 6], [50]), True)
@@ -149,3 +149,18 @@ def test_an_id_may_end_and_begin_in_one_step():
     lost = batch.update(step(new=[prompt("a", 4)], finished={"a"}))
     assert lost == {"a"}
     assert batch.requests["a"].num_tokens == 4
+
+
+def test_blocks_that_no_single_pass_fills_have_to_be_zeroed():
+    batch = Batch()
+    new = [
+        behind("chunk", [1, 2, 3], 48),  # ends inside its second block
+        behind("whole", [4, 5], 40),  # ends at a block's edge, before the prompt does
+        behind("last", [6, 7], 32),  # the last token comes in a pass of its own
+        behind("decode", [8, 9], 33, computed=32),  # begins its third block
+        behind("inside", [10, 11], 30, computed=20),  # its last block was begun earlier
+    ]
+    new[3].blocks[0].append(12)
+    batch.update(step(new=new))
+    scheduled = {"chunk": 20, "whole": 32, "last": 32, "decode": 1, "inside": 10}
+    assert batch.partial_blocks(scheduled, {0: 16}) == {0: [2, 7, 12]}

@@ -1,4 +1,4 @@
-"""What MLX draws, against the probabilities that vLLM's own masks leave."""
+"""Tokens drawn in MLX follow the probabilities that vLLM's own masks leave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
 from vllm_moe_compat.backend.step import mlx_sampling
-from vllm_moe_compat.backend.step.mlx_sampling import HEAD, SPARE, Draw, Wish, tries
+from vllm_moe_compat.backend.step.mlx_sampling import (
+    MAX_SORTED_TOP_K,
+    SPARE_TIES,
+    BatchSampler,
+    SamplingRequest,
+    rejection_draws,
+)
 
 VOCAB, ROWS, KEYS = 600, 2000, 8
 
@@ -26,30 +32,30 @@ def logits(vocab: int = VOCAB, kind: str = "peaked") -> Any:
     return np.round(row * 2) / 2 if kind == "coarse" else row
 
 
-def exact(row: Any, wish: Wish) -> Any:
+def exact(row: Any, params: SamplingRequest) -> Any:
     """Probabilities by vLLM's own temperature, masks and softmax."""
-    scores = torch.from_numpy(row[None].copy()) / wish.temperature
-    k = torch.tensor([wish.top_k or len(row)]) if wish.top_k else None
-    p = torch.tensor([wish.top_p]) if wish.top_p < 1 else None
+    scores = torch.from_numpy(row[None].copy()) / params.temperature
+    k = torch.tensor([params.top_k or len(row)]) if params.top_k else None
+    p = torch.tensor([params.top_p]) if params.top_p < 1 else None
     masked = apply_top_k_top_p_pytorch(scores, k, p)
     return masked.softmax(dim=-1, dtype=torch.float64)[0].numpy()
 
 
-def drawn(row: Any, wish: Wish, rows: int = ROWS, keys: int = KEYS) -> tuple[Any, int]:
-    """Many draws, and how many of them had to be settled."""
-    draw = Draw([wish] * rows, len(row))
+def drawn(row: Any, params: SamplingRequest, rows: int = ROWS, keys: int = KEYS) -> tuple[Any, int]:
+    """Many draws, and how many of them were undecided at first."""
+    draw = BatchSampler([params] * rows, len(row))
     scores = mx.broadcast_to(mx.array(row), (rows, len(row)))
     tokens: list[int] = []
     undecided = 0
     for number in range(keys):
         found = draw(scores, mx.random.key(number)).tolist()
         undecided += found.count(-1)
-        tokens += draw.settle(scores, found, mx.random.key(1000 + number))
+        tokens += draw.draw_undecided(scores, found, mx.random.key(1000 + number))
     return np.bincount(tokens, minlength=len(row)), undecided
 
 
 def agrees(counts: Any, expected: Any) -> None:
-    """Same support, and a chi-square within five standard deviations of what is usual."""
+    """Same support, and a chi-square within five standard deviations of its mean."""
     assert not counts[expected == 0].any(), "a token outside of vLLM's support"
     wanted = expected * counts.sum()
     assert counts[wanted > 15].all(), "a token of vLLM's support that is never drawn"
@@ -65,27 +71,27 @@ def agrees(counts: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["peaked", "flat", "coarse"])
 @pytest.mark.parametrize(
-    "wish",
+    "params",
     [
-        Wish(1.0),
-        Wish(0.6),
-        Wish(1.7),
-        Wish(1.0, top_k=1),
-        Wish(1.0, top_k=20),
-        Wish(1.3, top_k=VOCAB - 1),
-        Wish(0.6, top_k=20, top_p=0.95),
-        Wish(1.0, top_k=300, top_p=0.5),
+        SamplingRequest(1.0),
+        SamplingRequest(0.6),
+        SamplingRequest(1.7),
+        SamplingRequest(1.0, top_k=1),
+        SamplingRequest(1.0, top_k=20),
+        SamplingRequest(1.3, top_k=VOCAB - 1),
+        SamplingRequest(0.6, top_k=20, top_p=0.95),
+        SamplingRequest(1.0, top_k=300, top_p=0.5),
     ],
     ids=str,
 )
-def test_draws_follow_vllms_distribution(kind: str, wish: Wish) -> None:
+def test_draws_follow_vllms_distribution(kind: str, params: SamplingRequest) -> None:
     row = logits(kind=kind)
-    # So many tokens equal the 300th of the coarse ones that each row is settled.
-    counts, _ = drawn(row, wish, rows=100 if (kind, wish.top_k) == ("coarse", 300) else ROWS)
-    if kind == "coarse" and wish.top_p < 1:
-        agrees(of_values(row, counts), of_values(row, exact(row, wish)))
+    # So many tokens equal the 300th of the coarse ones that each row is undecided.
+    counts, _ = drawn(row, params, rows=100 if (kind, params.top_k) == ("coarse", 300) else ROWS)
+    if kind == "coarse" and params.top_p < 1:
+        agrees(of_values(row, counts), of_values(row, exact(row, params)))
     else:
-        agrees(counts, exact(row, wish))
+        agrees(counts, exact(row, params))
 
 
 def of_values(row: Any, of_tokens: Any) -> Any:
@@ -97,10 +103,10 @@ def of_values(row: Any, of_tokens: Any) -> Any:
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.8, 0.9, 0.95, 0.999])
 def test_a_nucleus_is_vllms(kind: str, p: float) -> None:
     row = logits(kind=kind)
-    counts, undecided = drawn(row, Wish(1.0, top_p=p), keys=4)
-    expected = exact(row, Wish(1.0, top_p=p))
+    counts, undecided = drawn(row, SamplingRequest(1.0, top_p=p), keys=4)
+    expected = exact(row, SamplingRequest(1.0, top_p=p))
     # Rejection leaves as few as it promises.
-    assert undecided < 2 * mlx_sampling.UNDECIDED * counts.sum()
+    assert undecided < 2 * mlx_sampling.UNDECIDED_RATE * counts.sum()
     if kind == "coarse":
         agrees(of_values(row, counts), of_values(row, expected))
         # As many of the equal ones at the edge as there.
@@ -112,37 +118,37 @@ def test_a_nucleus_is_vllms(kind: str, p: float) -> None:
         agrees(counts, expected)
 
 
-def test_undecided_draws_are_settled_without_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlx_sampling, "tries", lambda p: 1)
+def test_undecided_rows_are_drawn_without_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlx_sampling, "rejection_draws", lambda p: 1)
     row = logits(kind="flat")
-    counts, undecided = drawn(row, Wish(1.0, top_p=0.6), rows=500)
+    counts, undecided = drawn(row, SamplingRequest(1.0, top_p=0.6), rows=500)
     assert undecided > 500
-    agrees(counts, exact(row, Wish(1.0, top_p=0.6)))
+    agrees(counts, exact(row, SamplingRequest(1.0, top_p=0.6)))
 
 
 def test_more_equals_at_the_kth_place_than_there_is_room_for() -> None:
     row = np.full(VOCAB, -1.0, dtype=np.float32)
-    row[: 2 * SPARE : 2] = 2.5
+    row[: 2 * SPARE_TIES : 2] = 2.5
     row[7] = 4.0
     row[200:400] = 2.5
-    counts, undecided = drawn(row, Wish(1.0, top_k=5), rows=50)
+    counts, undecided = drawn(row, SamplingRequest(1.0, top_k=5), rows=50)
     assert undecided == counts.sum()
-    expected = exact(row, Wish(1.0, top_k=5))
-    assert np.count_nonzero(expected) == 1 + SPARE + 200
+    expected = exact(row, SamplingRequest(1.0, top_k=5))
+    assert np.count_nonzero(expected) == 1 + SPARE_TIES + 200
     assert not counts[expected == 0].any()
     # As many as there is room for: no row is left over.
     row[200:400] = -1.0
-    counts, undecided = drawn(row, Wish(1.0, top_k=5))
+    counts, undecided = drawn(row, SamplingRequest(1.0, top_k=5))
     assert not undecided
-    agrees(counts, exact(row, Wish(1.0, top_k=5)))
+    agrees(counts, exact(row, SamplingRequest(1.0, top_k=5)))
 
 
 def test_a_top_k_that_is_too_large_to_sort() -> None:
     row = logits(3000, "flat")
-    wish = Wish(1.0, top_k=HEAD + 1, top_p=0.7)
-    counts, undecided = drawn(row, wish, rows=200, keys=2)
+    params = SamplingRequest(1.0, top_k=MAX_SORTED_TOP_K + 1, top_p=0.7)
+    counts, undecided = drawn(row, params, rows=200, keys=2)
     assert undecided == counts.sum()
-    expected = exact(row, wish)
+    expected = exact(row, params)
     assert not counts[expected == 0].any()
     likely = expected > np.median(expected[expected > 0])
     share = expected[likely].sum()
@@ -153,32 +159,46 @@ def test_a_top_k_that_is_too_large_to_sort() -> None:
 def test_a_vocabulary_of_real_size_in_half_precision() -> None:
     vocab = 32_003
     row = mx.array(logits(vocab)).astype(mx.bfloat16)
-    wishes = [Wish(), Wish(1.0), Wish(0.7, 20, 0.8), Wish(1.0, 0, 0.9)] * 8
-    tokens = Draw(wishes, vocab)(mx.broadcast_to(row, (len(wishes), vocab)), mx.random.key(1))
+    batch = [
+        SamplingRequest(),
+        SamplingRequest(1.0),
+        SamplingRequest(0.7, 20, 0.8),
+        SamplingRequest(1.0, 0, 0.9),
+    ] * 8
+    tokens = BatchSampler(batch, vocab)(mx.broadcast_to(row, (len(batch), vocab)), mx.random.key(1))
     wide = np.array(row.astype(mx.float32))
-    for wish, token in zip(wishes, tokens.tolist(), strict=True):
-        if wish.temperature == 0:
+    for params, token in zip(batch, tokens.tolist(), strict=True):
+        if params.temperature == 0:
             assert token == wide.argmax()
         elif token >= 0:
             # Which of equal ones at the edge: anybody's choice.
-            assert wide[token] >= wide[exact(wide, wish) > 0].min()
+            assert wide[token] >= wide[exact(wide, params) > 0].min()
 
 
-def test_rows_of_a_mixed_batch_get_what_each_asked_for() -> None:
+def test_rows_of_a_mixed_batch_are_drawn_by_their_own_parameters() -> None:
     draw = np.random.default_rng(0)
-    kinds = [Wish(), Wish(1.0, 1), Wish(1.0, 3), Wish(1.0, 0, 0.3), Wish(1.0), Wish(2.0, 5, 0.5)]
-    wishes = [kinds[i] for i in draw.integers(0, len(kinds), 200)]
-    rows = 3 * draw.normal(size=(len(wishes), VOCAB)).astype(np.float32)
-    both = Draw(wishes, VOCAB)
-    tokens = both.settle(
+    kinds = [
+        SamplingRequest(),
+        SamplingRequest(1.0, 1),
+        SamplingRequest(1.0, 3),
+        SamplingRequest(1.0, 0, 0.3),
+        SamplingRequest(1.0),
+        SamplingRequest(2.0, 5, 0.5),
+    ]
+    batch = [kinds[i] for i in draw.integers(0, len(kinds), 200)]
+    rows = 3 * draw.normal(size=(len(batch), VOCAB)).astype(np.float32)
+    both = BatchSampler(batch, VOCAB)
+    tokens = both.draw_undecided(
         mx.array(rows), both(mx.array(rows), mx.random.key(3)).tolist(), mx.random.key(4)
     )
-    for row, wish, token in zip(rows, wishes, tokens, strict=True):
-        if wish.temperature == 0:
+    for row, params, token in zip(rows, batch, tokens, strict=True):
+        if params.temperature == 0:
             assert token == row.argmax()
         else:
-            assert exact(row, wish)[token] > 0
-    free = [token for wish, token in zip(wishes, tokens, strict=True) if wish == Wish(1.0)]
+            assert exact(row, params)[token] > 0
+    free = [
+        token for params, token in zip(batch, tokens, strict=True) if params == SamplingRequest(1.0)
+    ]
     assert len(set(free)) > len(free) / 4
 
 
@@ -189,21 +209,29 @@ def test_the_first_of_equals_is_the_greedy_one_as_in_torch() -> None:
     rows[3, [9, 40]] = np.nan
     rows[4, [8, 30]] = np.inf
     rows[5, 598:] = 1
-    tokens = Draw([Wish()] * 6, VOCAB)(mx.array(rows), mx.random.key(0)).tolist()
+    tokens = BatchSampler([SamplingRequest()] * 6, VOCAB)(mx.array(rows), mx.random.key(0)).tolist()
     assert tokens == torch.from_numpy(rows).argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize("wish", [Wish(1.0), Wish(1.0, 5), Wish(1.0, 5, 0.5), Wish(1.0, 0, 0.9)])
-def test_rows_without_a_distribution_get_vllms_token(wish: Wish) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingRequest(1.0),
+        SamplingRequest(1.0, 5),
+        SamplingRequest(1.0, 5, 0.5),
+        SamplingRequest(1.0, 0, 0.9),
+    ],
+)
+def test_rows_without_a_distribution_get_vllms_token(params: SamplingRequest) -> None:
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
     rows = np.stack([logits()] * 4)
     rows[0] = -np.inf
     rows[1, [9, 40]] = np.nan
     rows[2, [8, 30]] = np.inf
-    tokens = Draw([wish] * 4, VOCAB)(mx.array(rows), mx.random.key(0)).tolist()
-    k = torch.tensor([wish.top_k] * 4) if wish.top_k else None
-    p = torch.tensor([wish.top_p] * 4) if wish.top_p < 1 else None
+    tokens = BatchSampler([params] * 4, VOCAB)(mx.array(rows), mx.random.key(0)).tolist()
+    k = torch.tensor([params.top_k] * 4) if params.top_k else None
+    p = torch.tensor([params.top_p] * 4) if params.top_p < 1 else None
     theirs, _ = TopKTopPSampler().forward_native(torch.from_numpy(rows), {}, k, p)
     assert tokens[:3] == theirs.tolist()[:3] == [0, 0, 0]
     assert tokens[3] >= -1
@@ -212,9 +240,9 @@ def test_rows_without_a_distribution_get_vllms_token(wish: Wish) -> None:
 def test_tokens_that_are_ruled_out_are_never_drawn() -> None:
     rows = np.full((ROWS, VOCAB), -np.inf, dtype=np.float32)
     rows[:, [0, 255, 256, 599]] = [1.0, 0.5, 0.0, -60.0]
-    for wish in (Wish(1.0), Wish(1.0, 50), Wish(1.0, 0, 0.999)):
-        draw = Draw([wish] * ROWS, VOCAB)
-        tokens = draw.settle(
+    for params in (SamplingRequest(1.0), SamplingRequest(1.0, 50), SamplingRequest(1.0, 0, 0.999)):
+        draw = BatchSampler([params] * ROWS, VOCAB)
+        tokens = draw.draw_undecided(
             mx.array(rows), draw(mx.array(rows), mx.random.key(9)).tolist(), mx.random.key(10)
         )
         assert set(tokens) == {0, 255, 256}
@@ -222,13 +250,13 @@ def test_tokens_that_are_ruled_out_are_never_drawn() -> None:
 
 def test_a_nucleus_of_less_than_one_token_is_the_likeliest() -> None:
     for p in (1e-320, 1e-9, 1 / VOCAB):
-        counts, _ = drawn(logits(kind="flat"), Wish(1.0, top_p=p), rows=3, keys=1)
+        counts, _ = drawn(logits(kind="flat"), SamplingRequest(1.0, top_p=p), rows=3, keys=1)
         assert counts.argmax() == logits(kind="flat").argmax()
         assert counts.max() == counts.sum()
 
 
 def test_tries_are_as_many_as_the_promise_takes() -> None:
-    assert tries(0.999) == 1
-    assert tries(0.95) == tries(0.9) == 2
-    assert tries(0.5) == 4
-    assert tries(1e-6) < 30
+    assert rejection_draws(0.999) == 1
+    assert rejection_draws(0.95) == rejection_draws(0.9) == 2
+    assert rejection_draws(0.5) == 4
+    assert rejection_draws(1e-6) < 30

@@ -1,4 +1,4 @@
-"""What differs between vLLM releases; the rest of the suite runs on each of them."""
+"""Differences between vLLM releases; the rest of the suite runs on each of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
+from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.scheduler_output import decode
 from vllm_moe_compat.errors import UnsupportedServingError
-from vllm_moe_compat.tested import TESTED
+from vllm_moe_compat.versions import TESTED
 
 
 @pytest.fixture
@@ -22,13 +22,13 @@ def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) 
     logger = logging.getLogger("vllm_moe_compat")
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logger, "parent", logging.getLogger())
-    vllm_bridge.warn_outside_tested_range.cache_clear()
+    bridge.warn_outside_tested_range.cache_clear()
     yield caplog
-    vllm_bridge.warn_outside_tested_range.cache_clear()
+    bridge.warn_outside_tested_range.cache_clear()
 
 
 def test_a_tested_vllm_is_not_warned_of(warnings: pytest.LogCaptureFixture) -> None:
-    vllm_bridge.warn_outside_tested_range()
+    bridge.warn_outside_tested_range()
     assert not warnings.records
 
 
@@ -38,7 +38,7 @@ def test_another_is_warned_of_once(
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     for _ in range(3):
-        vllm_bridge.warn_outside_tested_range()
+        bridge.warn_outside_tested_range()
     (record,) = warnings.records
     assert record.levelname == "WARNING"
     assert version in record.getMessage()
@@ -72,7 +72,7 @@ def test_the_v1_encoding_is_read_and_v2_refused_by_name() -> None:
 def test_a_cache_plan_of_a_third_kind_is_refused() -> None:
     config = SimpleNamespace(kv_cache_tensors=[SimpleNamespace(size=1)])
     with pytest.raises(UnsupportedServingError, match="neither layer_stride nor shared_by"):
-        vllm_bridge.layers_by_region(config)  # type: ignore[arg-type]
+        bridge.layers_by_region(config)  # type: ignore[arg-type]
 
 
 def test_vllms_input_batch_takes_our_blocks() -> None:
@@ -85,6 +85,39 @@ def test_vllms_input_batch_takes_our_blocks() -> None:
         max_num_batched_tokens=32,
         device=torch.device("cpu"),
         vocab_size=8,
-        **vllm_bridge.batch_blocks([16]),
+        **bridge.input_batch_blocks([16]),
     )
     assert len(batch.block_table.block_tables) == 1
+
+
+def test_settings_that_a_release_does_not_have_count_as_unset() -> None:
+    bare: Any = SimpleNamespace()
+    assert bridge.watermark_config(bare) is None
+    assert bridge.reasoning_config(bare) is None
+    assert bridge.cpu_offload_gb(bare) == 0
+    assert not bridge.returns_routed_experts(bare)
+    assert bridge.input_kind(object()) is None
+
+
+def test_settings_that_a_release_has_are_read() -> None:
+    offload = SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=1.5))
+    full: Any = SimpleNamespace(
+        watermark_config="w", offload_config=offload, enable_return_routed_experts=True
+    )
+    assert bridge.watermark_config(full) == "w"
+    assert bridge.cpu_offload_gb(full) == 1.5
+    assert bridge.returns_routed_experts(full)
+    assert bridge.input_kind({"type": "embeds"}) == "embeds"
+
+
+def test_copies_of_pages_are_read_where_the_release_has_them() -> None:
+    output = SchedulerOutput.make_empty()
+    assert bridge.page_copies(output) == ()
+    output.kv_cache_block_copies = [(1, 2)]
+    assert decode(output).page_copies == ((1, 2),)
+
+
+def test_a_group_of_layers_of_several_shapes_has_a_spec_for_each() -> None:
+    group: Any = SimpleNamespace(kv_cache_specs={"layers.1": "own"})
+    assert bridge.layer_spec(group, "layers.1") == "own"
+    assert bridge.layer_spec(group, "layers.0") is group

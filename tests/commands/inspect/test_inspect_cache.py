@@ -12,7 +12,8 @@ import pytest
 import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
-from vllm_moe_compat.backend.model.layers import AttentionLayer, describe
+from vllm_moe_compat.backend.model.describe_layers import describe
+from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.commands.inspect.cache import cache
 from vllm_moe_compat.commands.inspect.collect import inspect
 

@@ -1,1 +1,1 @@
-"""The loaded mlx-lm model and its layers."""
+"""Loading a model and describing the caches of its layers."""

@@ -1,17 +1,16 @@
-"""Where a model's attention asks its cache.
+"""Replacement of mlx-lm's attention function, so that a cache can compute attention itself.
 
-mlx-lm's models call a function of their own module, ``scaled_dot_product_attention``,
-and give it the cache. ``install`` puts a function in its place that lets a cache
-which has ``attend`` do the work and hands every other call on unchanged, so that
-mlx-lm's own caches behave in the same process as they always did. Only modules of
-the model that is served are touched, and ``remove`` undoes it. ``watching`` finds
-out beforehand what a model asks for.
+mlx-lm's models call ``scaled_dot_product_attention`` of their own module and pass it the cache.
+``install`` replaces that function in the modules of one model: a cache with a method ``attend``
+computes attention itself, and every other call goes to the original, so mlx-lm's own caches
+behave as before in the same process. ``install`` returns the function that undoes it.
+``recording`` observes, before serving, the arguments of a model's attention calls.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -23,6 +22,8 @@ from mlx_lm.models import base
 
 NAME = "scaled_dot_product_attention"
 _original = base.scaled_dot_product_attention
+_users: dict[str, set[object]] = {}
+"""Module name → one key for every ``install`` that was not undone."""
 
 
 def attention(
@@ -34,7 +35,7 @@ def attention(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Stand in for mlx-lm's function of the same signature."""
+    """Replace mlx-lm's function of the same signature."""
     attend = getattr(cache, "attend", None)
     if attend is None:
         out: mx.array = _original(queries, keys, values, cache, scale, mask, sinks)
@@ -43,58 +44,79 @@ def attention(
     return result
 
 
-def install(model: nn.Module) -> None:
-    """Hook the modules of ``model``'s parts; calling it again changes nothing."""
-    for module in _modules(model):
+def install(model: nn.Module) -> Callable[[], None]:
+    """Hook the modules of ``model``; return a function that removes the hook again.
+
+    Models may share modules. A module gets mlx-lm's function back when the last model that
+    uses it is removed, since paged caches give wrong results without the hook. Removing twice
+    changes nothing.
+    """
+    key = object()
+    modules = _modules(model)
+    for module in modules:
+        _users.setdefault(module.__name__, set()).add(key)
         setattr(module, NAME, attention)
 
+    def remove() -> None:
+        for module in modules:
+            users = _users.get(module.__name__, set())
+            users.discard(key)
+            if not users:
+                _users.pop(module.__name__, None)
+                if vars(module).get(NAME) is attention:
+                    setattr(module, NAME, _original)
 
-def remove() -> None:
-    """Put mlx-lm's function back wherever it was replaced."""
-    for module in list(sys.modules.values()):
-        if vars(module).get(NAME) is attention and module.__name__ != __name__:
-            setattr(module, NAME, _original)
+    return remove
+
+
+def installed() -> list[str]:
+    """Return the names of the modules that are hooked."""
+    return sorted(_users)
 
 
 def _modules(model: nn.Module) -> list[ModuleType]:
-    """Modules of the model's classes that have mlx-lm's function, or ours, under its name."""
+    """Return modules of the model's classes whose function is mlx-lm's, or already ours."""
     found = {type(part).__module__ for part in model.modules()}
     modules = [sys.modules[name] for name in sorted(found)]
     return [m for m in modules if vars(m).get(NAME) in (_original, attention)]
 
 
 @dataclass
-class Watched:
-    """What a forward pass did with caches.
+class AttentionRecord:
+    """Arrays that a forward pass exchanged with its caches.
 
-    ``fetched``: keys and values that each of the softmax caches returned;
-    ``masks``: all that caches returned as masks; ``calls``: what the attention
-    function got as cache, keys, values and mask.
+    Attributes:
+        fetched: id of a softmax cache → ids of the keys and values that it returned.
+        masks: everything that caches returned as a mask.
+        calls: (cache, keys, values, mask) of every call of the attention function.
     """
 
-    fetched: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    fetched: dict[int, tuple[int, int]] = field(default_factory=dict)
     masks: list[Any] = field(default_factory=list)
     calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
 
-    def direct(self) -> bool:
-        """Whether every cache was asked once, and its answer passed on as it was.
+    def unchanged(self) -> bool:
+        """Return whether each cache was read once and its arrays reached attention unchanged.
 
-        Then keys and values need not leave the cache at all. It is not so where
-        layers share keys, compute others from them, or change the mask.
+        Only then may a cache compute attention without handing out keys and values. It is False
+        where layers share keys, compute others from them, or modify the mask.
         """
         return len(self.calls) == len(self.fetched) > 0 and all(
-            self.fetched.get(id(cache), (None, None)) == (id(keys), id(values))
+            self.fetched.get(id(cache)) == (id(keys), id(values))
             and (mask is None or any(mask is one for one in self.masks))
             for cache, keys, values, mask in self.calls
         )
 
 
 @contextmanager
-def watching(model: nn.Module, caches: Sequence[Any]) -> Iterator[Watched]:
-    """Note what passes of ``model`` with these (mlx-lm's own) caches do inside."""
-    watched = Watched()
+def recording(model: nn.Module, caches: Sequence[Any]) -> Iterator[AttentionRecord]:
+    """Record passes of ``model`` with ``caches``, which are mlx-lm's own.
 
-    def noted(
+    The caches keep their recording methods; they are of no further use.
+    """
+    record = AttentionRecord()
+
+    def recorded(
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
@@ -103,38 +125,38 @@ def watching(model: nn.Module, caches: Sequence[Any]) -> Iterator[Watched]:
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        watched.calls.append((cache, keys, values, mask))
+        record.calls.append((cache, keys, values, mask))
         out: mx.array = _original(queries, keys, values, cache, scale, mask, sinks)
         return out
 
     for cache in caches:
         if hasattr(cache, "update_and_fetch"):
-            _watch(cache, watched)
+            _record_cache(cache, record)
     modules = _modules(model)
     before = [getattr(module, NAME) for module in modules]
     try:
         for module in modules:
-            setattr(module, NAME, noted)
-        yield watched
+            setattr(module, NAME, recorded)
+        yield record
     finally:
         for module, function in zip(modules, before, strict=True):
             setattr(module, NAME, function)
 
 
-def _watch(cache: Any, watched: Watched) -> None:
+def _record_cache(cache: Any, record: AttentionRecord) -> None:
     fetch, make_mask = cache.update_and_fetch, getattr(cache, "make_mask", None)
 
     def update_and_fetch(keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         found: tuple[mx.array, mx.array] = fetch(keys, values)
-        watched.fetched[id(cache)] = (id(found[0]), id(found[1]))
-        # Held, so that no other array gets the same id.
-        cache.watched = found
+        record.fetched[id(cache)] = (id(found[0]), id(found[1]))
+        # Keep the arrays alive: the id of a freed object may be reused.
+        cache.recorded = found
         return found
 
-    def noted_mask(*args: Any, **options: Any) -> Any:
-        watched.masks.append(make_mask(*args, **options))  # type: ignore[misc]
-        return watched.masks[-1]
+    def recorded_mask(*args: Any, **options: Any) -> Any:
+        record.masks.append(make_mask(*args, **options))  # type: ignore[misc]
+        return record.masks[-1]
 
     cache.update_and_fetch = update_and_fetch
     if make_mask is not None:
-        cache.make_mask = noted_mask
+        cache.make_mask = recorded_mask

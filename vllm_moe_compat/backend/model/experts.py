@@ -1,19 +1,18 @@
-"""How expert matrices are multiplied: the one place that chooses.
+"""Matrix products of experts, and float32 weights for them on the CPU.
 
 mlx-lm's ``SwitchLinear`` gathers each token's experts in one operation:
 
-* quantised experts: ``gather_qmm``, on every device and dtype; left as it is.
-* float experts on Metal and CUDA: ``gather_mm`` in the serving dtype; left.
-* float32 experts on the CPU: ``gather_mm``; left.
-* bfloat16 or float16 experts on the CPU: MLX's ``gather_mm`` computes float32
-  only and fails when it is evaluated. The expert weights are widened to float32
-  once, at load, and the product is rounded back to the activations' dtype. That
-  doubles the experts' bytes, which the start-up line accounts for.
+* quantised experts: ``gather_qmm``, on every device and dtype; unchanged.
+* float experts on Metal and CUDA: ``gather_mm`` in the serving dtype; unchanged.
+* float32 experts on the CPU: ``gather_mm``; unchanged.
+* bfloat16 or float16 experts on the CPU: MLX's ``gather_mm`` supports only float32 there and
+  fails when it is evaluated. The expert weights are widened to float32 once, at load, and the
+  product is rounded to the dtype of the activations. That doubles the experts' bytes; the
+  start-up line reports the addition.
 
-A loop over experts with one matrix product each is no alternative on the CPU:
-from 1 to 512 tokens and 16 to 64 experts it took 1.02 to 1.5 times as long as
-``gather_mm`` and reads the router's choice back on every layer; 8-bit experts
-took 1.1 to 1.2 times as long.
+A loop with one matrix product per expert is no alternative on the CPU: with 1 to 512 tokens and
+16 to 64 experts it took 1.02 to 1.5 times as long as ``gather_mm``, and it reads the router's
+choice back in every layer. 8-bit experts took 1.1 to 1.2 times as long.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 
 class WidenedSwitchLinear(SwitchLinear):
-    """``SwitchLinear`` whose weight ``[E, O, I]`` is float32 under narrower activations."""
+    """``SwitchLinear`` with a float32 weight ``[E, O, I]`` for narrower activations."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Multiply in float32; return the dtype of ``x``."""
+        """Multiply in float32; return the result in the dtype of ``x``."""
         wide: mx.array = super().__call__(x.astype(mx.float32), indices, sorted_indices)
         return wide.astype(x.dtype)
 
 
-def prepare(model: nn.Module) -> int:
-    """Widen what the device cannot multiply; return the bytes that this added."""
+def widen_experts(model: nn.Module) -> int:
+    """Widen the expert weights that the device cannot multiply; return the bytes added."""
     if mx.default_device().type != mx.DeviceType.cpu:
         return 0
     added = 0
@@ -46,7 +45,7 @@ def prepare(model: nn.Module) -> int:
             mx.eval(module.weight)
             added += weight.nbytes
             del weight
-            # The same parameters, another product: the class is all that differs.
+            # Only the product differs, not the parameters, so the module is kept.
             module.__class__ = WidenedSwitchLinear
     return added
 

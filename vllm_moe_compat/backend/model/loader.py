@@ -1,9 +1,8 @@
-"""From a checkpoint folder to a model that is ready to serve.
+"""Loading a checkpoint into an mlx-lm model that is ready to serve.
 
-In: the model's path and the serving dtype. Out: an mlx-lm model whose weights
-went through the load plan (``vllm_moe_compat.load.patching`` is installed by then),
-in that dtype, with a description of its layers. mlx-lm loads it, exactly as it
-would without us; what the hooks did is in the load report.
+mlx-lm loads the model as it would without this backend; the load hooks
+(``vllm_moe_compat.load``) are installed and carry out the load plan. Afterwards the weights are
+cast to the serving dtype and the layers are described.
 """
 
 from __future__ import annotations
@@ -17,17 +16,25 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from vllm_moe_compat import plugin
-from vllm_moe_compat.backend.model import experts
-from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, Rows, describe, rows_of
-from vllm_moe_compat.backend.step import dry_run as trial
+from vllm_moe_compat.backend.model.describe_layers import describe
+from vllm_moe_compat.backend.model.dry_run import DryRun, dry_run
+from vllm_moe_compat.backend.model.experts import widen_experts
+from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.who_serves import who_serves
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model, its layers, and what its weights hold."""
+    """A loaded model.
+
+    Attributes:
+        model: the mlx-lm model, all of its weights evaluated.
+        layers: one description per cache.
+        weight_bytes: bytes of all weights.
+        widened_bytes: the part of them added by widening experts to float32.
+    """
 
     model: nn.Module
     layers: list[Layer]
@@ -40,7 +47,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
 
     Raises:
         CompatError: the checkpoint is broken or cannot be represented.
-        UnsupportedServingError: a layer has no paged storage.
+        UnsupportedServingError: a layer cannot be stored in pages.
     """
     from mlx_lm import utils
 
@@ -49,42 +56,50 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
         path = Path(utils._download(model, revision=revision))
     with loading_with(dtype=str(dtype).rpartition(".")[2]):
         loaded, _ = utils.load_model(path, lazy=True)
-    # Built and not computed: a refusal comes before the weights are read.
-    trial.settle(loaded, describe(loaded))
+    # Both calls only build graphs. The first one refuses a model before its weights are read,
+    # the second one sees the final dtypes.
+    dry_run(loaded, describe(loaded))
     _cast(loaded, dtype)
-    widened = experts.prepare(loaded)
+    widened = widen_experts(loaded)
     mx.clear_cache()
-    layers = trial.settle(loaded, describe(loaded))
+    result = dry_run(loaded, describe(loaded))
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
     logger.info(
-        "the embedded MLX platform serves, since %s: handed it %s on %s, %s, %.1f MiB of "
-        "weights%s, %s",
-        plugin.who_serves()[1],
+        "the embedded MLX platform serves, since %s: loaded %s on %s, %s, %.1f MiB of weights%s, "
+        "%s%s",
+        who_serves()[1],
         type(loaded).__module__,
         mx.default_device(),
         str(dtype).rpartition(".")[2],
         weights / 2**20,
         f" (experts widened to float32: +{widened / 2**20:.1f} MiB)" if widened else "",
-        _kinds(layers),
+        _layer_counts(result.layers),
+        _single_sequence(result),
     )
-    return ServedModel(loaded, layers, weights, widened)
+    return ServedModel(loaded, result.layers, weights, widened)
 
 
-def _kinds(layers: Sequence[Layer]) -> str:
-    """How many layers keep what: ``24 softmax (12 with a window of 128 tokens) …``."""
+def _layer_counts(layers: Sequence[Layer]) -> str:
+    """Count the layers by kind: ``24 softmax (12 with a window of 128 tokens) and …``."""
     softmax = [layer for layer in layers if isinstance(layer, AttentionLayer)]
     counted = sorted(Counter(x.window for x in softmax if x.window).items())
     windows = ", ".join(f"{count} with a window of {size} tokens" for size, count in counted)
-    words = f"{len(softmax)} softmax{f' ({windows})' if windows else ''}"
-    alone = ", one sequence at a time" if rows_of(layers) is Rows.SINGLE else ""
-    return f"{words} and {len(layers) - len(softmax)} state layers{alone}"
+    found = f"{len(softmax)} softmax{f' ({windows})' if windows else ''}"
+    return f"{found} and {len(layers) - len(softmax)} state layers"
+
+
+def _single_sequence(result: DryRun) -> str:
+    """Say that, and why, the model computes one sequence at a time; empty if it does not."""
+    if not result.failure:
+        return ""
+    return f", one sequence at a time, since its code fails on several ({result.failure})"
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Evaluate every parameter, floating ones in ``dtype``, one at a time.
+    """Cast floating parameters to ``dtype`` and evaluate all parameters, one at a time.
 
-    One at a time bounds the peak at the model plus one tensor. What the model
-    itself excludes from casts (Qwen3.5's ``A_log``) keeps its dtype.
+    One at a time bounds the peak at the model plus one tensor. Parameters that the model itself
+    excludes from casts (``A_log`` of Qwen3.5) keep their dtype.
     """
     keep = getattr(model, "cast_predicate", lambda _: True)
     for name, module in model.named_modules():

@@ -1,1 +1,1 @@
-"""What layers keep between steps: pages, states, and attention over them."""
+"""Storage of a layer between steps: KV pages, states, and attention over pages."""

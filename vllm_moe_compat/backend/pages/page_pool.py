@@ -1,16 +1,15 @@
-"""Pages: the memory that vLLM's block ids address.
+"""Page pools: the memory that vLLM's block ids address.
 
-vLLM plans one pool of ``num_blocks`` pages per layer *position*: the first layer
-of every group (full attention, a sliding window, states) shares one, since a
-block id belongs to one group at a time. MLX arrays have one dtype and cannot
-alias, so a pool holds raw unsigned integers of the model dtype's width, and
-keys, values and states are viewed as such on the way in and out. What is
-reported to vLLM is then what is allocated.
+vLLM plans one pool of ``num_blocks`` pages per layer *position*: the first layers of all groups
+(full attention, sliding window, states) share a pool, since a block id belongs to one group at a
+time. An MLX array has one dtype and cannot alias another, so a pool holds raw unsigned integers
+as wide as the model's dtype, and keys, values and states are viewed as such on the way in and
+out. The bytes reported to vLLM are therefore the bytes allocated.
 
-Who may hold a pool: MLX writes into a buffer in place only if nobody else holds
-it when the write is scheduled. So ``pages`` is the one reference, every write
-replaces it, reads come after the writes of the same evaluation, and whoever
-reads evaluates before the next write.
+MLX writes into a buffer in place only if nothing else references it when the write is scheduled;
+otherwise it copies the whole pool. Hence three rules: ``pages`` is the only reference and every
+write replaces it; reads follow the writes of the same evaluation; a read is evaluated before the
+next write is scheduled.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ import mlx.core as mx
 import numpy as np
 
 RAW_DTYPES = {2: mx.uint16, 4: mx.uint32}
+"""Bytes per element → dtype of the pool."""
 
 
 class PagePool:
-    """``pages [num_blocks, page_elements]`` of raw integers, zeroed at first.
+    """``pages [num_blocks, page_elements]`` of raw integers, zero at first.
 
-    Block 0 is vLLM's null block: it is never written, so reads that are padded
-    with it read zeros.
+    Block 0 is vLLM's null block: it is never written, so padded block tables read zeros.
     """
 
     def __init__(self, num_blocks: int, page_bytes: int, dtype: mx.Dtype) -> None:
@@ -39,7 +38,7 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes allocated."""
         return int(self.pages.nbytes)
 
     def zero(self, blocks: Sequence[int]) -> None:
@@ -52,25 +51,25 @@ class PagePool:
         if pairs:
             table = np.asarray(pairs, dtype=np.uint32)
             sources = self.pages[mx.array(table[:, 0])]
-            # The read holds the buffer: let it finish before the write is scheduled.
+            # The pending read references the buffer; evaluate it before the write is scheduled.
             mx.eval(sources)
             self.pages[mx.array(table[:, 1])] = sources
 
     def write_head(self, blocks: mx.array, values: mx.array) -> None:
-        """Write ``values [B, n]`` (raw) at the start of the pages ``blocks [B]``."""
+        """Write raw ``values [B, n]`` to the first n elements of the pages ``blocks [B]``."""
         self.pages[blocks, : values.shape[1]] = values
 
     def read_head(self, blocks: mx.array, count: int) -> mx.array:
-        """The first ``count`` raw elements of the pages ``blocks [B]``: ``[B, count]``."""
+        """Return the first ``count`` raw elements of the pages ``blocks [B]``: ``[B, count]``."""
         return self.pages[blocks, :count]
 
     def write_rows(self, rows: mx.array, values: mx.array) -> None:
-        """Write ``values [..., D]`` (raw) at ``rows [...]`` of the pool seen as ``[-1, D]``."""
+        """Write raw ``values [..., D]`` at ``rows [...]`` of the pool seen as ``[-1, D]``."""
         shape = self.pages.shape
         flat = self.pages.reshape(-1, values.shape[-1])
         flat[rows] = values
         self.pages = flat.reshape(shape)
 
     def read_runs(self, runs: mx.array, length: int, width: int) -> mx.array:
-        """Runs of ``length`` rows: ``runs [...]`` → ``[..., length, width]`` raw."""
+        """Return raw runs of ``length`` rows: ``runs [...]`` → ``[..., length, width]``."""
         return self.pages.reshape(-1, length, width)[runs]

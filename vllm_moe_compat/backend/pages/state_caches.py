@@ -1,8 +1,7 @@
-"""Batch-resident states during a forward pass: gated-delta, Mamba, short convolutions.
+"""Caches of state layers for one forward pass: gated-delta, Mamba, short convolutions.
 
-In: the states of the rows of one forward pass. Out: mlx-lm's own ``ArraysCache``
-holding them, with the rows' lengths where the pass is padded on the right, so
-that padding changes no state; after the pass, the new states.
+The caches are mlx-lm's own ``ArraysCache``. If the pass is padded on the right they get the rows'
+lengths, so that padding changes no state.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from vllm_moe_compat.backend.pages.state_pool import State
 
 
 def make_caches(states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list[Any]:
-    """One cache per layer; ``lengths [B]`` are the tokens of each row in this pass."""
+    """Return one cache per layer; ``lengths [B]`` are the new tokens of each row."""
     from mlx_lm.models.cache import ArraysCache
 
     padded = bool((lengths != lengths.max()).any())
@@ -33,5 +32,5 @@ def make_caches(states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list
 
 
 def new_states(caches: Sequence[Any]) -> list[State]:
-    """The states that the layers left in their caches."""
+    """Return the states that the layers left in their caches."""
     return [tuple(cache.cache) for cache in caches]

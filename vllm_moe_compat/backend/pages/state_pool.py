@@ -1,18 +1,15 @@
-"""States of fixed size: resident rows for who is running, pages for what must last.
+"""States of fixed size: resident arrays for running requests, pages for states read later.
 
-In: who is computed in a forward pass, and the states that the layers returned.
-A state is as large as hundreds of tokens of keys and values, and every decode
-step changes all of it, so the running batch's states stay in arrays ``[B, …]``
-per layer and are passed from step to step as they are. When the batch changes,
-rows are regrouped once. Pages are written only for what vLLM may come back for:
-the state at a block boundary (prefix caching), and that of a prompt whose next
-chunk comes later.
+A state is as large as the keys and values of hundreds of tokens, and every decode step changes
+all of it. So the states of the running batch stay in arrays ``[B, …]`` per layer, which are
+passed from step to step unchanged and regrouped once when the batch changes. Pages are written
+only for states that vLLM may come back to: at a block boundary (prefix caching), and after a
+chunk of a prompt.
 
-The state after ``n`` tokens lives in the page of block ``(n - 1) // block``;
-where a request has computed nothing, its state is zero and no page is read, so
-nobody sees a predecessor's. This addressing serves both of vLLM's modes: with
-prefix caching off, ``block`` is the longest sequence and the page always the
-first.
+The state after ``n`` tokens is in the page of block ``(n - 1) // block``. A request without
+computed tokens starts from zero and reads no page, so it never sees the state of the block's
+previous owner. The same addressing serves both of vLLM's modes: with prefix caching off,
+``block`` is the longest sequence, and the page is always the first one.
 """
 
 from __future__ import annotations
@@ -23,22 +20,22 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from vllm_moe_compat.backend.model.layers import StateLayer
+from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 
-# Of one layer, rows first: for gated-delta a convolution tail and [B, Hv, Dv, Dk].
 State = tuple[mx.array, ...]
+"""State of one layer, rows first: for gated-delta a convolution tail and ``[B, Hv, Dv, Dk]``."""
 
 
 @dataclass
 class _Bank:
-    """States of some requests: row ``i`` of every array belongs to ``req_ids[i]``."""
+    """States of requests computed together: row ``i`` of every array is that of ``req_ids[i]``."""
 
     req_ids: list[str]
     states: list[State]
 
     def rows(self, index: Sequence[int]) -> list[State]:
-        """The states of the rows ``index``, all layers; lazy."""
+        """Return the states of the rows ``index`` for all layers, not evaluated."""
         if list(index) == list(range(len(self.req_ids))):
             return self.states
         taken = mx.array(np.asarray(index, dtype=np.uint32))
@@ -46,32 +43,32 @@ class _Bank:
 
 
 class StatePool:
-    """The states of all layers that have one."""
+    """States of all layers that have one, by request."""
 
     def __init__(
         self, layers: Sequence[StateLayer], pools: Sequence[PagePool], groups: Sequence[int]
     ) -> None:
-        """``pools`` and ``groups``: each layer's page pool and KV group, in its order."""
+        """``pools`` and ``groups``: page pool and KV group of each layer, in the same order."""
         self.layers, self.pools, self.groups = list(layers), list(pools), list(groups)
         self.banks: list[_Bank] = []
 
     @staticmethod
     def bytes_per_sequence(layers: Sequence[StateLayer]) -> int:
-        """Bytes of one sequence's states, all layers together."""
+        """Return the bytes of one sequence's states in all layers."""
         return sum(sum(_sizes(layer)) for layer in layers)
 
     @property
     def resident(self) -> set[str]:
-        """Requests that have a row."""
+        """Ids of requests whose states are in resident arrays."""
         return {req_id for bank in self.banks for req_id in bank.req_ids}
 
     def resident_states(self, req_ids: Sequence[str]) -> list[State]:
-        """The states of a batch that has them in just this order, else none."""
-        wanted = list(req_ids)
-        return next((bank.states for bank in self.banks if bank.req_ids == wanted), [])
+        """Return the states of a batch resident in exactly this order, else an empty list."""
+        order = list(req_ids)
+        return next((bank.states for bank in self.banks if bank.req_ids == order), [])
 
     def drop(self, req_ids: set[str]) -> None:
-        """Forget the rows of requests that ended or lost their pages."""
+        """Discard the rows of requests that ended or lost their pages."""
         banks = []
         for bank in self.banks:
             keep = [i for i, req_id in enumerate(bank.req_ids) if req_id not in req_ids]
@@ -87,23 +84,23 @@ class StatePool:
     ) -> list[State]:
         """Remove and return the states of ``req_ids``, in their order, per layer.
 
-        From a bank where they are in one, else zero (``computed`` 0), else from
-        the pages ``blocks[group][i]``. The rows of other requests stay.
+        A request without a resident row gets zeros if ``computed[i]`` is 0, and otherwise the
+        state saved in the page ``blocks[group][i]``. Rows of other requests stay.
         """
         for number, bank in enumerate(self.banks):
             if bank.req_ids == list(req_ids):
-                # The common step: the same batch goes on. The arrays change
-                # hands, so that the layers may reuse their buffers.
+                # The common case: the batch is unchanged. The bank is removed, so that the
+                # arrays have one owner and the layers can reuse their buffers.
                 return self.banks.pop(number).states
-        wanted = {req_id: i for i, req_id in enumerate(req_ids)}
+        missing = {req_id: i for i, req_id in enumerate(req_ids)}
         parts: list[list[State]] = []
         order: list[int] = []
         for bank in self.banks:
-            index = [i for i, req_id in enumerate(bank.req_ids) if req_id in wanted]
+            index = [i for i, req_id in enumerate(bank.req_ids) if req_id in missing]
             if index:
                 parts.append(bank.rows(index))
-                order += [wanted.pop(bank.req_ids[i]) for i in index]
-        paged = [i for i in wanted.values() if computed[i] > 0]
+                order += [missing.pop(bank.req_ids[i]) for i in index]
+        paged = [i for i in missing.values() if computed[i] > 0]
         if paged:
             parts.append(
                 [
@@ -111,7 +108,7 @@ class StatePool:
                     for number, group in enumerate(self.groups)
                 ]
             )
-        fresh = [i for i in wanted.values() if computed[i] == 0]
+        fresh = [i for i in missing.values() if computed[i] == 0]
         if fresh:
             parts.append([_zeros(layer, len(fresh)) for layer in self.layers])
         back = mx.array(np.argsort(np.asarray(order + paged + fresh)).astype(np.uint32))
@@ -122,17 +119,17 @@ class StatePool:
             )
             for number, layer in enumerate(self.layers)
         ]
-        # Reads of pages end here, before anything writes to them.
+        # Evaluate the reads of pages before anything writes to them (see ``page_pool``).
         mx.eval(states)
         self.drop(set(req_ids))
         return states
 
     def put_in(self, req_ids: Sequence[str], states: list[State]) -> None:
-        """Keep the (evaluated) states of ``req_ids``, per layer, for the next step."""
+        """Keep the states of ``req_ids``, per layer, for the next step; the pass evaluates them."""
         self.banks.append(_Bank(list(req_ids), states))
 
     def save(self, req_ids: Sequence[str], blocks: Mapping[int, Sequence[int]]) -> None:
-        """Write rows to the pages ``blocks[group][i]``; they stay resident too."""
+        """Write the states to the pages ``blocks[group][i]``; they also stay resident."""
         place = {req_id: i for i, req_id in enumerate(req_ids)}
         for bank in self.banks:
             index = [i for i, req_id in enumerate(bank.req_ids) if req_id in place]
@@ -159,7 +156,7 @@ class StatePool:
 
 
 def _sizes(layer: StateLayer) -> list[int]:
-    """Bytes of each of its arrays, one sequence's."""
+    """Return the bytes of each array of the state of one sequence."""
     parts = zip(layer.shapes, layer.dtypes, strict=True)
     return [int(np.prod(shape)) * int(dtype.size) for shape, dtype in parts]
 

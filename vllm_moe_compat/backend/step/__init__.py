@@ -1,1 +1,1 @@
-"""One step: requests, passes and tokens."""
+"""One engine step: requests, forward passes and sampled tokens."""

@@ -1,47 +1,54 @@
-"""Who computes what in one step.
+"""The requests of the engine, and the forward passes of one step.
 
-In: vLLM's ``Step``. Out: forward passes, each a padded batch of token ids with
-the offsets and block tables of its rows.
+A pass is a padded batch of token ids with the offsets and block tables of its rows. Prompts are
+computed by prefill passes without their last token; that token joins the decodes. So prefill
+passes need no logits (MLX evaluates only requested arrays), and one pass with one token per
+request yields all rows that are sampled. mlx-lm splits prompts in the same way.
 
-A prompt's last token joins the decodes: the prefill pass computes what comes
-before it, and so needs no logits at all (mlx evaluates only what is asked for),
-and one pass of one token per request yields every row that is sampled. mlx-lm
-splits a prompt the same way.
-
-vLLM counts a block as cached from the moment that it schedules its tokens. So a
-request may begin behind tokens that another one computes in the very same step;
-it then goes into a later pass, and the other one's last token is computed before
-that pass as well, if it is among them.
+vLLM counts a block as cached from the moment that it schedules the block's tokens. A request may
+therefore start behind a prefix that another request computes in the same step. It then goes into
+a later pass, and if the prefix includes the other request's last token, that token is computed
+before the later pass as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, RunningRequest, Step
+from vllm_moe_compat.backend.step.schedule import NewRequest, RunningRequest, Schedule
 
 Int = npt.NDArray[np.int64]
 
-# Padding up to this many tokens in a pass costs less than a second pass.
+# Up to this many tokens, a padded pass is cheaper than two passes.
 SMALL_PASS_TOKENS = 256
 
 
 @dataclass(slots=True)
 class Request:
-    """A request that is alive: its tokens, its blocks, how far it is computed."""
+    """A request that has not ended.
+
+    Attributes:
+        req_id: vLLM's id.
+        prompt: token ids.
+        params: ``vllm.SamplingParams``.
+        blocks: block ids, one list per KV group.
+        computed: tokens computed before this step.
+        output: generated token ids.
+        done: tokens computed when the last step ended.
+    """
 
     req_id: str
     prompt: list[int]
-    params: Any  # vllm.SamplingParams
-    blocks: list[list[int]]  # per KV group
+    params: Any
+    blocks: list[list[int]]
     computed: int
     output: list[int] = field(default_factory=list)
-    done: int = 0  # tokens computed when the last step ended
+    done: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +56,7 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Token ids ``start … start + count``, across prompt and output."""
+        """Return ``count`` token ids from ``start`` on, across prompt and output."""
         n = len(self.prompt)
         if start + count <= n:
             return self.prompt[start : start + count]
@@ -62,8 +69,11 @@ class Request:
 class Pass:
     """One forward pass: row ``i`` computes ``lengths[i]`` tokens of ``requests[i]``.
 
-    ``tokens [B, T]`` is padded on the right with token 0; ``offsets [B]`` is
-    how many tokens each row has behind it.
+    Attributes:
+        requests: of the rows.
+        tokens: ``[B, T]`` int32, padded on the right with token 0.
+        offsets: ``[B]``, tokens of each row computed before.
+        lengths: ``[B]``, tokens of each row in this pass.
     """
 
     requests: tuple[Request, ...]
@@ -77,16 +87,16 @@ class Pass:
         return [request.req_id for request in self.requests]
 
     def split(self) -> Iterator[tuple[int, Pass]]:
-        """Each row as a pass of its own, with its number."""
+        """Yield each row's number, and the row as a pass of its own."""
         for row, length in enumerate(self.lengths):
             tokens = self.tokens[row : row + 1, :length]
             one = slice(row, row + 1)
             yield row, Pass(self.requests[one], tokens, self.offsets[one], self.lengths[one])
 
     def tables(self, group: int, block: int) -> Int:
-        """Blocks of KV group ``group`` that hold the rows' tokens, ``[B, W]``.
+        """Return the blocks of KV group ``group`` that hold the rows' tokens, ``[B, W]``.
 
-        As wide as the longest row needs and padded with block 0.
+        W is the number of blocks of the longest row; shorter rows are padded with block 0.
         """
         need = -(-(self.offsets + self.lengths) // block)
         table = np.zeros((len(self.requests), int(need.max())), dtype=np.int64)
@@ -106,25 +116,28 @@ def make_pass(rows: Sequence[tuple[Request, int, int]]) -> Pass:
 
 
 class Batch:
-    """All requests that are alive, and the passes of the current step."""
+    """All requests that have not ended, and the passes of the current step."""
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
-        self._hits: set[str] = set()  # who begins in this step behind cached tokens
+        # Requests that start in this step behind a cached prefix.
+        self._prefix_hits: set[str] = set()
 
-    def update(self, step: Step) -> set[str]:
-        """Apply a step's news; return the ids whose pages are no longer theirs.
+    def update(self, schedule: Schedule) -> set[str]:
+        """Apply a schedule; return the ids of requests that no longer own their pages.
 
-        A request id may end and begin anew in one step: ends come first.
+        An id may end and begin again in one step, so ends are applied first.
         """
-        lost = set(step.finished)
-        self._hits = {one.req_id for one in step.new if one.computed}
-        self._hits |= {one.req_id for one in step.running if one.resumed and one.computed}
-        for req_id in step.finished:
+        lost = set(schedule.finished)
+        self._prefix_hits = {one.req_id for one in schedule.new if one.computed}
+        self._prefix_hits |= {
+            one.req_id for one in schedule.running if one.resumed and one.computed
+        }
+        for req_id in schedule.finished:
             self.requests.pop(req_id, None)
-        for new in step.new:
+        for new in schedule.new:
             self.requests[new.req_id] = self._begin(new)
-        for running in step.running:
+        for running in schedule.running:
             self._continue(self.requests[running.req_id], running)
             if running.resumed:
                 lost.add(running.req_id)
@@ -138,84 +151,114 @@ class Batch:
     @staticmethod
     def _continue(request: Request, running: RunningRequest) -> None:
         request.computed = running.computed
-        # Tokens beyond what the scheduler counts were discarded by it.
+        # The scheduler discarded tokens beyond those that it counts.
         del request.output[running.num_output :]
         if running.resumed:
             assert running.blocks is not None
             request.blocks = [list(group) for group in running.blocks]
         elif running.blocks is not None:
-            for mine, new in zip(request.blocks, running.blocks, strict=True):
-                mine.extend(new)
+            for known, added in zip(request.blocks, running.blocks, strict=True):
+                known.extend(added)
 
     def samples(self, req_id: str, scheduled: int) -> bool:
-        """Whether this step reaches the end of what is known of a request."""
+        """Return whether the step computes a request's last known token, and so samples."""
         request = self.requests[req_id]
         return request.computed + scheduled >= request.num_tokens
 
-    def prefills(self, scheduled: dict[str, int], block_sizes: Sequence[int]) -> list[Pass]:
-        """Passes for prompt tokens, without the last token of whoever samples.
+    def partial_blocks(
+        self, scheduled: dict[str, int], block_sizes: Mapping[int, int]
+    ) -> dict[int, list[int]]:
+        """Return, by KV group, the blocks that this step begins and no single pass fills.
 
-        One pass, unless its rows differ so much in length that padding would
-        more than double the work, or read what others of this step write.
-        ``scheduled`` is in vLLM's order, ``block_sizes`` are by KV group.
+        ``block_sizes``: group → tokens per block, of attention groups only.
+
+        They have to be zeroed first: bits of an earlier owner may be NaN when read as keys, and
+        a mask does not stop NaN. A request that samples never fills its last block in one pass,
+        since its last token comes in a pass of its own, after others may have read the block.
         """
-        turns, awaited = self._turns(scheduled, block_sizes)
+        partial: dict[int, list[int]] = {group: [] for group in block_sizes}
+        for req_id, count in scheduled.items():
+            request = self.requests[req_id]
+            end = request.computed + count
+            for group, size in block_sizes.items():
+                last = (end - 1) // size
+                begins = last * size >= request.computed
+                if begins and (end % size or end >= request.num_tokens):
+                    partial[group].append(request.blocks[group][last])
+        return partial
+
+    def prefills(self, scheduled: dict[str, int], block_sizes: Sequence[int]) -> list[Pass]:
+        """Return the passes for prompt tokens, without the last token of requests that sample.
+
+        There is one pass, unless padding would more than double its work, or rows read blocks
+        that other rows of this step write. ``scheduled`` is in vLLM's order; ``block_sizes`` are
+        by KV group.
+        """
+        turns, needed_first = self._prefix_turns(scheduled, block_sizes)
         rows = []
         for req_id, count in scheduled.items():
             request = self.requests[req_id]
-            count -= self.samples(req_id, count) and req_id not in awaited
+            # The last token is left to the decodes, unless another request's prefix includes it.
+            count -= self.samples(req_id, count) and req_id not in needed_first
             if count:
                 rows.append((request, request.computed, count))
+        # Within a turn by length, so that rows of similar length share a pass.
         rows.sort(key=lambda row: (turns[row[0].req_id], -row[2]))
         passes: list[list[tuple[Request, int, int]]] = []
         turn = 0
         for row in rows:
-            same, turn = turns[row[0].req_id] == turn, turns[row[0].req_id]
-            if passes and same:
+            same_turn, turn = turns[row[0].req_id] == turn, turns[row[0].req_id]
+            if passes and same_turn:
                 last = passes[-1]
-                area = last[0][2] * (len(last) + 1)
+                padded = last[0][2] * (len(last) + 1)
                 real = sum(count for _, _, count in last) + row[2]
-                if area <= max(2 * real, SMALL_PASS_TOKENS):
+                if padded <= max(2 * real, SMALL_PASS_TOKENS):
                     last.append(row)
                     continue
             passes.append([row])
         return [make_pass(rows) for rows in passes]
 
-    def _turns(
+    def _prefix_turns(
         self, scheduled: dict[str, int], block_sizes: Sequence[int]
     ) -> tuple[dict[str, int], set[str]]:
-        """Of each request the turn at which what it begins behind is there.
+        """Map each request to the turn in which its cached prefix is available.
 
-        And the requests whose last token is part of that, to be computed twice. A
-        state would not survive it, but vLLM shares none in the step that makes it.
+        Turn 0 needs nothing from this step; turn n reads blocks written in turn n - 1 at the
+        latest. vLLM schedules the writer of a block before its readers, so one walk in vLLM's
+        order, which notes the writer of every block of this step, is enough.
+
+        Also returns the requests whose last token is part of such a prefix. It is computed in
+        the prefill pass and again in the decode pass. Keys and values do not change by that, but
+        a recurrent state would advance twice; vLLM never shares a state in the step that
+        computes it, so only attention is affected.
         """
-        turns, awaited = dict.fromkeys(scheduled, 0), set[str]()
-        if self._hits.isdisjoint(scheduled):
-            return turns, awaited
+        turns, needed_first = dict.fromkeys(scheduled, 0), set[str]()
+        if self._prefix_hits.isdisjoint(scheduled):
+            return turns, needed_first
+        # (KV group, block) → (request that writes it, whether its last token is in the block).
         writers: dict[tuple[int, int], tuple[str, bool]] = {}
         for req_id, count in scheduled.items():
             request = self.requests[req_id]
             for group, size in enumerate(block_sizes):
-                begun = request.computed // size
+                cached = request.computed // size
                 blocks = request.blocks[group][: -(-(request.computed + count) // size)]
-                if req_id in self._hits:
-                    for writer, last in (
-                        writers[group, block]
-                        for block in blocks[:begun]
-                        if (group, block) in writers
-                    ):
+                if req_id in self._prefix_hits:
+                    for block in blocks[:cached]:
+                        if (group, block) not in writers:
+                            continue  # computed in an earlier step
+                        writer, has_last_token = writers[group, block]
                         turns[req_id] = max(turns[req_id], turns[writer] + 1)
-                        if last:
-                            awaited.add(writer)
-                for number, block in enumerate(blocks[begun:], start=begun + 1):
+                        if has_last_token:
+                            needed_first.add(writer)
+                for number, block in enumerate(blocks[cached:], start=cached + 1):
                     writers[group, block] = req_id, number == len(blocks)
-        return turns, awaited
+        return turns, needed_first
 
     def decodes(self, req_ids: Sequence[str], scheduled: dict[str, int]) -> Pass:
-        """The pass of one token per request in ``req_ids``, which all sample."""
+        """Return the pass of one token per request in ``req_ids``, all of which sample."""
         rows = tuple(self.requests[req_id] for req_id in req_ids)
         ends = [r.computed + scheduled[r.req_id] for r in rows]
-        # Each is its request's last token, or it would not sample.
+        # A request samples only at its last token.
         tokens = [[r.output[-1] if r.output else r.prompt[-1]] for r in rows]
         offsets = np.asarray(ends, dtype=np.int64) - 1
         return Pass(rows, np.asarray(tokens, dtype=np.int32), offsets, np.ones_like(offsets))

@@ -1,46 +1,54 @@
-"""A forward pass: built as MLX's graph, started, and waited for.
+"""Forward passes: building MLX's graph, scheduling it and waiting for it.
 
-In: a ``Pass``. Out: logits; pages and states are what they are after it. Each
-pass is evaluated before the next one is scheduled: MLX writes into a pool in
-place only while nothing else holds it, so overlapping two passes would copy
-whole pools.
+``Forward`` runs a ``Pass``, returns its logits and leaves pages and states as they are after it.
+Each pass is evaluated before the next one is scheduled: MLX writes into a pool in place only
+while nothing else references it, so two passes in flight would copy whole pools.
 
-Building a graph is another matter than scheduling it. While a decode pass runs,
-the host would only wait, and building the next one takes it a millisecond or
-two. So when every token of the batch is drawn in MLX, the pass that will most
-likely come next (the same requests, one token on) is built then, on the tokens
-that are being drawn, and kept aside; pools and states look as if it had not
-been. If the next pass is that one, token for token and page for page, it is
-evaluated as it is; otherwise it is dropped before anything is written. Such a pass
-is handed back while it runs, and waited for before anything else happens here.
+Building a graph schedules nothing, and takes the host a millisecond or two. So while a decode
+pass runs, the host builds the next one: the same requests, one token further, on the token arrays
+that are still being computed. That is possible if every token of the batch is drawn in MLX, and
+if no request starts a new block, whose id is not known yet. Building replaces the pools' arrays
+and the resident states, so both are restored afterwards; they must look as if nothing had been
+built. If the next step asks for exactly that pass (same requests, tokens, blocks, pools and
+states), the graph is evaluated as it is. Otherwise it is discarded before anything is written,
+since a graph that references a pool would force the next write to copy it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from vllm_moe_compat.backend.model import attention_hook
-from vllm_moe_compat.backend.model.layers import AttentionLayer, Rows, nest, nested, rows_of
-from vllm_moe_compat.backend.pages import state_caches as linear_attention
-from vllm_moe_compat.backend.pages.paged_kv import AttentionStep, PagedKV
+from vllm_moe_compat.backend.pages import state_caches
+from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
+from vllm_moe_compat.backend.pages.layers import (
+    AttentionLayer,
+    Batching,
+    batching_of,
+    has_nested_caches,
+    nest_caches,
+)
+from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 from vllm_moe_compat.backend.pages.state_pool import State
+from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Pass
-
-if TYPE_CHECKING:
-    from vllm_moe_compat.backend.vllm.runner import Memory
 
 
 @dataclass(slots=True)
 class _Graph:
     """A pass that is built and not evaluated.
 
-    ``pages`` and ``states`` are what pools and resident states become by it.
+    Attributes:
+        logits: ``[B, T, V]``.
+        pages: arrays of all pools after the pass.
+        states: resident states of its requests after the pass, per layer.
     """
 
     logits: mx.array
@@ -49,57 +57,73 @@ class _Graph:
 
 
 @dataclass(slots=True)
-class _Ahead:
-    """The pass that was built for later, and what it was built on."""
+class _NextPass:
+    """A pass built early, and everything that its graph depends on.
+
+    Attributes:
+        graph: of the pass.
+        work: the pass; its token ids are those of the pass before, and not used.
+        tokens: ``[B]``, the token arrays that the graph was built on.
+        pages: arrays of all pools before the pass.
+        states: resident states of its requests before the pass, per layer.
+        blocks: block lists of each row, compared by identity.
+    """
 
     graph: _Graph
     work: Pass
-    tokens: mx.array  # [B]
+    tokens: mx.array
     pages: list[mx.array]
     states: list[State]
-    blocks: list[list[list[int]]]  # of each row, the very lists
+    blocks: list[list[list[int]]]
 
 
 class Forward:
-    """Runs passes of one model."""
+    """Runs the forward passes of one model."""
 
-    def __init__(self, model: nn.Module, memory: Memory) -> None:
-        self.model, self.memory = model, memory
-        attention_hook.install(model)
-        self._rows = rows_of(memory.layers)
-        self._nested = nested(memory.layers)
-        self._pools = memory.distinct_pools
-        self._ahead: _Ahead | None = None
+    def __init__(self, model: nn.Module, storage: LayerStorage) -> None:
+        self.model, self.storage = model, storage
+        # Also removed when this object is collected without ``close``, as after a failed start.
+        self._remove_hook = weakref.finalize(self, attention_hook.install(model))
+        self._batching = batching_of(storage.layers)
+        self._nested = has_nested_caches(storage.layers)
+        self._pools = storage.distinct_pools
+        self._next: _NextPass | None = None
         self._running: list[mx.array] = []
-        self.hits = 0  # passes that had been built ahead
+        self.hits = 0  # passes that had been built early and were used
 
-    def forget(self) -> None:
-        """Drop what was built ahead; before anyone writes to pools outside a pass."""
+    def close(self) -> None:
+        """Wait for the running pass and remove the attention hook; no pass can run afterwards."""
+        self.discard_next()
+        self._remove_hook()
+
+    def discard_next(self) -> None:
+        """Discard the pass built early; required before any write to pools outside a pass."""
         self.wait()
-        self._ahead = None
+        self._next = None
 
     @property
     def running(self) -> bool:
-        """Whether a pass was started that nobody has waited for."""
+        """Whether a pass was scheduled that was not waited for."""
         return bool(self._running)
 
     def wait(self) -> None:
-        """Wait for the pass that runs, if one does; before the next is scheduled."""
+        """Wait for the running pass, if there is one."""
         running, self._running = self._running, []
         mx.eval(running)
 
     def __call__(self, work: Pass, rows: Sequence[int]) -> mx.array:
-        """Run one pass and evaluate it: pages, states, and the logits of ``rows``.
+        """Run a pass and evaluate its pages, its states and the logits of ``rows``.
 
-        Returns logits ``[len(rows), T, V]``; with no rows, the model's head is
-        never computed. Rows that the model's code cannot take together run one
-        by one.
+        Rows that the model's code cannot take together run one by one.
+
+        Returns:
+            Logits ``[len(rows), T, V]``. Without rows, the model's head is never computed.
         """
-        if not self._apart(work):
-            logits, kept = self._adopted(work)
+        if not self._must_split(work):
+            logits, written = self._begin(work)
             if len(rows) < len(work.requests):
                 logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
-            mx.eval(kept, logits if rows else ())
+            mx.eval(written, logits if rows else ())
             return logits
         found = [self(part, [0] if row in rows else []) for row, part in work.split()]
         wanted = [found[row] for row in rows]
@@ -111,135 +135,153 @@ class Forward:
         )
 
     def decode(
-        self, work: Pass, draw: Callable[[mx.array], mx.array | None], *, ahead: bool
+        self, work: Pass, draw: Callable[[mx.array], mx.array | None], *, build_next: bool
     ) -> tuple[mx.array, mx.array | None]:
-        """Run a pass of one token per row, and what ``draw`` draws from it.
+        """Run a pass of one token per row, and draw tokens in the same evaluation.
 
-        ``draw`` takes logits ``[B, V]`` and returns tokens. Returns both,
-        evaluated; unless ``ahead``: then tokens of every row are drawn, the next
-        pass is built on them, and what is returned is there after ``wait``.
+        Args:
+            work: the pass.
+            draw: takes logits ``[B, V]`` and returns token arrays ``[B']``, or None.
+            build_next: ``draw`` yields a token for every row, and the pass is not waited for:
+                the next one is built while it runs.
+
+        Returns:
+            Logits ``[B, V]`` and tokens; with ``build_next`` valid only after ``wait``.
         """
-        if self._apart(work):
+        if self._must_split(work):
             logits = self(work, range(len(work.requests)))[:, -1]
             tokens = draw(logits)
             if tokens is not None:
                 mx.eval(tokens)
             return logits, tokens
-        logits, outputs = self._adopted(work)
+        logits, outputs = self._begin(work)
         logits = logits[:, -1]
         tokens = draw(logits)
         outputs += [logits] if tokens is None else [logits, tokens]
         mx.async_eval(outputs)  # type: ignore[no-untyped-call]
         self._running = outputs
-        if not ahead:
+        if not build_next:
             self.wait()
-        elif tokens is not None and not self._crosses(work):
-            self._build_ahead(work, tokens)
+        elif tokens is not None and not self._next_token_begins_block(work):
+            self._build_next(work, tokens)
         return logits, tokens
 
-    def _apart(self, work: Pass) -> bool:
-        if self._rows is Rows.PADDED or len(work.requests) == 1:
+    def _must_split(self, work: Pass) -> bool:
+        """Return whether the model's code cannot take the rows of ``work`` together."""
+        if self._batching is Batching.PADDED or len(work.requests) == 1:
             return False
-        return self._rows is Rows.SINGLE or bool((work.lengths != work.lengths[0]).any())
+        if self._batching is Batching.SINGLE_SEQUENCE:
+            return True
+        return bool((work.lengths != work.lengths[0]).any())
 
-    def _adopted(self, work: Pass) -> tuple[mx.array, list[mx.array]]:
-        """Logits of a pass, and what pools and states became by it; nothing is evaluated."""
+    def _begin(self, work: Pass) -> tuple[mx.array, list[mx.array]]:
+        """Return the logits of a pass, and all arrays that it writes; nothing is evaluated."""
         self.wait()
-        graph = self._built_ahead(work)
+        graph = self._take_next(work)
         if graph is None:
             graph = self._build(work, mx.array(work.tokens))
-        self._adopt(work, graph)
+        self._commit(work, graph)
         return graph.logits, graph.pages + [part for state in graph.states for part in state]
 
     def _build(self, work: Pass, tokens: mx.array) -> _Graph:
-        """Build a pass; pools and states take up what it makes of them."""
-        memory = self.memory
-        caches: list[Any] = [None] * len(memory.layers)
-        steps: dict[int, AttentionStep] = {}
-        windows: dict[tuple[int, int], AttentionStep] = {}
-        for layer in memory.layers:
+        """Build a pass; this replaces the pools' arrays and takes out its requests' states."""
+        storage = self.storage
+        caches: list[Any] = [None] * len(storage.layers)
+        # One metadata per KV group, and one more per sliding window in it.
+        by_group: dict[int, AttentionMetadata] = {}
+        by_window: dict[tuple[int, int], AttentionMetadata] = {}
+        for layer in storage.layers:
             if isinstance(layer, AttentionLayer):
-                group = memory.groups[layer.index]
-                if group not in steps:
-                    block = memory.block_sizes[group]
+                group = storage.groups[layer.index]
+                if group not in by_group:
+                    block = storage.block_sizes[group]
                     table = work.tables(group, block)
-                    steps[group] = AttentionStep(work.offsets, work.lengths, table, block)
-                step = steps[group]
+                    by_group[group] = AttentionMetadata(work.offsets, work.lengths, table, block)
+                metadata = by_group[group]
                 if layer.window is not None:
                     key = (group, layer.window)
-                    if key not in windows:
-                        windows[key] = step.windowed(layer.window)
-                    step = windows[key]
-                pool = memory.pools[layer.index]
-                caches[layer.index] = PagedKV(layer, pool, step, asked=layer.direct)
-        held = self._state_caches(work)
-        for stateful, cache in zip(memory.states.layers, held, strict=True):
+                    if key not in by_window:
+                        by_window[key] = metadata.with_window(layer.window)
+                    metadata = by_window[key]
+                caches[layer.index] = PagedKV(
+                    layer,
+                    storage.pools[layer.index],
+                    metadata,
+                    attends_itself=layer.attends_itself,
+                )
+        with_state = self._state_caches(work)
+        for stateful, cache in zip(storage.states.layers, with_state, strict=True):
             caches[stateful.index] = cache
-        given = nest(memory.layers, caches) if self._nested else caches
-        logits: mx.array = self.model(tokens, cache=given)
+        nested = nest_caches(storage.layers, caches) if self._nested else caches
+        logits: mx.array = self.model(tokens, cache=nested)
         pages = [pool.pages for pool in self._pools]
-        return _Graph(logits, pages, linear_attention.new_states(held))
+        return _Graph(logits, pages, state_caches.new_states(with_state))
 
     def _state_caches(self, work: Pass) -> list[Any]:
-        states = self.memory.states
+        states = self.storage.states
         if not states.layers:
             return []
-        behind = [int(offset) for offset in work.offsets]
-        blocks = self.memory.state_blocks(work.requests, behind)
-        taken = states.take_out(work.req_ids, behind, blocks)
-        return linear_attention.make_caches(taken, work.lengths)
+        computed = [int(offset) for offset in work.offsets]
+        blocks = self.storage.state_blocks([r.blocks for r in work.requests], computed)
+        taken = states.take_out(work.req_ids, computed, blocks)
+        return state_caches.make_caches(taken, work.lengths)
 
-    def _adopt(self, work: Pass, graph: _Graph) -> None:
-        """Make pools and states what ``graph`` makes of them."""
+    def _commit(self, work: Pass, graph: _Graph) -> None:
+        """Make pools and resident states those after ``graph``."""
         for pool, pages in zip(self._pools, graph.pages, strict=True):
             pool.pages = pages
         if graph.states:
-            self.memory.states.put_in(work.req_ids, graph.states)
+            self.storage.states.put_in(work.req_ids, graph.states)
 
-    def _crosses(self, work: Pass) -> bool:
-        """Whether someone's next token begins a block, which is not known yet."""
+    def _next_token_begins_block(self, work: Pass) -> bool:
+        """Return whether some row's next token needs a block that is not assigned yet."""
         ends = work.offsets + work.lengths
-        return any(bool((ends % size == 0).any()) for size in self.memory.block_sizes)
+        return any(bool((ends % size == 0).any()) for size in self.storage.block_sizes)
 
-    def _build_ahead(self, work: Pass, tokens: mx.array) -> None:
-        """Build the pass after ``work``, and leave pools and states as they are."""
-        states = self.memory.states
+    def _build_next(self, work: Pass, tokens: mx.array) -> None:
+        """Build the pass after ``work``, and restore pools and states."""
+        states = self.storage.states
         pages = [pool.pages for pool in self._pools]
         next_work = replace(work, offsets=work.offsets + 1)
         before = states.resident_states(work.req_ids)
         graph = self._build(next_work, tokens[:, None])
-        for pool, old in zip(self._pools, pages, strict=True):
-            pool.pages = old
+        for pool, current in zip(self._pools, pages, strict=True):
+            pool.pages = current
         if before:
             states.put_in(work.req_ids, before)
         blocks = [request.blocks for request in work.requests]
-        self._ahead = _Ahead(graph, next_work, tokens, pages, before, blocks)
+        self._next = _NextPass(graph, next_work, tokens, pages, before, blocks)
 
-    def _built_ahead(self, work: Pass) -> _Graph | None:
-        """The graph of ``work`` if it was built ahead; it is let go of in any case."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or not self._is(ahead, work):
+    def _take_next(self, work: Pass) -> _Graph | None:
+        """Return the graph of ``work`` if it was built early; drop the reference in any case."""
+        built, self._next = self._next, None
+        if built is None or not self._matches(built, work):
             return None
-        if ahead.states:
-            self.memory.states.take_out(work.req_ids, [1] * len(work.requests), {})
+        if built.states:
+            # Already part of the graph; taken out so that ``_commit`` can put in the new ones.
+            self.storage.states.take_out(work.req_ids, [1] * len(work.requests), {})
         self.hits += 1
-        return ahead.graph
+        return built.graph
 
-    def _is(self, ahead: _Ahead, work: Pass) -> bool:
-        """Whether ``work``, on the pools and states of now, is what was built."""
-        states = self.memory.states.resident_states(work.req_ids)
+    def _matches(self, built: _NextPass, work: Pass) -> bool:
+        """Return whether ``work``, on the current pools and states, is the pass that was built.
+
+        Arrays and requests are compared by identity: an equal copy would mean that something
+        was written in between.
+        """
+        states = self.storage.states.resident_states(work.req_ids)
         return (
-            len(work.requests) == len(ahead.work.requests)
-            and all(a is b for a, b in zip(work.requests, ahead.work.requests, strict=True))
+            len(work.requests) == len(built.work.requests)
+            and all(a is b for a, b in zip(work.requests, built.work.requests, strict=True))
             and work.tokens.shape[1] == 1
-            and np.array_equal(work.offsets, ahead.work.offsets)
-            and np.array_equal(work.tokens[:, 0], np.array(ahead.tokens))
-            and all(a.pages is b for a, b in zip(self._pools, ahead.pages, strict=True))
-            and (states is ahead.states or not (states or ahead.states))
-            # Tables only grow, and these rows' tokens did not begin a block; a request that
-            # was preempted and resumed has another list.
+            and np.array_equal(work.offsets, built.work.offsets)
+            and np.array_equal(work.tokens[:, 0], np.array(built.tokens))
+            and all(a.pages is b for a, b in zip(self._pools, built.pages, strict=True))
+            and (states is built.states or not (states or built.states))
+            # Block lists only grow, and no row started a block, so the same list has the same
+            # blocks; a request that was preempted and resumed has a new list.
             and all(
                 request.blocks is blocks
-                for request, blocks in zip(work.requests, ahead.blocks, strict=True)
+                for request, blocks in zip(work.requests, built.blocks, strict=True)
             )
         )

@@ -1,30 +1,29 @@
-"""Drawing tokens in MLX: temperature, top-k and top-p, and nothing else.
+"""Sampling in MLX: temperature, top-k and top-p, and nothing else.
 
-In: logits ``[B, V]`` where they are. Out: tokens ``[B]``, from the distribution that
-vLLM's sampler draws from: divide by the temperature, keep what is no less than the
-k-th largest, of that the fewest tokens whose probabilities reach p, draw. Only the
-tokens leave MLX. Each row goes one of four ways, since sorting a vocabulary is what
-takes a sampler's time (on MLX's CPU build 14 ms for 152k tokens, in torch 20 ms):
+Logits ``[B, V]`` stay where they are and only tokens ``[B]`` leave MLX. The distribution is that
+of vLLM's sampler: divide by the temperature, keep the tokens no smaller than the k-th largest, of
+those keep the fewest whose probabilities sum to p, draw. Sorting the vocabulary would take most
+of the time (14 ms for 152k tokens on MLX's CPU build, 20 ms in torch), so each row takes one of
+four methods that avoid it:
 
-* **greedy**: the first of the largest, as in torch; also for a top-p of less than 1/V.
-* **head**, for a top-k of up to ``HEAD``: the vocabulary is cut into runs of 16. The
-  largest n tokens lie in the n runs with the largest maxima, so n short runs are sorted
-  and the rest is thrown away.
-* **whole**: from the whole vocabulary by its cumulative sum, first which run of
-  tokens, then which token in it. Two short sums instead of a long one: they round
-  less, and take two random numbers instead of one for each token.
-* **nucleus**, for top-p: by rejection, without sorting. A token belongs to the nucleus
-  if what is more likely than it has less than p together. One is drawn from the whole;
-  if it does not belong, neither does anything less likely, and the next is drawn from
-  what is more likely. Whatever is accepted follows the nucleus' own distribution.
+* **greedy**: the first of the largest logits, as in torch; also for a top-p below 1/V.
+* **top_k**, for k up to ``MAX_SORTED_TOP_K``: the vocabulary is cut into runs of 16 tokens. The
+  k largest tokens lie in the k runs with the largest maxima, so only those runs are sorted.
+* **all**: from the whole vocabulary by cumulative sums, first the run of tokens, then the token
+  in it. Two short sums round less than a long one, and take two random numbers per row instead
+  of one per token.
+* **top_p**: rejection without sorting. A token belongs to the nucleus if all likelier tokens
+  together have less than p. One token is drawn from the whole distribution. If it is rejected,
+  nothing less likely belongs to the nucleus either, and the next token is drawn from the likelier
+  ones. Accepted tokens follow the distribution of the nucleus.
 
-A row may stay undecided, as token -1: rejected as often as was provided for (in less
-than one case in a hundred), or more tokens equal to the k-th largest than the head
-holds. ``settle`` draws those, one by one. A row that has no distribution, because of a
-NaN, of +inf or of -inf everywhere, gives token 0, as vLLM's does.
+A row may stay undecided (token -1): if its draws were all rejected (less than one case in a
+hundred), if more tokens equal the k-th largest than the sorted runs hold, or if k is too large to
+sort. ``draw_undecided`` draws those one by one. A row without a distribution (a NaN, +inf, or
+-inf everywhere) gives token 0, as in vLLM.
 
-Of equally likely tokens at the edge of a nucleus, vLLM keeps as many as it takes,
-whichever its sort puts last; here it is the first ones.
+Of equally likely tokens at the edge of a nucleus, vLLM keeps as many as are needed, those that
+its sort places last; here the first ones are kept.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-# The largest top-k for which short runs are sorted, and how many of them there are
-# beyond k, for tokens that equal the k-th.
-HEAD, SPARE = 1024, 64
-SHORT, LONG = 16, 256
-# Rejection: how rarely a row may be left undecided.
-UNDECIDED = 0.01
-# The largest float below one.
+# The largest top-k that is sorted, and additional room for tokens that equal the k-th.
+MAX_SORTED_TOP_K, SPARE_TIES = 1024, 64
+# Tokens per run: for top-k, and for sums over the whole vocabulary.
+SHORT_RUN, LONG_RUN = 16, 256
+# Rejection: the share of rows that may be left undecided.
+UNDECIDED_RATE = 0.01
+# The largest float32 below one.
 BELOW_ONE = 1 - 2**-24
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a row asks for; ``temperature`` 0 is greedy, ``top_k`` 0 and ``top_p`` 1 mean all."""
+class SamplingRequest:
+    """Parameters of a row: ``temperature`` 0 is greedy, ``top_k`` 0 and ``top_p`` 1 keep all."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -58,157 +57,165 @@ class Wish:
 
 @dataclass(slots=True)
 class _Group:
-    """Rows that go the same way, and their parameters as columns ``[b, 1]``."""
+    """Rows that take the same method, and their parameters as columns ``[b, 1]``."""
 
     rows: list[int]
     index: mx.array
     temperature: mx.array
     top_k: mx.array
     top_p: mx.array
-    most: int  # largest top_k
-    tries: int
+    largest_top_k: int
+    draws: int
 
 
 @dataclass
-class Draw:
-    """How a batch is drawn from, worked out once for as long as it stays the same."""
+class BatchSampler:
+    """Samples one batch; its groups of rows are built once for as long as the batch is the same.
 
-    wishes: Sequence[Wish]
+    Attributes:
+        requests: parameters of each row.
+        vocab: V.
+    """
+
+    requests: Sequence[SamplingRequest]
     vocab: int
     _groups: dict[str, _Group] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ways = [self._way(wish) for wish in self.wishes]
-        for way in ("greedy", "head", "nucleus", "whole", "later"):
-            rows = [row for row, found in enumerate(ways) if found == way]
+        methods = [self._method(request) for request in self.requests]
+        for method in ("greedy", "top_k", "top_p", "all", "one_by_one"):
+            rows = [row for row, found in enumerate(methods) if found == method]
             if rows:
-                self._groups[way] = _group(rows, [self.wishes[row] for row in rows])
+                self._groups[method] = _group(rows, [self.requests[row] for row in rows])
         order = [row for group in self._groups.values() for row in group.rows]
-        self._back = mx.array(np.argsort(order).astype(np.uint32))
+        self._to_batch_order = mx.array(np.argsort(order).astype(np.uint32))
 
-    def _way(self, wish: Wish) -> str:
-        # The likeliest token alone is a nucleus of 1/V.
-        if wish.temperature == 0 or wish.top_p * self.vocab <= 1:
+    def _method(self, request: SamplingRequest) -> str:
+        # A nucleus of at most 1/V holds only the likeliest token.
+        if request.temperature == 0 or request.top_p * self.vocab <= 1:
             return "greedy"
-        if 0 < wish.top_k < self.vocab:
-            return "head" if wish.top_k <= HEAD else "later"
-        return "nucleus" if wish.top_p < 1 else "whole"
+        if 0 < request.top_k < self.vocab:
+            return "top_k" if request.top_k <= MAX_SORTED_TOP_K else "one_by_one"
+        return "top_p" if request.top_p < 1 else "all"
 
     def __call__(self, logits: mx.array, key: mx.array) -> mx.array:
-        """Tokens ``[B]`` of int32 for ``logits [B, V]``, -1 for the undecided; lazy."""
+        """Return tokens ``[B]`` int32 for ``logits [B, V]``, -1 if undecided; not evaluated."""
         found = []
         keys = mx.random.split(key, len(self._groups)) if len(self._groups) > 1 else [key]
-        for (way, group), own in zip(self._groups.items(), keys, strict=True):
+        for (method, group), own_key in zip(self._groups.items(), keys, strict=True):
             part = logits if len(self._groups) == 1 else logits[group.index]
-            if way == "greedy":
+            if method == "greedy":
                 tokens = mx.argmax(part, axis=-1).astype(mx.int32)
-            elif way == "later":
+            elif method == "one_by_one":
                 tokens = mx.full((len(group.rows),), -1, dtype=mx.int32)
             else:
                 scores = part.astype(mx.float32) / group.temperature
-                if way == "head":
-                    tokens = head(scores, group.top_k, group.top_p, group.most, own)
-                elif way == "nucleus":
-                    tokens = nucleus(scores, group.top_p, group.tries, own)
+                if method == "top_k":
+                    largest = group.largest_top_k
+                    tokens = draw_top_k(scores, group.top_k, group.top_p, largest, own_key)
+                elif method == "top_p":
+                    tokens = draw_top_p(scores, group.top_p, group.draws, own_key)
                 else:
-                    tokens = whole(scores, own)
+                    tokens = draw_from_all(scores, own_key)
             found.append(tokens)
-        return found[0] if len(found) == 1 else mx.concatenate(found)[self._back]
+        return found[0] if len(found) == 1 else mx.concatenate(found)[self._to_batch_order]
 
-    def settle(self, logits: mx.array, tokens: list[int], key: mx.array) -> list[int]:
-        """``tokens`` with those that were left undecided drawn, from the same ``logits``."""
-        settled = list(tokens)
+    def draw_undecided(self, logits: mx.array, tokens: list[int], key: mx.array) -> list[int]:
+        """Return ``tokens`` with the undecided ones drawn from the same ``logits [B, V]``."""
+        complete = list(tokens)
         for row, token in enumerate(tokens):
             if token >= 0:
                 continue
-            wish = self.wishes[row]
-            scores = logits[row : row + 1].astype(mx.float32) / wish.temperature
-            if 0 < wish.top_k < self.vocab:
-                scores = mx.where(scores >= _largest(scores, wish.top_k), scores, -mx.inf)
-            while settled[row] < 0:
-                key, own = mx.random.split(key)
-                p = mx.array([[wish.top_p]])
-                drawn = nucleus(scores, p, tries(wish.top_p), own)
-                settled[row] = int(np.array(drawn)[0])
-        return settled
+            request = self.requests[row]
+            scores = logits[row : row + 1].astype(mx.float32) / request.temperature
+            if 0 < request.top_k < self.vocab:
+                scores = mx.where(scores >= _kth_largest(scores, request.top_k), scores, -mx.inf)
+            while complete[row] < 0:
+                key, own_key = mx.random.split(key)
+                p = mx.array([[request.top_p]])
+                drawn = draw_top_p(scores, p, rejection_draws(request.top_p), own_key)
+                complete[row] = int(np.array(drawn)[0])
+        return complete
 
 
-def _group(rows: list[int], wishes: Sequence[Wish]) -> _Group:
+def _group(rows: list[int], requests: Sequence[SamplingRequest]) -> _Group:
     def column(values: list[Any], dtype: mx.Dtype) -> mx.array:
         return mx.array(values, dtype=dtype)[:, None]
 
-    top_k = [wish.top_k for wish in wishes]
+    top_k = [request.top_k for request in requests]
     return _Group(
         rows,
         mx.array(rows, dtype=mx.uint32),
-        column([wish.temperature for wish in wishes], mx.float32),
+        column([request.temperature for request in requests], mx.float32),
         column(top_k, mx.int32),
-        column([wish.top_p for wish in wishes], mx.float32),
+        column([request.top_p for request in requests], mx.float32),
         max(top_k),
-        max(tries(wish.top_p) for wish in wishes),
+        max(rejection_draws(request.top_p) for request in requests),
     )
 
 
-def tries(p: float) -> int:
-    """How many draws by rejection leave a row undecided in less than 1 case in 100.
+def rejection_draws(p: float) -> int:
+    """Return how many draws leave a row undecided in less than ``UNDECIDED_RATE`` of all cases.
 
-    Every rejection leaves a uniformly distributed share of the mass, so the number of
-    rejections before the share is below p is Poisson, with mean ln(1/p).
+    Each rejection leaves a uniformly distributed share of the mass, so the number of rejections
+    before the share falls below p is Poisson distributed with mean ln(1/p).
     """
     mean = -math.log(p)
     count, term = 0, math.exp(-mean)
     left = 1 - term
-    while left >= UNDECIDED:
+    while left >= UNDECIDED_RATE:
         count += 1
         term *= mean / count
         left -= term
     return count + 1
 
 
-def whole(scores: mx.array, key: mx.array) -> mx.array:
-    """Draw from softmax of ``scores [B, V]``."""
-    weights = _runs(mx.softmax(scores, axis=-1), LONG, 0)
+def draw_from_all(scores: mx.array, key: mx.array) -> mx.array:
+    """Draw from the softmax of ``scores [B, V]``."""
+    weights = _runs(mx.softmax(scores, axis=-1), LONG_RUN, 0)
     sums = weights.sum(axis=-1)
-    token, weight = _choose(weights, sums, key)
-    return _checked(mx.where(weight > 0, token, -1), sums.sum(axis=-1))
+    token, weight = _draw_from_runs(weights, sums, key)
+    return _or_token_zero(mx.where(weight > 0, token, -1), sums.sum(axis=-1))
 
 
-def nucleus(scores: mx.array, p: mx.array, times: int, key: mx.array) -> mx.array:
-    """Draw from the nucleus of mass ``p [B, 1]``, by at most ``times`` rejections."""
-    weights = _runs(mx.softmax(scores, axis=-1), LONG, 0)
-    values = _runs(scores, LONG, -mx.inf)
-    place = mx.arange(values.shape[1] * LONG).reshape(1, -1, LONG)
+def draw_top_p(scores: mx.array, p: mx.array, draws: int, key: mx.array) -> mx.array:
+    """Draw from the nucleus of mass ``p [B, 1]``, with ``draws`` attempts at most."""
+    weights = _runs(mx.softmax(scores, axis=-1), LONG_RUN, 0)
+    values = _runs(scores, LONG_RUN, -mx.inf)
+    place = mx.arange(values.shape[1] * LONG_RUN).reshape(1, -1, LONG_RUN)
     left, sums = weights, weights.sum(axis=-1)
     total = sums.sum(axis=-1)
     enough = p[:, 0] * total
     found = mx.full(total.shape, -1, dtype=mx.int32)
-    for own in mx.random.split(key, times):
-        token, weight = _choose(left, sums, own)
+    for own_key in mx.random.split(key, draws):
+        token, weight = _draw_from_runs(left, sums, own_key)
         value = mx.take_along_axis(scores, token[:, None], axis=1)[..., None]
         above = (values > value) | ((values == value) & (place < token[:, None, None]))
         left = weights * above
         sums = left.sum(axis=-1)
         accepted = (found < 0) & (sums.sum(axis=-1) < enough) & (weight > 0)
         found = mx.where(accepted, token, found)
-    return _checked(found, total)
+    return _or_token_zero(found, total)
 
 
-def head(scores: mx.array, k: mx.array, p: mx.array, most: int, key: mx.array) -> mx.array:
-    """Draw from the ``k [B, 1]`` largest, of those from the nucleus of mass ``p [B, 1]``.
+def draw_top_k(
+    scores: mx.array, k: mx.array, p: mx.array, largest_k: int, key: mx.array
+) -> mx.array:
+    """Draw from the nucleus of mass ``p [B, 1]`` of the ``k [B, 1]`` largest scores.
 
-    ``most``: the largest of ``k``.
+    ``largest_k``: the largest of ``k``.
     """
-    runs = _runs(scores, SHORT, -mx.inf)
+    runs = _runs(scores, SHORT_RUN, -mx.inf)
     tops = runs.max(axis=-1)
-    # NaN has no place in an order.
+    # NaN breaks any order; such a row has no distribution and gives token 0 below.
     sound = mx.isfinite(tops.max(axis=-1, keepdims=True))
-    count = min(most + SPARE, tops.shape[1])
+    count = min(largest_k + SPARE_TIES, tops.shape[1])
     negated = mx.where(sound, -tops, 0)
     chosen = mx.arange(count)[None] if count == tops.shape[1] else _smallest(negated, count)
     part = mx.take_along_axis(runs, chosen[..., None], axis=1).flatten(1)
     part = mx.where(sound, part, 0)
-    places = (chosen[..., None] * SHORT + mx.arange(SHORT)).flatten(1)
-    order = mx.argsort(-part, axis=-1)[:, : most + SPARE]
+    places = (chosen[..., None] * SHORT_RUN + mx.arange(SHORT_RUN)).flatten(1)
+    order = mx.argsort(-part, axis=-1)[:, : largest_k + SPARE_TIES]
     values = mx.take_along_axis(part, order, axis=1)
     least = mx.take_along_axis(values, k - 1, axis=1)
     kept = values >= least
@@ -224,41 +231,41 @@ def head(scores: mx.array, k: mx.array, p: mx.array, most: int, key: mx.array) -
 
 
 def _smallest(values: mx.array, count: int) -> mx.array:
-    """Where the ``count`` smallest of each row are, in the order of their places."""
+    """Return the indices of the ``count`` smallest values of each row, ascending."""
     return mx.sort(mx.argpartition(values, count - 1, axis=-1)[:, :count], axis=-1)
 
 
-def _largest(scores: mx.array, k: int) -> mx.array:
-    """The k-th largest of each row, ``[B, 1]``."""
+def _kth_largest(scores: mx.array, k: int) -> mx.array:
+    """Return the k-th largest of each row, ``[B, 1]``."""
     at = scores.shape[-1] - k
-    # NaN has no place in an order; such a row has no distribution anyway.
+    # NaN breaks any order; such a row has no distribution anyway.
     sound = mx.isfinite(scores.max(axis=-1, keepdims=True))
     return mx.partition(mx.where(sound, scores, 0), at, axis=-1)[:, at : at + 1]
 
 
 def _runs(rows: mx.array, length: int, value: float) -> mx.array:
-    """``[B, V]`` as ``[B, N, length]``, the last run filled up with ``value``."""
+    """Return ``[B, V]`` as ``[B, N, length]``, the last run padded with ``value``."""
     short = -rows.shape[-1] % length
     if short:
         rows = mx.pad(rows, [(0, 0), (0, short)], constant_values=mx.array(value, rows.dtype))
     return rows.reshape(rows.shape[0], -1, length)
 
 
-def _choose(weights: mx.array, sums: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
+def _draw_from_runs(weights: mx.array, sums: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
     """Draw from ``weights [B, N, S]``, whose runs have ``sums [B, N]``.
 
-    Returns tokens ``[B]`` and their weights, 0 where there is nothing to draw from.
+    Returns tokens ``[B]`` and their weights; the weight is 0 if all weights of the row are.
     """
     points = mx.random.uniform(shape=(2, sums.shape[0], 1), key=key)
-    run = _where(sums, points[0])
+    run = _index_at(sums, points[0])
     inside = mx.take_along_axis(weights, run[..., None], axis=1)[:, 0]
-    place = _where(inside, points[1])
+    place = _index_at(inside, points[1])
     weight = mx.take_along_axis(inside, place, axis=1)
     return (run * weights.shape[-1] + place)[:, 0].astype(mx.int32), weight[:, 0]
 
 
-def _where(weights: mx.array, point: mx.array) -> mx.array:
-    """Which of ``weights [B, N]`` the share ``point [B, 1]`` of their sum falls into."""
+def _index_at(weights: mx.array, point: mx.array) -> mx.array:
+    """Return the index in ``weights [B, N]`` at the share ``point [B, 1]`` of their sum."""
     ends = mx.cumsum(weights, axis=-1)
     total = ends[:, -1:]
     at = mx.minimum(point * total, BELOW_ONE * total)
@@ -266,6 +273,6 @@ def _where(weights: mx.array, point: mx.array) -> mx.array:
     return mx.minimum(passed, weights.shape[-1] - 1).astype(mx.int32)
 
 
-def _checked(tokens: mx.array, total: mx.array) -> mx.array:
-    """``tokens [B]``, and 0 where the ``total`` of probabilities is no number."""
+def _or_token_zero(tokens: mx.array, total: mx.array) -> mx.array:
+    """Return ``tokens [B]``, and 0 where the ``total`` of probabilities is NaN."""
     return mx.where(total > 0, tokens, 0).astype(mx.int32)

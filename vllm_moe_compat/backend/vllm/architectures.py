@@ -1,13 +1,12 @@
-"""Names under which checkpoints of mlx-lm's modules appear in ``config.json``.
+"""Architecture names (``config.json``) for which model stubs are registered with vLLM.
 
-vLLM has to know an architecture before anything is loaded; whether the backend
-can serve it is decided by the loaded model's layers, not by its name. A name
-that is missing here is refused by vLLM itself.
+vLLM has to know an architecture before anything is loaded; a name that is missing here is refused
+by vLLM itself. Whether the backend can serve a model is decided later by its layers.
 """
 
 from __future__ import annotations
 
-# Keys and values in every layer that attends.
+# Every layer that stores something stores keys and values.
 PLAIN = (
     # Mixture of experts.
     "AfmoeForCausalLM",
@@ -75,14 +74,14 @@ PLAIN = (
     "SmolLM3ForCausalLM",
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
-    # Known so that a refusal names the layer and not the architecture.
+    # Registered so that the refusal names the layer instead of an unknown architecture.
     "DeepseekV32ForCausalLM",
     "GlmMoeDsaForCausalLM",
     "LongcatFlashForCausalLM",
     "Mamba2ForCausalLM",
     "MambaForCausalLM",
 )
-# A state of fixed size in some layers.
+# Some layers have a state of fixed size.
 STATEFUL = (
     "BailingMoeLinearForCausalLM",
     "BailingMoeV2_5ForCausalLM",
@@ -95,7 +94,7 @@ STATEFUL = (
     "NemotronHForCausalLM",
     "OlmoHybridForCausalLM",
 )
-# The state is that of Qwen's gated-delta layers, which vLLM can size by the config.
+# Some layers have the state of Qwen's gated-delta layers, whose size vLLM computes from config.
 GATED_DELTA = (
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",

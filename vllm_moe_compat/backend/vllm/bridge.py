@@ -1,9 +1,9 @@
-"""Where vLLM expects hardware that is not there, and where its releases differ.
+"""Differences between vLLM's releases, and vLLM's assumptions about hardware.
 
-The only file that knows which vLLM is installed. What differs is found by looking
-at the thing itself (a field, a parameter), not at a version number: vllm-metal and
-nightlies number theirs as they like. Each function says what vLLM does, why that
-matters here, and when the function, or a branch of it, can go.
+No other file knows which vLLM is installed. Differences are detected by the thing itself (a
+field, a parameter) and not by version number, since vllm-metal and nightlies number their builds
+differently. Each function says how releases differ, why that matters here, and when it, or a
+branch of it, can be removed.
 """
 
 from __future__ import annotations
@@ -12,88 +12,204 @@ import functools
 import importlib.metadata
 import inspect
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.tested import TESTED
-from vllm_moe_compat.versions import judge
+from vllm_moe_compat.versions import TESTED, judge
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+# --- the release as a whole ---------------------------------------------------
 
 
 @functools.cache
 def warn_outside_tested_range() -> None:
-    """Say once, in the process that vLLM was started as, if this vLLM is an unknown one."""
+    """Warn once, in the process that vLLM was started as, if this vLLM was not tested."""
     if multiprocessing.parent_process() is not None:
         return
     version = importlib.metadata.version("vllm")
     if judge(version, TESTED["vllm"]) == "out of range":
         logger.warning(
             "vLLM %s is outside the range that the embedded MLX backend is tested with (%s). "
-            "Expect it to work, or to fail while it starts, by a missing name or argument: the "
-            "self-check at start compares its logits with mlx-lm's, so wrong tokens are unlikely. "
-            "If it fails, use a vLLM of that range.",
+            "It may work, or fail at start-up with a missing name or argument. The self-check at "
+            "start-up compares its logits with mlx-lm's, so wrong tokens are unlikely. If it "
+            "fails, use a vLLM of that range.",
             version,
             TESTED["vllm"],
         )
 
 
+# --- hardware -----------------------------------------------------------------
+
+
 def allow_shutdown_without_accelerator() -> None:
     """Let vLLM's shutdown finish on a host without a torch accelerator.
 
-    ``cleanup_dist_env_and_memory`` empties the accelerator's cache on every
-    platform but its own CPU one, and torch raises where there is none, so the
-    engine process ended with a traceback. Remove when vLLM asks
-    ``torch.accelerator.is_available()`` first.
+    ``cleanup_dist_env_and_memory`` empties the accelerator's cache on every platform except
+    vLLM's own CPU platform, and torch raises an error if there is none, so the engine process
+    ends with a traceback. vLLM calls it after ``Worker.shutdown``, so the replacement has to stay
+    until the process ends. Remove when vLLM checks ``torch.accelerator.is_available()`` first.
     """
     if torch.accelerator.is_available():
         return
 
     def nothing_to_empty() -> None:
-        """There is no accelerator, so there is no cache."""
+        """Do nothing: without an accelerator there is no cache."""
 
     torch.accelerator.empty_cache = nothing_to_empty
     if hasattr(torch.accelerator, "empty_host_cache"):
         torch.accelerator.empty_host_cache = nothing_to_empty
 
 
-def allow_one_head_size_for_all_layers() -> None:
-    """Let vLLM 0.27 ask a Gemma 4 config for its head size; idempotent.
+# --- configuration ------------------------------------------------------------
 
-    Under the transformers of today such a config refuses, since the size varies by
-    layer, unless it is told that the caller knows. vLLM 0.27 knows (it takes the
-    larger one) and cannot say so. Remove when 0.27 leaves the tested range.
+
+def allow_one_head_size_for_all_layers() -> None:
+    """Let vLLM 0.27 read the head size of a Gemma 4 config; idempotent.
+
+    In current transformers such a config refuses the question, since the size varies by layer,
+    unless it is told that the caller knows. vLLM 0.27 takes the larger size and does not tell it.
+    Model configs are made at any time, so the replacement stays. Remove when 0.27 leaves the
+    tested range.
     """
     from vllm.transformers_utils import model_arch_config_convertor as convertors
 
     gemma = convertors.Gemma4ModelArchConfigConvertor
-    ask = vars(gemma).get("get_head_size")
-    if ask is None or hasattr(ask, "__wrapped__"):
+    get_head_size = vars(gemma).get("get_head_size")
+    if get_head_size is None or hasattr(get_head_size, "__wrapped__"):
         return
 
-    @functools.wraps(ask)
-    def ask_knowingly(self: Any) -> int:
+    @functools.wraps(get_head_size)
+    def get_largest_head_size(self: Any) -> int:
         self.hf_text_config.allow_global_per_layer_attribute_access = True
-        size: int = ask(self)
+        size: int = get_head_size(self)
         return size
 
-    gemma.get_head_size = ask_knowingly
+    gemma.get_head_size = get_largest_head_size
+
+
+NO_QUANTIZATION_CONFIG: Mapping[str, Any] = MappingProxyType({})
+"""Default argument of quantisation config classes.
+
+vLLM 0.27 constructs the class named by ``--quantization`` without arguments if the checkpoint has
+no quantisation config; 0.32 always passes one. Remove when 0.27 leaves the tested range.
+"""
+
+
+def watermark_config(vllm_config: VllmConfig) -> Any:
+    """Return the watermark settings; 0.27 has none."""
+    return getattr(vllm_config, "watermark_config", None)
+
+
+def reasoning_config(vllm_config: VllmConfig) -> Any:
+    """Return the reasoning settings for vLLM's ``InputBatch``; not every release has them."""
+    return getattr(vllm_config, "reasoning_config", None)
+
+
+def cpu_offload_gb(vllm_config: VllmConfig) -> float:
+    """Return ``--cpu-offload-gb``, which newer releases keep in a config of its own."""
+    offload = getattr(getattr(vllm_config, "offload_config", None), "uva", None)
+    return float(getattr(offload, "cpu_offload_gb", 0))
+
+
+def returns_routed_experts(model_config: ModelConfig) -> bool:
+    """Return ``--enable-return-routed-experts``, which 0.27 does not have."""
+    return bool(getattr(model_config, "enable_return_routed_experts", False))
+
+
+# --- requests -----------------------------------------------------------------
+
+NEUTRAL_SAMPLING_FIELDS = frozenset(
+    {
+        # number, length and form of the answers
+        *("n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "repetition_detection"),
+        *("_eos_token_id", "_all_stop_token_ids", "output_kind", "stream_interval"),
+        *("detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
+        *("include_stop_str_in_output", "output_text_buffer_length", "flat_logprobs"),
+        # log-probabilities of the prompt, which prefill passes compute
+        *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
+        # internal to vLLM's engine
+        *("skip_clone", "skip_reading_prefix_cache", "routed_experts_prompt_start"),
+        "_watermarking_skipped",
+    }
+)
+"""Fields of ``SamplingParams``, of all releases, that do not affect which token is drawn."""
+
+RESOLVED_SAMPLING_FIELDS: Mapping[str, Any] = MappingProxyType({"watermarking": False})
+"""Values that newer releases write in place of a default, where they mean the same."""
+
+
+def input_kind(processed_inputs: Any) -> str | None:
+    """Return the ``type`` of a request's inputs; None where the release's inputs have none."""
+    kind: str | None = processed_inputs.get("type") if hasattr(processed_inputs, "get") else None
+    return kind
+
+
+def input_batch_blocks(block_sizes: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of vLLM's ``InputBatch`` about blocks, one table entry per group.
+
+    Up to 0.31 it also requires the block sizes of attention kernels. The blocks that it records
+    are not used here, since the backend addresses pages itself.
+    """
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    sizes = list(block_sizes)
+    arguments = {"block_sizes": sizes, "max_num_blocks_per_req": [1] * len(sizes)}
+    if "kernel_block_sizes" in inspect.signature(InputBatch).parameters:
+        arguments["kernel_block_sizes"] = sizes
+    return arguments
+
+
+# --- scheduler output ---------------------------------------------------------
+
+
+def uses_v2_encoding(output: SchedulerOutput) -> bool:
+    """Return whether a new request is in the encoding of vLLM's V2 model runner.
+
+    V2 sends a preempted request again as a new one, with all of its tokens in
+    ``prefill_token_ids``; V1 sends it as a running one in ``resumed_req_ids``. Releases without
+    V2 lack the field.
+    """
+    return any(
+        getattr(request, "prefill_token_ids", None) is not None
+        for request in output.scheduled_new_reqs
+    )
+
+
+def page_copies(output: SchedulerOutput) -> tuple[tuple[int, int], ...]:
+    """Return (source, destination) of blocks to copy; releases without copy-on-write have none."""
+    copies = getattr(output, "kv_cache_block_copies", None) or ()
+    return tuple((int(source), int(destination)) for source, destination in copies)
+
+
+# --- KV cache plan ------------------------------------------------------------
+
+
+def layer_spec(group_spec: KVCacheSpec, layer_name: str) -> KVCacheSpec:
+    """Return the spec of one layer of a group.
+
+    Layers that differ only in shape may share a group, whose spec then holds one per layer.
+    """
+    return getattr(group_spec, "kv_cache_specs", {}).get(layer_name, group_spec)
 
 
 def layers_by_region(config: KVCacheConfig) -> list[list[str]]:
-    """Names of layers, together where vLLM planned the same pages for them.
+    """Return the names of layers, grouped by the memory region that vLLM planned for them.
 
-    vLLM 0.27 lists the layers that share a tensor. 0.32 gives a tensor's layers
-    an address each, and layers at the same address alias each other.
+    vLLM 0.27 lists the layers that share a tensor. 0.32 assigns an address to each layer of a
+    tensor, and layers with equal addresses alias each other.
 
     Raises:
-        UnsupportedServingError: a vLLM that says it in a third way.
+        UnsupportedServingError: the tensors have neither form.
     """
     regions: dict[int, list[str]] = {}
     for number, tensor in enumerate(config.kv_cache_tensors):
@@ -112,36 +228,37 @@ def layers_by_region(config: KVCacheConfig) -> list[list[str]]:
 
 
 def leave_room_for_the_null_block(vllm_config: VllmConfig, config: KVCacheConfig) -> None:
-    """See that the longest sequence fits the blocks that can be given away.
+    """Ensure that the longest sequence fits the blocks that can be assigned.
 
-    vLLM keeps one block for itself. 0.27 plans as though it did not, and a request
-    that needs all blocks then waits for ever. Where vLLM fitted the length to the
-    memory it is lowered here, before the scheduler is made. 0.32 counts right, and
-    finds nothing to do here. Remove when 0.27 leaves the tested range.
+    vLLM keeps one block for itself. 0.27 does not count it, and a request that needs all blocks
+    then waits forever. If vLLM had fitted the length to the memory, it is lowered here, before
+    the scheduler is made. 0.32 counts correctly, and nothing is changed. Remove when 0.27 leaves
+    the tested range.
 
     Raises:
-        UnsupportedServingError: the length was asked for and does not fit.
+        UnsupportedServingError: the length was set explicitly and does not fit.
     """
     model = vllm_config.model_config
-    asked, usable = model.max_model_len, config.num_blocks - 1
+    requested, usable = model.max_model_len, config.num_blocks - 1
     if not config.kv_cache_groups or _blocks_of_longest(vllm_config, config) <= usable:
         return
-    fits, beyond = 0, asked
-    while beyond - fits > 1:
-        model.max_model_len = (fits + beyond) // 2
+    # Bisection: ``fits`` tokens fit, ``too_long`` tokens do not.
+    fits, too_long = 0, requested
+    while too_long - fits > 1:
+        model.max_model_len = (fits + too_long) // 2
         if _blocks_of_longest(vllm_config, config) <= usable:
             fits = model.max_model_len
         else:
-            beyond = model.max_model_len
-    model.max_model_len = asked
+            too_long = model.max_model_len
+    model.max_model_len = requested
     if not fits or model.original_max_model_len != -1:
         raise UnsupportedServingError(
-            f"A sequence of {asked} tokens needs {_blocks_of_longest(vllm_config, config)} blocks "
-            f"of the KV cache and {usable} can be given away, enough for {fits} tokens; lower "
+            f"A sequence of {requested} tokens needs {_blocks_of_longest(vllm_config, config)} "
+            f"blocks of the KV cache and {usable} can be assigned, enough for {fits} tokens; lower "
             "--max-model-len, or give the cache more memory."
         )
     model.max_model_len = fits
-    logger.info("--max-model-len lowered to %d: one block is vLLM's own", fits)
+    logger.info("--max-model-len lowered to %d, since vLLM reserves one block", fits)
 
 
 def _blocks_of_longest(vllm_config: VllmConfig, config: KVCacheConfig) -> int:
@@ -149,18 +266,3 @@ def _blocks_of_longest(vllm_config: VllmConfig, config: KVCacheConfig) -> int:
     return sum(
         -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs
     )
-
-
-def batch_blocks(block_sizes: Sequence[int]) -> dict[str, Any]:
-    """Arguments of vLLM's ``InputBatch`` about blocks, one table entry per group.
-
-    Up to 0.31 it also asks for the block sizes of attention kernels. Which
-    blocks it notes does not matter here: pages are addressed by the backend.
-    """
-    from vllm.v1.worker.gpu_input_batch import InputBatch
-
-    sizes = list(block_sizes)
-    arguments = {"block_sizes": sizes, "max_num_blocks_per_req": [1] * len(sizes)}
-    if "kernel_block_sizes" in inspect.signature(InputBatch).parameters:
-        arguments["kernel_block_sizes"] = sizes
-    return arguments

@@ -1,13 +1,11 @@
-"""How much memory the pages may have, and why.
+"""The memory for pages, and how it is determined.
 
-In: vLLM's settings and a loaded model. Out: a budget whose parts the start-up
-line shows. ``--kv-cache-memory-bytes`` is taken as given. Otherwise the limit
-is ``--gpu-memory-utilization`` of the device's memory, or what is free now if
-that is less (the memory is shared with the rest of the machine); from it come
-the weights, a measured allowance for activations, and the layers' states of as
-many sequences as may run at once. No more is taken than that many sequences
-of the longest length could fill; with prefix caching a few more, or a server of
-one sequence at a time would have no room to remember another.
+``--kv-cache-memory-bytes`` is taken as given. Otherwise the limit is ``--gpu-memory-utilization``
+of the device's memory, or the memory free now if that is less, since the rest of the machine
+shares it. Weights, a measured allowance for activations, and the states of as many sequences as
+may run at once are subtracted. No more is taken than that many sequences of maximum length can
+fill, plus a few with prefix caching: otherwise a server of one sequence at a time would have no
+room to keep the prefix of another. The start-up line shows all parts.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from vllm_moe_compat.backend.model.layers import StateLayer
+from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.state_pool import StatePool
 from vllm_moe_compat.backend.vllm.kv_specs import demand
 from vllm_moe_compat.errors import UnsupportedServingError
@@ -30,17 +28,17 @@ if TYPE_CHECKING:
 
     from vllm_moe_compat.backend.model.loader import ServedModel
 
-# Tokens of the two trial passes between which activations are seen to grow.
-TRIAL_TOKENS = (32, 96)
-# Resident states may take this share of what is left for caches.
+# Tokens of the two passes that are measured; activations grow linearly between them.
+MEASURED_TOKENS = (32, 96)
+# Resident states may take this share of the memory left for caches.
 STATE_SHARE = 0.5
-# Sequences whose pages prefix caching may keep beside those that run.
-REMEMBERED = 8
+# Sequences whose pages prefix caching may keep beside the running ones.
+CACHED_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes by purpose; ``page_bytes`` is what vLLM is told."""
+    """Bytes by purpose; ``page_bytes`` is reported to vLLM."""
 
     weights: int
     activations: int
@@ -63,7 +61,7 @@ def _mib(count: int) -> str:
 
 
 def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
-    """Work the budget out; lowers ``max_num_seqs`` if the states would not fit.
+    """Compute the budget; lower ``max_num_seqs`` if the states would not fit.
 
     Raises:
         UnsupportedServingError: nothing is left for pages.
@@ -76,7 +74,7 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     explicit = int(cache.kv_cache_memory_bytes or 0)
     # An explicit size overrides the utilization, as elsewhere in vLLM.
     wanted = free if explicit else int(total * cache.gpu_memory_utilization) - served.weight_bytes
-    bound = "--gpu-memory-utilization" if wanted <= free else "what is free now"
+    bound = "--gpu-memory-utilization" if wanted <= free else "the memory free now"
     left = min(wanted, free) - activations - explicit
     if left <= 0:
         raise _nothing_left(vllm_config, served, total, free, activations)
@@ -97,13 +95,13 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     if explicit:
         page_bytes, reason = explicit, "--kv-cache-memory-bytes"
     else:
-        remembered = REMEMBERED if cache.enable_prefix_caching else 0
-        useful = demand(vllm_config, served.layers).bytes_for(sequences + remembered)
+        cached = CACHED_SEQUENCES if cache.enable_prefix_caching else 0
+        useful = demand(vllm_config, served.layers).bytes_for(sequences + cached)
         page_bytes, reason = left - states, f"limited by {bound}"
         if useful < page_bytes:
             page_bytes = useful
             length = vllm_config.model_config.max_model_len
-            kept = f" and {remembered} remembered ones" if remembered else ""
+            kept = f" and {cached} cached ones" if cached else ""
             reason = f"all that {sequences} sequences of {length} tokens{kept} can use"
     if page_bytes <= 0:
         raise _nothing_left(vllm_config, served, total, free, activations + states)
@@ -127,14 +125,14 @@ def _nothing_left(
 
 
 def _activations(served: ServedModel, tokens: int) -> int:
-    """Peak bytes of a prefill of ``tokens``, on the line through two short ones.
+    """Return the peak bytes of a prefill of ``tokens``, extrapolated from two short ones.
 
-    The model's head is left out, as in every prefill.
+    The model's head is not computed, as in every prefill.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     peaks = []
-    for count in TRIAL_TOKENS:
+    for count in MEASURED_TOKENS:
         caches = make_prompt_cache(served.model)
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -143,6 +141,6 @@ def _activations(served: ServedModel, tokens: int) -> int:
         mx.eval([cache.state for cache in caches])
         peaks.append(int(mx.get_peak_memory()) - int(before))
         del caches
-    (short, long), (low, high) = TRIAL_TOKENS, peaks
+    (short, long), (low, high) = MEASURED_TOKENS, peaks
     slope = max(0.0, (high - low) / (long - short))
     return math.ceil(high + slope * max(0, tokens - long))

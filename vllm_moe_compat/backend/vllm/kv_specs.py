@@ -1,13 +1,12 @@
-"""What each layer keeps, in vLLM's terms, and what a sequence needs of it.
+"""vLLM's KV cache specs for the layers of a model, and the blocks that a sequence needs.
 
-In: a model's layers and vLLM's settings. Out: one ``KVCacheSpec`` per layer.
-vLLM gives blocks to groups of layers that need the same ones. As soon as there
-are several groups, a block id may name any group's page, so all pages have one
-size: layers with fewer bytes per token get longer blocks, states are padded.
+vLLM assigns blocks to groups of layers that need the same ones. With several groups, a block id
+may name a page of any group, so all pages have one size: layers with fewer bytes per token get
+longer blocks, and states are padded.
 
-Sliding windows are told to vLLM, which then takes back what is behind them,
-where that is possible: one window size, no states beside it, and bytes per token
-that divide each other. Elsewhere such layers keep all of their tokens.
+vLLM is told about sliding windows, and then frees the blocks behind them, where that is possible:
+there is one window size, no state layer, and the bytes per token divide each other. Otherwise
+such layers keep all of their tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import mlx.core as mx
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, StateLayer
+from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, StateLayer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,19 +42,18 @@ def _split(layers: Sequence[Layer]) -> tuple[list[AttentionLayer], list[StateLay
 
 
 def windows_are_freed(layers: Sequence[Layer]) -> bool:
-    """Whether vLLM is told about sliding windows."""
+    """Return whether vLLM is told about sliding windows."""
     attention, states = _split(layers)
     windows = {layer.window for layer in attention} - {None}
     sizes = [layer.token_bytes for layer in attention]
-    alike = len(windows) == 1 and not states
-    return alike and all(max(sizes) % size == 0 for size in sizes)
+    one_window = len(windows) == 1 and not states
+    return one_window and all(max(sizes) % size == 0 for size in sizes)
 
 
 def align_pages(vllm_config: VllmConfig, layers: Sequence[Layer]) -> None:
-    """Choose block sizes so that a page of keys and values holds a state.
+    """Set block sizes so that a page of keys and values is large enough for a state.
 
-    ``16 * ceil(state / (16 * bytes per token))`` tokens are the smallest block
-    that is as large as a state.
+    The smallest such block has ``16 * ceil(state bytes / (16 * bytes per token))`` tokens.
     """
     cache = vllm_config.cache_config
     attention, states = _split(layers)
@@ -72,11 +70,11 @@ def align_pages(vllm_config: VllmConfig, layers: Sequence[Layer]) -> None:
 
 
 def specs(vllm_config: VllmConfig, layers: Sequence[Layer]) -> dict[int, KVCacheSpec]:
-    """What each layer keeps, by index."""
+    """Return the spec of each layer by its index."""
     cache = vllm_config.cache_config
     attention, states = _split(layers)
     freed = windows_are_freed(layers)
-    several = bool(states) or (freed and any(layer.window is None for layer in attention))
+    several_groups = bool(states) or (freed and any(layer.window is None for layer in attention))
     largest = max(layer.token_bytes for layer in attention)
     found: dict[int, KVCacheSpec] = {}
     for layer in layers:
@@ -86,7 +84,8 @@ def specs(vllm_config: VllmConfig, layers: Sequence[Layer]) -> dict[int, KVCache
             )
             continue
         shape: dict[str, Any] = {
-            "block_size": cache.block_size * (largest // layer.token_bytes if several else 1),
+            "block_size": cache.block_size
+            * (largest // layer.token_bytes if several_groups else 1),
             "num_kv_heads": layer.kv_heads,
             "head_size": layer.head_dim,
             "dtype": TORCH_DTYPES[layer.dtype],
@@ -115,27 +114,33 @@ def _state_spec(cache: Any, layer: StateLayer, block: int, padded: int | None) -
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one sequence of the longest length needs: blocks of so many bytes each."""
+    """Blocks that one sequence of ``max_model_len`` tokens needs.
+
+    Attributes:
+        blocks: number of blocks.
+        block_bytes: bytes of one block in all pools together.
+        length: tokens of the sequence.
+    """
 
     blocks: int
     block_bytes: int
     length: int
 
     def sequences(self, num_blocks: int) -> float:
-        """How many such sequences ``num_blocks`` hold; one block is vLLM's null block."""
+        """Return how many such sequences fit ``num_blocks``, one of which is the null block."""
         return (num_blocks - 1) / self.blocks
 
     def bytes_for(self, sequences: int) -> int:
-        """Bytes of pages for that many of them."""
+        """Return the bytes of pages for ``sequences`` such sequences."""
         return self.block_bytes * (sequences * self.blocks + 1)
 
 
 def demand(vllm_config: VllmConfig, layers: Sequence[Layer]) -> Demand:
-    """Work out what a sequence of ``max_model_len`` tokens needs.
+    """Compute the blocks that a sequence of ``max_model_len`` tokens needs.
 
-    Where there are several kinds of layers, a group has as many layers as the
-    rarest kind, or as the commonest if that is not much more; a block is a page
-    in as many pools.
+    With several kinds of layers, vLLM forms groups as large as the rarest kind, or as the most
+    common kind if that has less than 1.5 times as many; a block is one page in each layer of a
+    group.
     """
     length = vllm_config.model_config.max_model_len
     kinds = Counter(specs(vllm_config, layers).values())
@@ -154,6 +159,6 @@ def demand(vllm_config: VllmConfig, layers: Sequence[Layer]) -> Demand:
 
 
 def _pages(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
-    """Pages of one layer that a sequence of the longest length takes."""
+    """Return the pages of one layer that a sequence of ``max_model_len`` tokens takes."""
     pages: int = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
     return pages

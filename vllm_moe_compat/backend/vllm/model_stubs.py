@@ -1,14 +1,15 @@
-"""Stand-ins for vLLM's torch model classes.
+"""Stubs that replace vLLM's torch model and quantisation classes in its registries.
 
-vLLM resolves an architecture to a torch class before anything is loaded, to
-learn whether the model generates text, is hybrid, is multimodal. Its own
-classes need kernels or vision libraries that are absent here, and they would
-never run: mlx-lm's do. So the architectures that the embedded backend serves
-are registered with small classes that answer those questions and nothing else.
+vLLM resolves an architecture to a torch class before anything is loaded, to learn whether the
+model generates text, is hybrid or is multimodal. Its own classes need kernels or vision libraries
+that are absent here, and they would never run, since mlx-lm executes the model. So the
+architectures that the embedded backend serves are registered with stubs that answer only those
+questions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,16 +23,15 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_moe_compat.backend.vllm import architectures
-from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
+from vllm_moe_compat.backend.vllm import architectures, bridge
 
 
 class MlxCausalLM(nn.Module):
-    """A text generation model that mlx-lm executes; never run as torch."""
+    """Stub of a text generation model; mlx-lm executes the model."""
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        raise NotImplementedError("mlx-lm executes this model; its torch class is a name only")
+        raise NotImplementedError("mlx-lm executes this model; its torch class is a stub")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Part of vLLM's text generation protocol."""
@@ -47,10 +47,10 @@ class MlxCausalLM(nn.Module):
 
 
 class MlxHybridCausalLM(MlxCausalLM):
-    """One with states of fixed size: vLLM then plans pages for them besides KV pages.
+    """Stub of a model with states of fixed size, for which vLLM plans pages beside KV pages.
 
-    Their real shapes come from the loaded model, in the worker; what is said here
-    only keeps vLLM from sizing pages by itself before that.
+    The worker takes the real shapes from the loaded model. The shapes given here only keep vLLM
+    from choosing page sizes before that.
     """
 
     is_hybrid = True
@@ -58,26 +58,26 @@ class MlxHybridCausalLM(MlxCausalLM):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        """Shapes of one sequence's state: the least."""
+        """Return the smallest possible state of one sequence."""
         return ((1,),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        """Their dtypes."""
+        """Return the dtypes of the state's arrays."""
         return (vllm_config.model_config.dtype,)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> Any:
-        """Part of vLLM's hybrid protocol; our worker copies states itself."""
+        """Part of vLLM's hybrid protocol; unused, since our worker copies states itself."""
         return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()
 
 
 class MlxGatedDeltaCausalLM(MlxHybridCausalLM):
-    """One with gated-delta layers, whose config says the shapes."""
+    """Stub of a model with gated-delta layers, whose config contains the shapes."""
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the convolution and the recurrent state, one sequence's."""
+        """Return the shapes of the convolution and recurrent states of one sequence."""
         text = vllm_config.model_config.hf_text_config
         shapes: tuple[tuple[int, ...], ...] = MambaStateShapeCalculator.gated_delta_net_state_shape(
             1,
@@ -92,7 +92,7 @@ class MlxGatedDeltaCausalLM(MlxHybridCausalLM):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        """Their dtypes: the model's for the convolution, float32 for the recurrence."""
+        """Return the model's dtype for the convolution and float32 for the recurrence."""
         dtypes: tuple[torch.dtype, ...] = MambaStateDtypeCalculator.gated_delta_net_state_dtype(
             vllm_config.model_config.dtype, "auto", "float32"
         )
@@ -100,35 +100,33 @@ class MlxGatedDeltaCausalLM(MlxHybridCausalLM):
 
 
 class DequantizedConfig(QuantizationConfig):
-    """How vLLM sees a quantised checkpoint: its weights are none of vLLM's business.
+    """Quantisation config that restricts neither dtype nor device.
 
-    mlx-lm and our load plan dequantise or keep them; as far as vLLM is
-    concerned they confine neither the dtype nor the device.
+    The load plan dequantises the weights or keeps them packed; vLLM never sees them.
     """
 
     method = "fp8"
 
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
-        # vLLM 0.27 asks for --quantization on a checkpoint without such a config.
+    def __init__(self, config: Mapping[str, Any] = bridge.NO_QUANTIZATION_CONFIG) -> None:
         super().__init__()
-        self.config = config or {}
+        self.config = dict(config)
 
     def get_name(self) -> Any:
-        """The method's name in the checkpoint's config."""
+        """Return the name of the method in the checkpoint's config."""
         return self.method
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All that MLX computes in."""
+        """Return all dtypes that MLX computes in."""
         return [torch.float32, torch.bfloat16, torch.float16]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """No CUDA device is asked for."""
+        """Return 0: no CUDA device is required."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """No file besides config.json is needed."""
+        """Return no file names: config.json is enough."""
         return []
 
     @classmethod
@@ -137,43 +135,43 @@ class DequantizedConfig(QuantizationConfig):
         return cls(config)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
-        """No torch layer is ever built."""
+        """Return None: no torch layer is ever built."""
         return
 
 
 class CompressedTensorsConfig(DequantizedConfig):
-    """FP8 as llm-compressor writes it; what else it writes, mlx-lm packs or refuses."""
+    """FP8 as written by llm-compressor; mlx-lm repacks or refuses its other formats."""
 
     method = "compressed-tensors"
 
 
 class ModelOptConfig(DequantizedConfig):
-    """FP8, and NVFP4, as NVIDIA's ModelOpt writes them."""
+    """FP8 and NVFP4 as written by NVIDIA's ModelOpt."""
 
     method = "modelopt"
 
 
 class MlxQuantizedConfig(DequantizedConfig):
-    """The form of mlx-community: ``{"group_size": 64, "bits": 4}``, without a method."""
+    """The format of mlx-community: ``{"group_size": 64, "bits": 4}``, without a method."""
 
     method = "mlx"
 
 
 class Mxfp4Config(DequantizedConfig):
-    """The form in which GPT-OSS is published; mlx-lm keeps it packed."""
+    """The format of GPT-OSS, which mlx-lm keeps packed."""
 
     method = "mxfp4"
 
 
 class GptOssMxfp4Config(Mxfp4Config):
-    """The same under the name that vLLM gives it for GPT-OSS."""
+    """The same format under vLLM's own name for GPT-OSS."""
 
     method = "gpt_oss_mxfp4"
 
 
 def register() -> None:
-    """Register the stand-ins; a second call replaces them with the same."""
-    vllm_bridge.allow_one_head_size_for_all_layers()
+    """Register the stubs; idempotent."""
+    bridge.allow_one_head_size_for_all_layers()
     for config in (
         DequantizedConfig,
         CompressedTensorsConfig,
@@ -183,10 +181,10 @@ def register() -> None:
         GptOssMxfp4Config,
     ):
         register_quantization_config(config.method)(config)
-    for names, stand_in in (
+    for names, stub in (
         (architectures.PLAIN, MlxCausalLM),
         (architectures.STATEFUL, MlxHybridCausalLM),
         (architectures.GATED_DELTA, MlxGatedDeltaCausalLM),
     ):
         for architecture in names:
-            ModelRegistry.register_model(architecture, stand_in)
+            ModelRegistry.register_model(architecture, stub)

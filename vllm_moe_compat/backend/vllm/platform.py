@@ -1,9 +1,8 @@
-"""vLLM's view of the machine when the embedded MLX backend serves.
+"""vLLM's platform class for the embedded MLX backend.
 
-In: the configuration that the command line gave. Out: the same configuration
-with our worker in it, everything that belongs to other hardware switched off,
-and a named refusal for what the backend does not do. This runs in the front-end
-process too, and before forks: it never imports mlx.
+It enters our worker into vLLM's configuration, switches off features of other hardware, and
+refuses settings and requests that the backend does not support. It also runs in the front-end
+process and before forks, so it never imports mlx.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import psutil
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
-from vllm_moe_compat.backend.vllm import refusals
+from vllm_moe_compat.backend.vllm import bridge, refusals
 from vllm_moe_compat.errors import UnsupportedServingError
 
 if TYPE_CHECKING:
@@ -28,10 +26,10 @@ WORKER_CLASS = "vllm_moe_compat.backend.vllm.worker.MlxWorker"
 
 
 def mlx_device() -> str:
-    """Which device MLX will compute on: ``metal``, ``cuda`` or ``cpu``.
+    """Return the device that MLX will compute on: ``metal``, ``cuda`` or ``cpu``.
 
-    Read off the installed distributions, since asking MLX itself would
-    initialise it in a process that may be forked later.
+    It is read off the installed distributions, since asking MLX would initialise it in a process
+    that may be forked later.
     """
     if sys.platform == "darwin":
         return "metal"
@@ -49,7 +47,7 @@ class MlxPlatform(Platform):
 
     _enum = PlatformEnum.OOT
     device_name = "mlx"
-    # vLLM's own tensors (sampling) live on the host; MLX holds the rest.
+    # vLLM's own tensors (sampling) are on the host; everything else is in MLX arrays.
     device_type = "cpu"
     dispatch_key = "CPU"
     dist_backend = "gloo"
@@ -58,11 +56,11 @@ class MlxPlatform(Platform):
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
-        """What ``--dtype auto`` may choose; an explicit dtype is not held to it.
+        """Dtypes that ``--dtype auto`` may choose; an explicit dtype is not limited to them.
 
-        On the CPU float32 alone: its ``gather_mm`` (the experts) has no other,
-        and half precision gains nothing there (matrix products measured at 1.0
-        to 1.1 times float32's time in bfloat16, 1.3 to 1.5 in float16).
+        On the CPU only float32: MLX's ``gather_mm`` (the experts) supports no other dtype there,
+        and half precision gains nothing (matrix products took 1.0 to 1.1 times float32's time in
+        bfloat16, 1.3 to 1.5 times in float16).
         """
         if mlx_device() == "cpu":
             return [torch.float32]
@@ -70,59 +68,59 @@ class MlxPlatform(Platform):
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
-        """``mlx (cpu)`` and the like."""
+        """Return a name such as ``mlx (cpu)``."""
         return f"mlx ({mlx_device()})"
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """Bytes of the host's memory, which MLX shares on the CPU and on Metal."""
+        """Return the bytes of the host's memory, which MLX shares on the CPU and on Metal."""
         return int(psutil.virtual_memory().total)
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:
-        """No second memory to copy to."""
+        """Return False: there is no device memory to copy to."""
         return False
 
     @classmethod
     def inference_mode(cls) -> Any:
-        """Sampling needs no gradients."""
+        """Return a context without gradients, for sampling."""
         return torch.no_grad()
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
-        """Nothing to select: MLX has its default device."""
+        """Do nothing: MLX uses its default device."""
 
     @classmethod
     def manual_seed_all(cls, seed: int) -> None:
-        """VLLM's sampler draws from torch's CPU generator, seeded with torch's own call."""
+        """Seed torch's CPU generator, which vLLM's sampler uses."""
         torch.manual_seed(seed)
 
     @classmethod
     def import_kernels(cls) -> None:
-        """There are no torch kernels to import."""
+        """Do nothing: there are no torch kernels."""
 
     @classmethod
     def import_ir_kernels(cls) -> None:
-        """There are no torch kernels to import."""
+        """Do nothing: there are no torch kernels."""
 
     @classmethod
     def support_hybrid_kv_cache(cls) -> bool:
-        """KV pages and state pages side by side."""
+        """Return True: KV pages and state pages exist side by side."""
         return True
 
     @classmethod
     def support_static_graph_mode(cls) -> bool:
-        """CUDA graphs are not ours."""
+        """Return False: there are no CUDA graphs."""
         return False
 
     @classmethod
     def use_custom_allreduce(cls) -> bool:
-        """One device."""
+        """Return False: there is one device."""
         return False
 
     @classmethod
     def verify_quantization(cls, quant: str) -> None:
-        """Accept any: what mlx-lm and the load plan cannot read is refused when loading."""
+        """Accept any method; unreadable checkpoints are refused when they are loaded."""
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
@@ -136,23 +134,23 @@ class MlxPlatform(Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Put our worker in and refuse what the backend does not do; idempotent.
+        """Enter our worker and refuse unsupported settings; idempotent.
 
         Raises:
-            UnsupportedServingError: a setting that the backend cannot honour.
+            UnsupportedServingError: a setting is not supported.
         """
         from vllm import envs
 
-        vllm_bridge.warn_outside_tested_range()
+        bridge.warn_outside_tested_range()
         if envs.VLLM_USE_V2_MODEL_RUNNER:
             raise UnsupportedServingError(
                 "The embedded MLX backend cannot serve with VLLM_USE_V2_MODEL_RUNNER=1: it reads "
                 "the step encoding of vLLM's V1 model runner; unset it."
             )
-        # Unset, vLLM would choose by what is installed and by the model.
+        # If it is unset, vLLM selects a runner by installed packages and by model.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        # A fork after MLX has evaluated anything hangs. A process that never
-        # imported it may fork, as vLLM does by default: scripts need no main guard.
+        # A fork hangs once MLX has evaluated anything. A process that never imported MLX may
+        # fork, which is vLLM's default and requires no main guard in scripts.
         if "mlx.core" in sys.modules:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         refusal = refusals.first(vllm_config)
@@ -166,11 +164,11 @@ class MlxPlatform(Platform):
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
-        """Leave it: our worker sets the block size when it has seen the model's layers."""
+        """Do nothing: our worker sets the block size when the model's layers are known."""
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
-        """Refuse, per request, what the backend does not do.
+        """Refuse requests that the backend does not support.
 
         Raises:
             UnsupportedServingError: embeddings or images as input, or a pooling request.
@@ -181,7 +179,7 @@ class MlxPlatform(Platform):
             raise UnsupportedServingError(
                 "The embedded MLX backend generates text; pooling requests are not served."
             )
-        kind = processed_inputs.get("type") if hasattr(processed_inputs, "get") else None
+        kind = bridge.input_kind(processed_inputs)
         if kind not in (None, "token"):
             raise UnsupportedServingError(
                 f"The embedded MLX backend takes text or token ids; {kind!r} input is not served."

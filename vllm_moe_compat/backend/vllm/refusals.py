@@ -1,14 +1,15 @@
-"""Settings of vLLM that the embedded backend cannot honour, by name.
+"""Settings of vLLM that the embedded backend does not support.
 
-In: vLLM's configuration. Out: the first such setting with its remedy, or None.
-A setting that was ignored would give an answer that nobody asked for, so what is
-not listed here either works or has no meaning beside an engine of one device.
+Every such setting is refused at start-up with its remedy, since ignoring it would change answers.
+A setting that is not listed here either works or has no meaning on a single device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from vllm_moe_compat.backend.vllm import bridge
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,11 +18,12 @@ LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
 def first(vllm_config: VllmConfig) -> str | None:
-    """Name the first setting that the backend cannot honour, with its remedy."""
-    return next((words for bad, words in _settings(vllm_config) if bad), None)
+    """Return the first unsupported setting and its remedy, or None."""
+    return next((text for is_set, text in _settings(vllm_config) if is_set), None)
 
 
 def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
+    """Yield whether each unsupported setting is set, and its message."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     yield (
         parallel.world_size > 1 or parallel.data_parallel_size > 1,
@@ -31,11 +33,13 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
     yield vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."
     yield (
-        getattr(vllm_config, "watermark_config", None),
-        "watermarks in the text, which vLLM's V2 model runner puts there; leave them out.",
+        bridge.watermark_config(vllm_config),
+        "watermarks in the text, which only vLLM's V2 model runner supports; leave them out.",
     )
-    offload = getattr(getattr(vllm_config, "offload_config", None), "uva", None)
-    yield getattr(offload, "cpu_offload_gb", 0), "weights offloaded; leave --cpu-offload-gb at 0."
+    yield (
+        bridge.cpu_offload_gb(vllm_config),
+        "weights offloaded; leave --cpu-offload-gb at 0.",
+    )
     load_format = str(vllm_config.load_config.load_format)
     yield (
         load_format not in LOAD_FORMATS,
@@ -66,7 +70,7 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         "not quantised while loading; leave it out, or convert the checkpoint with mlx_lm.convert.",
     )
     yield (
-        getattr(model, "enable_return_routed_experts", False),
+        bridge.returns_routed_experts(model),
         "routed experts in the answers; leave --enable-return-routed-experts out.",
     )
 

@@ -1,8 +1,7 @@
-"""One step: from vLLM's schedule to logits, and from logits to tokens.
+"""The model runner: from vLLM's schedule to logits, and from logits to tokens.
 
-In: a scheduler output and a loaded model. Out: vLLM's ``ModelRunnerOutput``.
-Prefill passes run first, then one pass of one token for every request that
-samples. ``forward`` runs a pass.
+A step runs its prefill passes first, then one pass with one token for every request that samples.
+``step.forward`` runs a pass, ``sampling`` draws the tokens.
 """
 
 from __future__ import annotations
@@ -15,95 +14,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_moe_compat.backend.model.layers import AttentionLayer, Layer, StateLayer
-from vllm_moe_compat.backend.pages.page_pool import PagePool
-from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.forward import Forward
+from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
-from vllm_moe_compat.backend.vllm.scheduler_output import Step, decode
+from vllm_moe_compat.backend.vllm.scheduler_output import decode
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 
-class Memory:
-    """Where every layer keeps what it keeps: its page pool, KV group and block size."""
+class PendingOutput(AsyncModelRunnerOutput):
+    """The output of a step whose pass may still run.
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        pools: dict[int, PagePool],
-        groups: dict[int, int],
-        block_sizes: Sequence[int],
-        *,
-        keep_boundaries: bool,
-    ) -> None:
-        """``pools`` and ``groups`` by layer index, ``block_sizes`` by KV group.
-
-        ``keep_boundaries``: prefix caching is on, so states at block
-        boundaries may be asked for again.
-        """
-        self.layers, self.pools, self.groups = list(layers), pools, groups
-        self.block_sizes = list(block_sizes)
-        self.keep_boundaries = keep_boundaries
-        stateful = [layer for layer in layers if isinstance(layer, StateLayer)]
-        self.states = StatePool(
-            stateful,
-            [pools[layer.index] for layer in stateful],
-            [groups[layer.index] for layer in stateful],
-        )
-        self.attention_groups = {
-            groups[layer.index]: pools[layer.index]
-            for layer in layers
-            if isinstance(layer, AttentionLayer)
-        }
-
-    @property
-    def distinct_pools(self) -> list[PagePool]:
-        """Every pool once."""
-        return list({id(pool): pool for pool in self.pools.values()}.values())
-
-    def state_blocks(
-        self, requests: Sequence[Request], tokens: Sequence[int]
-    ) -> dict[int, list[int]]:
-        """By group of states, the block of each request's state after ``tokens``."""
-        return {
-            group: [
-                request.blocks[group][max(count - 1, 0) // self.block_sizes[group]]
-                for request, count in zip(requests, tokens, strict=True)
-            ]
-            for group in set(self.states.groups)
-        }
-
-    def clear_partial_blocks(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
-        """Zero the KV blocks that this step begins and does not fill in one pass.
-
-        What is left in them from an earlier owner may be a state's bits, NaN as
-        keys; masking alone would let it through. A prompt's last token comes in a
-        pass of its own, after others have read its block.
-        """
-        for group, size in enumerate(self.block_sizes):
-            if group not in self.attention_groups:
-                continue
-            blocks = []
-            for request in requests:
-                end = request.computed + scheduled[request.req_id]
-                last = (end - 1) // size
-                later = end >= request.num_tokens
-                if last * size >= request.computed and (end % size or later):
-                    blocks.append(request.blocks[group][last])
-            if blocks:
-                for layer in self.layers:
-                    if self.groups[layer.index] == group:
-                        self.pools[layer.index].zero(blocks)
-
-
-class StepOutput(AsyncModelRunnerOutput):
-    """What a step gives, when its pass has ended.
-
-    vLLM's async scheduling asks for it after it has scheduled the next step, so
-    that the engine's own work is done while MLX computes.
+    With async scheduling vLLM asks for the output after it has scheduled the next step, so the
+    engine works while MLX computes.
     """
 
     def __init__(self, complete: Callable[[], ModelRunnerOutput]) -> None:
@@ -114,8 +40,8 @@ class StepOutput(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         """Wait for the output.
 
-        On the thread that runs steps, as the one executor that the platform allows
-        does: MLX evaluates nothing on another one.
+        Must be called on the thread that runs the steps, since MLX does not evaluate their graphs
+        on another one. The only executor that the platform allows does so.
         """
         if self._output is None:
             self._output = self._complete()
@@ -123,43 +49,48 @@ class StepOutput(AsyncModelRunnerOutput):
 
 
 class ModelRunner:
-    """Executes steps for one model."""
+    """Runs the steps of one model."""
 
-    def __init__(self, model: nn.Module, memory: Memory, sampler: TokenSampler) -> None:
-        self.model, self.memory, self.sampler = model, memory, sampler
+    def __init__(self, model: nn.Module, storage: LayerStorage, sampler: TokenSampler) -> None:
+        self.model, self.storage, self.sampler = model, storage, sampler
         self.batch = Batch()
-        self.forward = Forward(model, memory)
+        self.forward = Forward(model, storage)
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
         self._drawn: mx.array | None = None
         self._unsampled: list[str] = []
-        self._last: StepOutput | None = None
+        self._pending: PendingOutput | None = None
 
-    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Run the forward passes of a step; ``sample`` completes it.
+    def close(self) -> None:
+        """Wait for the running pass and remove the attention hook."""
+        self.forward.close()
 
-        Returns the empty output when nothing was scheduled, else None.
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run the forward passes of a step; ``sample_tokens`` completes it.
+
+        Returns the empty output if nothing was scheduled, else None.
         """
-        if self._last is not None:
-            self._last.get_output()
-            self._last = None
-        step = decode(scheduler_output)
-        lost = self.batch.update(step)
-        self.sampler.forget(set(step.finished))
-        self.memory.states.drop(lost)
-        self._drop_preempted(step)
-        if step.page_copies:
-            self.forward.forget()
-        for pool in self.memory.distinct_pools:
-            pool.copy(step.page_copies)
-        scheduled = step.scheduled
+        if self._pending is not None:
+            self._pending.get_output()
+            self._pending = None
+        schedule = decode(scheduler_output)
+        lost = self.batch.update(schedule)
+        self.sampler.forget(set(schedule.finished))
+        self.storage.states.drop(lost)
+        self._drop_preempted(schedule)
+        if schedule.page_copies:
+            self.forward.discard_next()
+        for pool in self.storage.distinct_pools:
+            pool.copy(schedule.page_copies)
+        scheduled = schedule.scheduled
         if not scheduled:
-            self.forward.forget()
+            self.forward.discard_next()
             return EMPTY_MODEL_RUNNER_OUTPUT
         requests = [self.batch.requests[req_id] for req_id in scheduled]
-        self.memory.clear_partial_blocks(requests, scheduled)
-        for work in self.batch.prefills(scheduled, self.memory.block_sizes):
+        sizes = self.storage.attention_block_sizes
+        self.storage.zero_blocks(self.batch.partial_blocks(scheduled, sizes))
+        for work in self.batch.prefills(scheduled, self.storage.block_sizes):
             self._prefill(work)
         sampling: list[Request] = []
         unsampled: list[Request] = []
@@ -171,32 +102,35 @@ class ModelRunner:
         self._logits = self._drawn = None
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
-            ahead = not self._unsampled and self.sampler.draws_all
-            self._logits, self._drawn = self.forward.decode(work, self.sampler.draw, ahead=ahead)
+            build_next = not self._unsampled and self.sampler.draws_all
+            self._logits, self._drawn = self.forward.decode(
+                work, self.sampler.draw, build_next=build_next
+            )
         self._save_states(requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
 
-    def _drop_preempted(self, step: Step) -> None:
-        """Let go of states whose requests lost their pages without a word.
+    def _drop_preempted(self, schedule: Schedule) -> None:
+        """Discard the states of preempted requests.
 
-        vLLM does not name preempted requests, and one that is merely not
-        scheduled must keep its state. But the block of a state that is still in
-        use is never given away; at a block boundary it may be shared, and then
-        the page holds the state too.
+        vLLM does not name them, and a request that is merely not scheduled in this step must
+        keep its state. But vLLM never assigns the block of a state in use to another request. At
+        a block boundary the block may be shared, and then its page holds the state too.
         """
-        states = self.memory.states
-        paused = states.resident - step.scheduled.keys()
+        states = self.storage.states
+        paused = states.resident - schedule.scheduled.keys()
         if not paused:
             return
-        given = step.given_blocks()
+        assigned = schedule.assigned_blocks()
         requests = [self.batch.requests[req_id] for req_id in paused]
-        blocks = self.memory.state_blocks(requests, [request.done for request in requests])
+        blocks = self.storage.state_blocks(
+            [request.blocks for request in requests], [request.done for request in requests]
+        )
         states.drop(
             {
                 request.req_id
                 for i, request in enumerate(requests)
-                if any(held[i] in given for held in blocks.values())
+                if any(held[i] in assigned for held in blocks.values())
             }
         )
 
@@ -213,38 +147,39 @@ class ModelRunner:
 
     def _save_states(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
         """Write to pages the states that a later step may have to read from there."""
-        memory = self.memory
-        if not memory.states.layers:
+        storage = self.storage
+        if not storage.states.layers:
             return
-        block = memory.block_sizes[memory.states.groups[0]]
+        block = storage.block_sizes[storage.states.groups[0]]
         keep, counts, unfinished = [], [], set()
         for request in requests:
             end = request.done = request.computed + scheduled[request.req_id]
-            partial = end < request.num_tokens
-            if partial:
+            is_partial = end < request.num_tokens
+            if is_partial:
                 unfinished.add(request.req_id)
-            if partial or (memory.keep_boundaries and end % block == 0):
+            if is_partial or (storage.keep_boundaries and end % block == 0):
                 keep.append(request)
                 counts.append(end)
         if keep:
-            self.forward.forget()
-            memory.states.save([r.req_id for r in keep], memory.state_blocks(keep, counts))
+            self.forward.discard_next()
+            blocks = storage.state_blocks([r.blocks for r in keep], counts)
+            storage.states.save([r.req_id for r in keep], blocks)
         if unfinished:
-            memory.states.drop(unfinished)
+            storage.states.drop(unfinished)
 
-    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput | StepOutput:
-        """Sample what ``execute`` computed; chunks of unfinished prompts get no token.
+    def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput | PendingOutput:
+        """Sample from the logits of ``execute_model``; unfinished prompts get no token.
 
-        A pass that still runs is not waited for: its tokens are there when
-        ``get_output`` is called, and at the latest when the next step begins.
+        A running pass is not waited for. Its tokens are there when ``get_output`` is called, and
+        at the latest when the next step begins.
         """
         assert self._scheduler_output is not None, "sample_tokens before execute_model"
         scheduler_output, self._scheduler_output = self._scheduler_output, None
         complete = partial(self._complete, scheduler_output, grammar)
         if not self.forward.running:
             return complete()
-        self._last = StepOutput(complete)
-        return self._last
+        self._pending = PendingOutput(complete)
+        return self._pending
 
     def _complete(
         self, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None

@@ -1,21 +1,17 @@
-"""From logits to tokens: who is drawn in MLX, and who by vLLM's own sampler.
+"""Sampling: tokens drawn in MLX for plain requests, and by vLLM's own sampler for all others.
 
-In: logits ``[B, V]`` of the requests that sample in this step. Out: one token
-each, and log-probabilities where asked for.
+A request is plain if it is greedy or sets nothing but temperature, top-k and top-p; every other
+parameter must have its default, also one that is unknown here. Plain requests are drawn in MLX
+(``step.mlx_sampling``), in the evaluation of the forward pass, and only their tokens are copied.
 
-Plain requests, greedy or with nothing but temperature, top-k and top-p, are drawn
-in MLX (``mlx_sampling``), in the evaluation of the forward pass; nothing of theirs
-but tokens is copied. A request is plain if every other parameter has its default:
-one that is unknown here is vLLM's business. So is every request with a seed.
+The other requests, among them all with a seed, are the first rows of the batch, and only their
+logits ``[B', V]`` are copied to the host. vLLM's ``InputBatch`` keeps the state that their
+parameters need (penalties, generators, logits processors) and its ``Sampler`` draws, so every
+parameter has vLLM's meaning. A request joins that batch when it first samples: a prompt computed
+in chunks draws nothing from a seeded generator before its end.
 
-The others are the first rows of the batch, and only these are copied. vLLM's
-``InputBatch`` keeps what their parameters need (penalties, generators, logits
-processors), its ``Sampler`` does the rest on the host, so that every parameter means
-what it means elsewhere. A request joins that batch when it first samples: a prompt
-that is computed in chunks draws nothing from a seeded generator before its end.
-
-What MLX draws depends on the engine's seed and on the number of the step, so that,
-as with vLLM's sampler, the same requests in the same order get the same answers.
+Draws in MLX depend on the engine's seed and the number of the step, so, as with vLLM's sampler,
+the same requests in the same order give the same answers.
 """
 
 from __future__ import annotations
@@ -34,8 +30,8 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_moe_compat.backend.step.batch import Request
-from vllm_moe_compat.backend.step.mlx_sampling import Draw, Wish
-from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
+from vllm_moe_compat.backend.step.mlx_sampling import BatchSampler, SamplingRequest
+from vllm_moe_compat.backend.vllm import bridge
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,52 +39,40 @@ if TYPE_CHECKING:
 
 HOST = torch.device("cpu")
 
-# What the package's own drawing heeds, and what changes nothing about a draw.
-HEEDED = frozenset({"temperature", "top_k", "top_p", "min_tokens"})
-HARMLESS = frozenset(
-    {
-        # how many answers, of what length, in which form
-        *("n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "repetition_detection"),
-        *("_eos_token_id", "_all_stop_token_ids", "output_kind", "stream_interval"),
-        *("detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
-        *("include_stop_str_in_output", "output_text_buffer_length", "flat_logprobs"),
-        # the prompt's, which prefills see to
-        *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
-        # the engine's own
-        *("skip_clone", "skip_reading_prefix_cache", "routed_experts_prompt_start"),
-        "_watermarking_skipped",
-    }
-)
-# What vLLM itself writes in place of a default where it has nothing to do.
-RESOLVED = {"watermarking": False}
+# Parameters that sampling in MLX applies. ``min_tokens`` makes a request plain only once enough
+# tokens exist.
+APPLIED_FIELDS = frozenset({"temperature", "top_k", "top_p", "min_tokens"})
 DEFAULTS = SamplingParams()
-HAS_TO_BE_DEFAULT = tuple(
-    name for name in DEFAULTS.__struct_fields__ if name not in HEEDED | HARMLESS
+DEFAULT_ONLY_FIELDS = tuple(
+    name
+    for name in DEFAULTS.__struct_fields__
+    if name not in APPLIED_FIELDS | bridge.NEUTRAL_SAMPLING_FIELDS
 )
 
 
 def to_torch(logits: mx.array) -> torch.Tensor:
-    """Evaluated logits as a float32 tensor that the sampler may write into."""
+    """Copy logits to a float32 tensor that the sampler may write into."""
     return torch.from_numpy(np.array(logits.astype(mx.float32)))
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Whether nothing but temperature, top-k, top-p and min-tokens is asked for."""
+    """Return whether only temperature, top-k, top-p and min-tokens are set."""
+    resolved = bridge.RESOLVED_SAMPLING_FIELDS
     return all(
         getattr(params, name) == getattr(DEFAULTS, name)
-        or (name in RESOLVED and getattr(params, name) == RESOLVED[name])
-        for name in HAS_TO_BE_DEFAULT
+        or (name in resolved and getattr(params, name) == resolved[name])
+        for name in DEFAULT_ONLY_FIELDS
     )
 
 
-def _wish(params: SamplingParams) -> Wish:
+def _sampling_request(params: SamplingParams) -> SamplingRequest:
     if params.sampling_type == SamplingType.GREEDY:
-        return Wish()
-    return Wish(params.temperature, max(params.top_k, 0), params.top_p)
+        return SamplingRequest()
+    return SamplingRequest(params.temperature, max(params.top_k, 0), params.top_p)
 
 
 class TokenSampler:
-    """Both ways to draw, and the state that vLLM's sampler needs of each request."""
+    """Samples a batch in MLX and with vLLM's sampler, and keeps that sampler's state."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         model = vllm_config.model_config
@@ -103,28 +87,29 @@ class TokenSampler:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             device=HOST,
             vocab_size=self.vocab_size,
-            # Blocks are our own business; the batch insists on one table.
-            **vllm_bridge.batch_blocks([16]),
+            # The backend addresses blocks itself, but the batch requires a table.
+            **bridge.input_batch_blocks([16]),
             logitsprocs=build_logitsprocs(
                 vllm_config, HOST, False, False, model.logits_processors or ()
             ),
             logitsprocs_need_output_token_ids=bool(model.logits_processors),
-            reasoning_config=getattr(vllm_config, "reasoning_config", None),
+            reasoning_config=bridge.reasoning_config(vllm_config),
         )
         self.states: dict[str, CachedRequestState] = {}
-        # Someone else's processor may change any request's logits.
-        self._own_processors = any(
+        # A logits processor from outside vLLM may change the logits of any request.
+        self._foreign_processors = any(
             not type(one).__module__.startswith("vllm.v1.sample.")
             for one in self.batch.logitsprocs.all
         )
         self._plain: dict[str, bool] = {}
-        self._drawn: list[Request] = []  # the plain rows, which follow the others
-        self._draw = Draw([], self.vocab_size)
+        # Plain requests of the current batch; their rows follow those of the others.
+        self._plain_requests: list[Request] = []
+        self._mlx_sampler = BatchSampler([], self.vocab_size)
         self._seed, self._steps = model.seed or 0, 0
         self._prompt_logprobs: dict[str, LogprobsTensors] = {}
 
     def forget(self, req_ids: set[str]) -> None:
-        """Forget requests that ended."""
+        """Discard the state of requests that ended."""
         for req_id in req_ids:
             self.states.pop(req_id, None)
             self._plain.pop(req_id, None)
@@ -132,14 +117,14 @@ class TokenSampler:
             self.batch.remove_request(req_id)
 
     def select(self, requests: Sequence[Request]) -> list[str]:
-        """Make ``requests`` the batch that samples; return their ids in its order."""
+        """Make ``requests`` the batch that samples; return their ids in the order of its rows."""
         plain, others = [], {}
         for request in requests:
             if self._is_plain(request):
                 plain.append(request)
             else:
                 others[request.req_id] = request
-        self._select_drawn(plain)
+        self._select_plain(plain)
         for req_id in list(self.batch.req_id_to_index):
             if req_id not in others:
                 self.batch.remove_request(req_id)
@@ -148,25 +133,27 @@ class TokenSampler:
                 self.batch.add_request(self._state(request))
         self.batch.condense()
         self.batch.refresh_metadata()
-        return [*self.batch.req_ids, *(request.req_id for request in self._drawn)]
+        return [*self.batch.req_ids, *(request.req_id for request in self._plain_requests)]
 
     def _is_plain(self, request: Request) -> bool:
         plain = self._plain.get(request.req_id)
         if plain is None:
-            plain = not self._own_processors and is_plain(request.params)
+            plain = not self._foreign_processors and is_plain(request.params)
             self._plain[request.req_id] = plain
         return plain and len(request.output) >= request.params.min_tokens
 
-    def _select_drawn(self, requests: list[Request]) -> None:
-        """Keep who was drawn before in the same order, so that states need not move."""
-        before = {request.req_id: place for place, request in enumerate(self._drawn)}
+    def _select_plain(self, requests: list[Request]) -> None:
+        """Keep the order of the last step, so that resident states need not be regrouped."""
+        before = {request.req_id: row for row, request in enumerate(self._plain_requests)}
         last = len(before)
         requests.sort(key=lambda request: before.get(request.req_id, last))
         if len(requests) != last or any(
-            a is not b for a, b in zip(requests, self._drawn, strict=True)
+            a is not b for a, b in zip(requests, self._plain_requests, strict=True)
         ):
-            self._drawn = requests
-            self._draw = Draw([_wish(request.params) for request in requests], self.vocab_size)
+            self._plain_requests = requests
+            self._mlx_sampler = BatchSampler(
+                [_sampling_request(request.params) for request in requests], self.vocab_size
+            )
 
     @property
     def draws_all(self) -> bool:
@@ -174,14 +161,15 @@ class TokenSampler:
         return not self.batch.req_id_to_index
 
     def draw(self, logits: mx.array) -> mx.array | None:
-        """Tokens of the plain rows of ``logits [B, V]``, lazy; None if there are none."""
-        if not self._drawn:
+        """Return tokens of the plain rows of ``logits [B, V]``, not evaluated; None without any."""
+        if not self._plain_requests:
             return None
         self._steps += 1
-        return self._draw(logits[len(logits) - len(self._drawn) :], self._key(0))
+        first = len(logits) - len(self._plain_requests)
+        return self._mlx_sampler(logits[first:], self._key(0))
 
     def _key(self, use: int) -> mx.array:
-        """A key for one use in this step; no other step or use has the same."""
+        """Return a random key that is unique to this step and ``use``."""
         words = [self._seed & 0xFFFFFFFF, (2 * self._steps + use) & 0xFFFFFFFF]
         return mx.array(words, dtype=mx.uint32)
 
@@ -200,7 +188,7 @@ class TokenSampler:
                 generator=generator,
                 block_ids=([],),
                 num_computed_tokens=0,
-                # The same list: what we append, the sampler's penalties see.
+                # The same list object, so that penalties see the tokens that we append.
                 output_token_ids=request.output,
             )
             self.states[request.req_id] = state
@@ -213,9 +201,9 @@ class TokenSampler:
         scheduler_output: SchedulerOutput,
         grammar: GrammarOutput | None,
     ) -> tuple[list[int], LogprobsLists | None]:
-        """Sample one token for each row of ``logits [B, V]`` and append it.
+        """Sample one token for each row of ``logits [B, V]`` and append it to its request.
 
-        ``drawn``: what ``draw`` made of them, evaluated.
+        ``drawn``: evaluated result of ``draw`` for the same logits.
         """
         tokens: list[int] = []
         logprobs = None
@@ -225,8 +213,8 @@ class TokenSampler:
         if drawn is not None:
             own: list[int] = drawn.tolist()  # type: ignore[assignment]
             if min(own) < 0:
-                own = self._draw.settle(logits[others:], own, self._key(1))
-            for request, token in zip(self._drawn, own, strict=True):
+                own = self._mlx_sampler.draw_undecided(logits[others:], own, self._key(1))
+            for request, token in zip(self._plain_requests, own, strict=True):
                 request.output.append(token)
             tokens += own
         return tokens, logprobs
@@ -251,10 +239,10 @@ class TokenSampler:
         return tokens, None if logprobs is None else logprobs.tolists()
 
     def score_prompt(self, request: Request, start: int, logits: mx.array) -> None:
-        """Note the log-probabilities of the prompt tokens after ``start``.
+        """Record the log-probabilities of the prompt tokens after ``start``.
 
-        ``logits [T, V]`` are those of the tokens from ``start`` on; token
-        ``i``'s logits score token ``i + 1``.
+        ``logits [T, V]`` are those of the tokens from ``start`` on; the logits of token ``i``
+        score token ``i + 1``.
         """
         params, prompt = request.params, request.prompt
         count = min(logits.shape[0], len(prompt) - 1 - start)
@@ -269,12 +257,12 @@ class TokenSampler:
         if self.logprobs_mode not in ("raw_logits", "processed_logits"):
             scores = self.sampler.compute_logprobs(scores)
         targets = torch.tensor(prompt[start + 1 : start + 1 + count])
-        ids, values, ranks, *_ = self.sampler.gather_logprobs(scores, number, targets)
+        found = self.sampler.gather_logprobs(scores, number, targets)
         rows = slice(start, start + count)
-        kept.logprob_token_ids[rows].copy_(ids)
-        kept.logprobs[rows].copy_(values)
-        kept.selected_token_ranks[rows].copy_(ranks)
+        kept.logprob_token_ids[rows].copy_(found.logprob_token_ids)
+        kept.logprobs[rows].copy_(found.logprobs)
+        kept.selected_token_ranks[rows].copy_(found.selected_token_ranks)
 
     def finished_prompt(self, req_id: str) -> LogprobsTensors | None:
-        """The log-probabilities of a prompt that is now complete, once."""
+        """Return the log-probabilities of a complete prompt, and discard them."""
         return self._prompt_logprobs.pop(req_id, None)

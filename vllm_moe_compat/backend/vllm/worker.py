@@ -1,13 +1,14 @@
 """vLLM's worker over MLX: one process, one device, one model.
 
-In: vLLM's calls in their order (load, describe the cache, report memory, take
-the cache plan, warm up, execute steps). Out: a model that serves. Everything
-about a step is the runner's; this file is about memory and life cycle.
+vLLM calls the worker in this order: load the model, describe its KV cache, report the memory
+available, take the KV cache plan, warm up, run steps. This file holds the life cycle; ``runner``
+runs the steps, ``budget`` measures the memory.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -15,15 +16,15 @@ import psutil
 import torch
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_moe_compat.backend.model import loader as handoff
-from vllm_moe_compat.backend.model.layers import AttentionLayer
+from vllm_moe_compat.backend.model import loader
+from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
-from vllm_moe_compat.backend.vllm import bridge as vllm_bridge
-from vllm_moe_compat.backend.vllm import kv_specs
+from vllm_moe_compat.backend.vllm import bridge, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.kv_specs import MLX_DTYPES
-from vllm_moe_compat.backend.vllm.runner import Memory, ModelRunner, StepOutput
+from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.load import progress
@@ -39,43 +40,47 @@ def _layer_name(index: int) -> str:
     return f"layers.{index}"
 
 
+def _layer_index(name: str) -> int:
+    return int(name.rpartition(".")[2])
+
+
 class MlxWorker(WorkerBase):
     """The worker class that ``MlxPlatform`` names."""
 
-    served: handoff.ServedModel
+    served: loader.ServedModel
     budget: Budget
     runner: ModelRunner
 
     def init_device(self) -> None:
-        """Fix the seeds; MLX finds its device by itself."""
-        vllm_bridge.allow_shutdown_without_accelerator()
+        """Set the seeds; MLX selects its device itself."""
+        bridge.allow_shutdown_without_accelerator()
         self.device = torch.device("cpu")
         torch.manual_seed(self.model_config.seed)
         mx.random.seed(self.model_config.seed)
         mx.reset_peak_memory()
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the checkpoint and align page sizes of its layer kinds.
+        """Load the checkpoint, and choose page sizes that suit all kinds of its layers.
 
         Raises:
             CompatError: the checkpoint or the model cannot be served.
         """
         dtype = MLX_DTYPES[self.model_config.dtype]
-        with progress.wanted_as(self.load_config.use_tqdm_on_load):
-            self.served = handoff.load(self.model_config.model, self.model_config.revision, dtype)
+        with progress.enabled(self.load_config.use_tqdm_on_load):
+            self.served = loader.load(self.model_config.model, self.model_config.revision, dtype)
         kv_specs.align_pages(self.vllm_config, self.served.layers)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """What each layer keeps, in vLLM's terms."""
+        """Return vLLM's KV cache spec of each layer by its name."""
         found = kv_specs.specs(self.vllm_config, self.served.layers)
         return {_layer_name(index): spec for index, spec in found.items()}
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """Layer outermost: every layer's pages are one array."""
+        """Return the layout with layers outermost: the pages of a layer are one array."""
         return ["LBNHC"]
 
     def determine_available_memory(self) -> int:
-        """Bytes for pages, after weights, activations and resident states.
+        """Return the bytes for pages, after weights, activations and resident states.
 
         Raises:
             UnsupportedServingError: nothing is left.
@@ -84,42 +89,15 @@ class MlxWorker(WorkerBase):
         return self.budget.page_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate the pages that vLLM planned, and build the runner.
+        """Allocate the pages that vLLM planned, and make the runner.
 
         Raises:
-            UnsupportedServingError: a sequence of the length asked for does not fit.
+            UnsupportedServingError: a sequence of the maximum length does not fit.
         """
-        vllm_bridge.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
-        groups: dict[int, int] = {}
-        page_bytes: dict[int, int] = {}
-        sizes = []
-        for number, group in enumerate(kv_cache_config.kv_cache_groups):
-            sizes.append(group.kv_cache_spec.block_size)
-            for name in group.layer_names:
-                index = int(name.rpartition(".")[2])
-                groups[index] = number
-                # Layers that differ in shape alone may share a group.
-                own = getattr(group.kv_cache_spec, "kv_cache_specs", {})
-                page_bytes[index] = own.get(name, group.kv_cache_spec).page_size_bytes
-        self._check_pages(sizes, groups, page_bytes)
-        dtype = MLX_DTYPES[self.model_config.dtype]
-        by_region: list[PagePool] = []
-        pools: dict[int, PagePool] = {}
-        for names in vllm_bridge.layers_by_region(kv_cache_config):
-            indices = [int(name.rpartition(".")[2]) for name in names]
-            pool = PagePool(kv_cache_config.num_blocks, page_bytes[indices[0]], dtype)
-            by_region.append(pool)
-            pools |= dict.fromkeys(indices, pool)
-        mx.eval([pool.pages for pool in by_region])
-        memory = Memory(
-            self.served.layers,
-            pools,
-            groups,
-            sizes,
-            keep_boundaries=bool(self.cache_config.enable_prefix_caching),
-        )
-        self.runner = ModelRunner(self.served.model, memory, TokenSampler(self.vllm_config))
-        held = sum(pool.nbytes for pool in memory.distinct_pools)
+        bridge.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
+        storage = self._allocate(kv_cache_config)
+        self.runner = ModelRunner(self.served.model, storage, TokenSampler(self.vllm_config))
+        pools = storage.distinct_pools
         need = kv_specs.demand(self.vllm_config, self.served.layers)
         fit = need.sequences(kv_cache_config.num_blocks)
         logger.info(
@@ -130,29 +108,57 @@ class MlxWorker(WorkerBase):
             need.length,
             kv_cache_config.num_blocks,
             self.cache_config.block_size,
-            held / 2**20,
-            len(by_region),
-            "s" if len(by_region) > 1 else "",
+            sum(pool.nbytes for pool in pools) / 2**20,
+            len(pools),
+            "s" if len(pools) > 1 else "",
             self.budget,
         )
 
+    def _allocate(self, plan: KVCacheConfig) -> LayerStorage:
+        """Allocate one pool per memory region of vLLM's plan."""
+        groups: dict[int, int] = {}
+        page_bytes: dict[int, int] = {}
+        block_sizes = []
+        for number, group in enumerate(plan.kv_cache_groups):
+            block_sizes.append(group.kv_cache_spec.block_size)
+            for name in group.layer_names:
+                index = _layer_index(name)
+                groups[index] = number
+                page_bytes[index] = bridge.layer_spec(group.kv_cache_spec, name).page_size_bytes
+        self._check_pages(block_sizes, groups, page_bytes)
+        dtype = MLX_DTYPES[self.model_config.dtype]
+        pools: dict[int, PagePool] = {}
+        for names in bridge.layers_by_region(plan):
+            indices = [_layer_index(name) for name in names]
+            pool = PagePool(plan.num_blocks, page_bytes[indices[0]], dtype)
+            mx.eval(pool.pages)
+            pools |= dict.fromkeys(indices, pool)
+        return LayerStorage(
+            self.served.layers,
+            pools,
+            groups,
+            block_sizes,
+            keep_boundaries=bool(self.cache_config.enable_prefix_caching),
+        )
+
     def _check_pages(
-        self, sizes: list[int], groups: dict[int, int], page_bytes: dict[int, int]
+        self, block_sizes: list[int], groups: dict[int, int], page_bytes: dict[int, int]
     ) -> None:
-        """See that pages hold whole tokens and no more, which addressing takes for granted.
+        """Check that pages hold whole tokens and no padding, which addressing relies on.
 
         Raises:
-            UnsupportedServingError: shapes for which vLLM padded pages.
+            UnsupportedServingError: vLLM padded the pages, since the layers differ in shape.
         """
         for layer in self.served.layers:
             if isinstance(layer, AttentionLayer):
-                block = sizes[groups[layer.index]]
+                block = block_sizes[groups[layer.index]]
                 exact = block * layer.token_bytes
                 if exact != page_bytes[layer.index]:
                     raise UnsupportedServingError(
                         f"The embedded MLX backend cannot page layer {layer.index}: {block} tokens "
-                        f"of it take {exact} bytes and a page has {page_bytes[layer.index]}, since "
-                        "the model's layers differ in shape; use mlx-lm's own server for it."
+                        f"take {exact} bytes and a page has {page_bytes[layer.index]}, since "
+                        "the model's layers differ in shape; use mlx-lm's own server for this "
+                        "model."
                     )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
@@ -162,7 +168,11 @@ class MlxWorker(WorkerBase):
             UnsupportedServingError: the paged result differs.
         """
         start = time.perf_counter()
-        self_check.run(self.runner)
+        with ExitStack() as on_failure:
+            # vLLM may not call ``shutdown`` on a worker that failed to start.
+            on_failure.callback(self.runner.close)
+            self_check.run(self.runner.forward)
+            on_failure.pop_all()
         torch.manual_seed(self.model_config.seed)
         return CompilationTimes(language_model=time.perf_counter() - start, encoder=0.0)
 
@@ -171,37 +181,39 @@ class MlxWorker(WorkerBase):
         self.model_config.max_model_len = max_model_len
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Forward passes of a step; None means that ``sample_tokens`` is due."""
-        return self.runner.execute(scheduler_output)
+        """Run the forward passes of a step; None means that ``sample_tokens`` must follow."""
+        return self.runner.execute_model(scheduler_output)
 
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | StepOutput:
-        """Tokens of the step that was executed last, or what to wait for them with."""
-        return self.runner.sample(grammar_output)
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | PendingOutput:
+        """Return the tokens of the last step, or an output that waits for them."""
+        return self.runner.sample_tokens(grammar_output)
 
     def take_draft_token_ids(self) -> None:
-        """No drafts."""
+        """Return no draft tokens: there is no speculative decoding."""
 
     def get_supported_tasks(self) -> tuple[str, ...]:
-        """Text generation."""
+        """Return text generation."""
         return ("generate",)
 
     def get_model(self) -> Any:
-        """The mlx-lm model."""
+        """Return the mlx-lm model."""
         return self.served.model
 
     def synchronize_device(self) -> None:
-        """Wait for the pass that runs, if one does."""
+        """Wait for the running pass, if there is one."""
         mx.synchronize()
 
     def occupancy(self) -> dict[str, int]:
-        """How many requests and states are held; none when nobody asks for anything."""
+        """Return the number of requests and resident states; 0 when the server is idle."""
         return {
             "requests": len(self.runner.batch.requests),
-            "states": len(self.runner.memory.states.resident),
+            "states": len(self.runner.storage.states.resident),
         }
 
     def check_health(self) -> None:
-        """Healthy as long as it answers."""
+        """Do nothing: a worker that answers is healthy."""
 
     def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
         """Refuse: there is no torch profile of MLX.
@@ -212,10 +224,13 @@ class MlxWorker(WorkerBase):
         raise NotImplementedError("the embedded MLX backend has no profiler")
 
     def shutdown(self) -> None:
-        """Give the memory back."""
+        """Remove the attention hook and release the memory; idempotent."""
         mx.synchronize()
         resident = psutil.Process().memory_info().rss / 2**20
-        for name in ("runner", "served"):
-            self.__dict__.pop(name, None)
+        runner = self.__dict__.pop("runner", None)
+        if runner is not None:
+            runner.close()
+        self.__dict__.pop("served", None)
+        del runner
         mx.clear_cache()
         logger.info("worker shut down (it held %.0f MiB)", resident)

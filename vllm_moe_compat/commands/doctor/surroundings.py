@@ -9,9 +9,10 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 
-from vllm_moe_compat import envs, plugin, versions
+from vllm_moe_compat import envs, versions
 from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Link
 from vllm_moe_compat.errors import SettingError
+from vllm_moe_compat.who_serves import vllm_has_kernels
 
 ENTRY_POINTS = {"vllm.general_plugins": "moe_compat", "vllm.platform_plugins": "moe_compat_mlx"}
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -80,7 +81,7 @@ def settings() -> Link:
 def _others_serve() -> bool:
     installed = importlib.util.find_spec("vllm") is not None
     metal = importlib.util.find_spec("vllm_metal") is not None
-    return metal or not installed or plugin.vllm_has_kernels()
+    return metal or not installed or vllm_has_kernels()
 
 
 def packages() -> Link:
@@ -112,7 +113,7 @@ def vllm() -> Link:
     """Check whether vLLM is installed and has kernels."""
     if importlib.util.find_spec("vllm") is None:
         return Link("vllm", "vLLM", SKIPPED, "vLLM is not installed")
-    kernels = plugin.vllm_has_kernels()
+    kernels = vllm_has_kernels()
     words = "has kernels of its own" if kernels else "has no kernels of its own"
     return Link(
         "vllm", "vLLM", OK, f"{versions.versions().get('vllm', 'without metadata')}, {words}"

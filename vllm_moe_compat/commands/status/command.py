@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the status; return 1 if there is a problem."""
     from vllm_moe_compat.families import registry
     from vllm_moe_compat.load import patching
-    from vllm_moe_compat.plugin import mlx_installed
     from vllm_moe_compat.probes.status import status_of
+    from vllm_moe_compat.who_serves import mlx_installed
 
     rows = [_row(name) for name in args.module] or list(registry.TRANSFORMS_BY_MODULE.values())
     patching.apply()

@@ -1,4 +1,4 @@
-"""Layer kinds come from the model; what has no paged storage is refused by name."""
+"""Layers are described from the model; a cache that pages cannot hold is refused by name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import mlx.core as mx
 import pytest
 
 from support import models
-from vllm_moe_compat.backend.model.layers import (
+from vllm_moe_compat.backend.model.describe_layers import describe
+from vllm_moe_compat.backend.pages.layers import (
     AttentionLayer,
-    Rows,
+    Batching,
     StateLayer,
-    describe,
-    nest,
-    rows_of,
+    batching_of,
+    nest_caches,
 )
 from vllm_moe_compat.errors import UnsupportedServingError
 
@@ -66,9 +66,9 @@ def test_a_hybrids_layers_are_described_with_their_shapes():
     assert isinstance(linear, StateLayer)
     assert linear.shapes == ((3, 2 * 2 * 32 + 4 * 16), (4, 16, 32))
     assert linear.dtypes == (mx.float32, mx.float32)
-    assert softmax.direct
+    assert softmax.attends_itself
     assert softmax.window is None
-    assert rows_of(layers) is Rows.PADDED
+    assert batching_of(layers) is Batching.PADDED
 
 
 def test_describing_evaluates_nothing():
@@ -109,7 +109,7 @@ def test_a_latent_and_its_rotary_part_lie_beside_each_other():
     assert isinstance(layer, AttentionLayer)
     assert (layer.kv_heads, layer.head_dim, layer.value_dim) == (1, 32, 16)
     assert (layer.planes, layer.row, layer.token_bytes) == (1, 48, 48 * 4)
-    assert not layer.direct, "keys are computed from what the cache returns"
+    assert not layer.attends_itself, "keys are computed from what the cache returns"
 
 
 def gpt_oss() -> Any:
@@ -137,7 +137,7 @@ def test_windows_come_from_the_caches():
     assert isinstance(sliding, AttentionLayer)
     assert isinstance(full, AttentionLayer)
     assert (sliding.window, full.window) == (8, None)
-    assert sliding.direct
+    assert sliding.attends_itself
 
 
 def test_shared_keys_are_read_and_not_attended_to_by_the_cache():
@@ -157,12 +157,12 @@ def test_shared_keys_are_read_and_not_attended_to_by_the_cache():
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     }
     shared = describe(Model(ModelArgs.from_dict(settings | {"num_kv_shared_layers": 2})))
-    assert [(layer.head_dim, layer.window, layer.direct) for layer in shared] == [
+    assert [(layer.head_dim, layer.window, layer.attends_itself) for layer in shared] == [
         (16, 8, False),
         (32, None, False),
     ]
     own = describe(Model(ModelArgs.from_dict(settings | {"num_kv_shared_layers": 0})))
-    assert [layer.direct for layer in own] == [True] * 4
+    assert [layer.attends_itself for layer in own] == [True] * 4
 
 
 def test_a_model_without_keys_and_values_is_refused():
@@ -201,8 +201,11 @@ def test_other_caches_are_refused_by_name():
     from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, RotatingKVCache
 
     for cache, words in (
-        (CacheList(KVCache(), ConcatenateKVCache()), "it keeps a ConcatenateKVCache, and only"),
-        (ConcatenateKVCache(), "it keeps a ConcatenateKVCache, and only"),
+        (
+            CacheList(KVCache(), ConcatenateKVCache()),
+            "it uses a ConcatenateKVCache, and pages can only",
+        ),
+        (ConcatenateKVCache(), "it uses a ConcatenateKVCache, and pages can only"),
         (RotatingKVCache(8, keep=4), "its window always keeps the first 4 tokens"),
     ):
         with pytest.raises(UnsupportedServingError, match=rf"layer 0 \(.*\): {words}"):
@@ -217,5 +220,5 @@ def test_a_layer_with_two_caches_gets_them_back_together():
         (AttentionLayer, 1, 0),
         (StateLayer, 2, 1),
     ]
-    given = nest(layers, range(len(layers)))
+    given = nest_caches(layers, range(len(layers)))
     assert [list(cache.caches) for cache in given] == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -1,4 +1,4 @@
-"""What a model's code cannot do shows before anything is computed."""
+"""The limits of a model's code are found before anything is computed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from vllm_moe_compat.backend.model.layers import Rows, describe, rows_of
-from vllm_moe_compat.backend.step import dry_run as trial
+from vllm_moe_compat.backend.model.describe_layers import describe
+from vllm_moe_compat.backend.model.dry_run import dry_run
+from vllm_moe_compat.backend.pages.layers import Batching, batching_of
 from vllm_moe_compat.errors import UnsupportedServingError
 
 
@@ -31,12 +32,14 @@ def gemma2(kv_heads: int) -> Any:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_masks_that_fit_only_one_sequence_make_it_run_alone(kv_heads: int) -> None:
+def test_masks_that_fit_only_one_sequence_limit_a_pass_to_one(kv_heads: int) -> None:
     """Its scores are [B, H, G, T, L]: a mask per row would be taken for one per head."""
     model = gemma2(kv_heads)
     layers = describe(model)
-    assert rows_of(layers) is Rows.PADDED
-    assert rows_of(trial.settle(model, layers)) is Rows.SINGLE
+    assert batching_of(layers) is Batching.PADDED
+    result = dry_run(model, layers)
+    assert batching_of(result.layers) is Batching.SINGLE_SEQUENCE
+    assert result.failure.startswith("ValueError: [broadcast_shapes]")
 
 
 def test_code_that_wants_more_of_a_cache_is_refused() -> None:
@@ -52,4 +55,4 @@ def test_code_that_wants_more_of_a_cache_is_refused() -> None:
 
     model.__class__ = Nosy
     with pytest.raises(UnsupportedServingError, match=r"does not run on paged caches \(Attribute"):
-        trial.settle(model, layers)
+        dry_run(model, layers)

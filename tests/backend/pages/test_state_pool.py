@@ -9,23 +9,26 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from vllm_moe_compat.backend.model.layers import StateLayer
+from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Request
-from vllm_moe_compat.backend.vllm.runner import Memory, ModelRunner
-from vllm_moe_compat.backend.vllm.scheduler_output import NewRequest, Step
+from vllm_moe_compat.backend.step.schedule import NewRequest, Schedule
+from vllm_moe_compat.backend.vllm.runner import ModelRunner
 
 BLOCK = 4
 PARAMS = SimpleNamespace(prompt_logprobs=None)
 
 
-def memory(dtype: mx.Dtype = mx.float32, layers: int = 2) -> Memory:
+def storage(dtype: mx.Dtype = mx.float32, layers: int = 2) -> LayerStorage:
     """``layers`` layers with a state in one KV group, with ten pages each."""
     described = [StateLayer(i, ((3, 6), (2, 4, 5)), (dtype, mx.float32)) for i in range(layers)]
     page = 3 * 6 * dtype.size + 2 * 4 * 5 * 4 + 64
     pools = {i: PagePool(10, page, dtype) for i in range(layers)}
-    return Memory(described, pools, dict.fromkeys(range(layers), 0), [BLOCK], keep_boundaries=True)
+    return LayerStorage(
+        described, pools, dict.fromkeys(range(layers), 0), [BLOCK], keep_boundaries=True
+    )
 
 
 def states(rows: int, start: float, dtype: mx.Dtype = mx.float32, layers: int = 2) -> list[Any]:
@@ -42,7 +45,7 @@ def row(all_states: list[Any], index: int) -> list[list[Any]]:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_a_saved_state_comes_back_bit_for_bit(dtype: mx.Dtype) -> None:
-    pool = memory(dtype).states
+    pool = storage(dtype).states
     given = states(2, 3.0, dtype)
     pool.put_in(["a", "b"], given)
     pool.save(["b", "a"], {0: [7, 2]})
@@ -54,7 +57,7 @@ def test_a_saved_state_comes_back_bit_for_bit(dtype: mx.Dtype) -> None:
 
 
 def test_who_has_computed_nothing_starts_from_zero_whatever_its_page_holds() -> None:
-    pool = memory().states
+    pool = storage().states
     pool.put_in(["a"], states(1, 3.0))
     pool.save(["a"], {0: [4]})
     pool.drop({"a"})
@@ -63,15 +66,15 @@ def test_who_has_computed_nothing_starts_from_zero_whatever_its_page_holds() -> 
 
 
 def test_the_same_batch_gets_its_own_arrays_back() -> None:
-    pool = memory().states
+    pool = storage().states
     given = states(2, 1.0)
     pool.put_in(["a", "b"], given)
     back = pool.take_out(["a", "b"], [1, 1], {0: [1, 2]})
     assert all(mine is yours for mine, yours in zip(given, back, strict=True))
 
 
-def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_asked() -> None:
-    pool = memory().states
+def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_requested() -> None:
+    pool = storage().states
     first, second, paged = states(2, 1.0), states(1, 50.0), states(1, 90.0)
     pool.put_in(["p"], paged)
     pool.save(["p"], {0: [3]})
@@ -91,7 +94,7 @@ def test_rows_are_gathered_from_banks_pages_and_zeros_in_the_order_asked() -> No
 def test_a_state_has_as_many_arrays_as_the_layer_says(shapes: Any) -> None:
     layer = StateLayer(0, shapes, (mx.float32,) * len(shapes))
     pools = {0: PagePool(10, StatePool.bytes_per_sequence([layer]), mx.float32)}
-    pool = Memory([layer], pools, {0: 0}, [BLOCK], keep_boundaries=True).states
+    pool = LayerStorage([layer], pools, {0: 0}, [BLOCK], keep_boundaries=True).states
     given = tuple(mx.random.normal((2, *shape)) for shape in shapes)
     pool.put_in(["a", "b"], [given])
     pool.save(["a", "b"], {0: [3, 9]})
@@ -104,10 +107,10 @@ def test_a_state_has_as_many_arrays_as_the_layer_says(shapes: Any) -> None:
 
 
 def runner_with(*requests: Request) -> ModelRunner:
-    runner = ModelRunner(nn.Module(), memory(), None)  # type: ignore[arg-type]
+    runner = ModelRunner(nn.Module(), storage(), None)  # type: ignore[arg-type]
     for request in requests:
         runner.batch.requests[request.req_id] = request
-    runner.memory.states.put_in([r.req_id for r in requests], states(len(requests), 2.0))
+    runner.storage.states.put_in([r.req_id for r in requests], states(len(requests), 2.0))
     return runner
 
 
@@ -120,12 +123,12 @@ def request(req_id: str, blocks: list[int], done: int) -> Request:
 def test_a_state_whose_page_was_given_away_is_dropped() -> None:
     runner = runner_with(request("running", [1, 2], 6), request("preempted", [3, 4], 6))
     newcomer = NewRequest("new", [1, 2], PARAMS, ([4],), 0)
-    runner._drop_preempted(Step(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
-    assert runner.memory.states.resident == {"running"}
+    runner._drop_preempted(Schedule(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
+    assert runner.storage.states.resident == {"running"}
 
 
 def test_a_request_that_is_only_not_scheduled_keeps_its_state() -> None:
     runner = runner_with(request("running", [1, 2], 6), request("paused", [3, 4], 6))
     newcomer = NewRequest("new", [1, 2], PARAMS, ([5],), 0)
-    runner._drop_preempted(Step(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
-    assert runner.memory.states.resident == {"running", "paused"}
+    runner._drop_preempted(Schedule(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
+    assert runner.storage.states.resident == {"running", "paused"}

@@ -1,0 +1,76 @@
+"""The start-up line about a loaded model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma2
+
+from vllm_moe_compat.backend.model import loader
+from vllm_moe_compat.backend.pages.layers import Batching, batching_of
+
+GEMMA2 = {
+    "model_type": "gemma2",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
+    "query_pre_attn_scalar": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def _log_lines_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an earlier test made vLLM's logger the parent."""
+    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "parent", logging.getLogger())
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = gemma2.Model(gemma2.ModelArgs.from_dict(dict(GEMMA2)))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA2))
+    return tmp_path
+
+
+def start_up_line(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> str:
+    with caplog.at_level("INFO", "vllm_moe_compat"):
+        served = loader.load(str(checkpoint), None, mx.float32)
+    assert batching_of(served.layers) is Batching.SINGLE_SEQUENCE
+    (line,) = {r.getMessage() for r in caplog.records if "platform serves" in r.getMessage()}
+    return line
+
+
+def test_it_says_why_a_model_is_served_one_sequence_at_a_time(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gemma 2 applies masks to scores of five axes, so a mask per sequence does not fit."""
+    line = start_up_line(checkpoint, caplog)
+    assert "one sequence at a time, since its code fails on several (ValueError: " in line
+    # MLX's message: the operation and the shapes.
+    assert "Shapes (7," in line
+
+
+def test_the_reason_is_the_failure_itself(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = gemma2.Attention.__call__
+
+    def one_row(self: object, x: mx.array, mask: object, cache: object) -> mx.array:
+        if len(x) > 1:
+            raise IndexError("row 1 of 1")
+        result: mx.array = attend(self, x, mask, cache)
+        return result
+
+    monkeypatch.setattr(gemma2.Attention, "__call__", one_row)
+    line = start_up_line(checkpoint, caplog)
+    assert line.endswith("since its code fails on several (IndexError: row 1 of 1)")
