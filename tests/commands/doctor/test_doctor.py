@@ -109,7 +109,7 @@ def test_settings_and_plugins_that_hide_us_are_all_named(model: Path):
     [
         ("raise ImportError('libmlx.so: cannot open shared object file')", "libmlx.so: cannot"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died with signal SIGSEGV"),
-        ("import sys; print('no device'); sys.exit(7)", "exit code 7; the last it said: no device"),
+        ("import sys; print('no device'); sys.exit(7)", "exit code 7; its last lines: no device"),
     ],
     ids=["import", "crash", "exit"],
 )
