@@ -19,6 +19,7 @@ from vllm_moe_compat.errors import CheckpointFileError, InsufficientMemoryError
 from vllm_moe_compat.execute.numbers import fp8
 from vllm_moe_compat.load import progress
 from vllm_moe_compat.load.context import current
+from vllm_moe_compat.load.options import loading_with
 
 SIZES = Sizes(hidden=128, intermediate=64, experts=8)
 SETTINGS = ["none", "8bit"]
@@ -131,7 +132,7 @@ def test_a_bar_is_shown_on_a_terminal_for_long_loads_only(tmp_path: Path, monkey
     def shown(stream: io.StringIO, delay: float, wanted: bool = True) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(progress, "DELAY_SECONDS", delay)
-        with progress.enabled(wanted):
+        with loading_with(progress=wanted):
             load(path)
         return stream.getvalue()
 

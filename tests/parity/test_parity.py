@@ -15,6 +15,7 @@ from parity.family import Family
 from parity.forms import CELLS, FORM_BY_NAME, Form, applies, build
 from parity.refused import REFUSED
 from parity.verdict import Verdict, judge, stock
+from support.agreement import check_agreement, planned_loads
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
@@ -42,7 +43,10 @@ def test_the_logits_are_those_of_transformers(
 ):
     cell = build(family, form)
     folder = cell.write(tmp_path)
-    found = judge(folder, cell.reference, family.tolerance)
+    with planned_loads() as plans:
+        found = judge(folder, cell.reference, family.tolerance)
+    refusal = found.why if found.word == "refused" else None
+    check_agreement(folder, plans, refusal)
     if record_parity is not None:
         with stock():
             upstream = judge(folder, cell.reference, family.tolerance)

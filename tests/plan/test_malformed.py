@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import vllm_moe_compat
+from support.agreement import check_agreement
 from support.checkpoints import PREFIX, PROJECTIONS, Checkpoint, Fp8, build
 from support.loading import load, new_model, read
 from vllm_moe_compat.errors import (
@@ -363,6 +364,7 @@ def test_a_fault_is_named_before_a_tensor_is_read(fault: str, tmp_path: Path, mo
     assert all(part in message for part in parts), message
     assert message.endswith(".")
     assert "\n" not in message
+    check_agreement(tmp_path, [], message)
 
 
 @pytest.mark.parametrize("fault", [f for f in TENSORS if f not in NOT_IN_A_DICT | NO_MODEL])

@@ -79,12 +79,12 @@ def test_the_dtype_that_was_asked_for_is_the_dtype_of_weights_and_pages(
 ) -> None:
     import mlx.core as mx
 
-    from vllm_moe_compat.backend.vllm.platform import mlx_device
+    from vllm_moe_compat.plan.serving import installed_device
 
     # The checkpoint is bfloat16; on MLX's CPU backend "auto" means float32.
     wanted = dtype
     if dtype == "auto":
-        wanted = "float32" if mlx_device() == "cpu" else "bfloat16"
+        wanted = "float32" if installed_device() == "cpu" else "bfloat16"
     with in_process_llm(demo_path, dtype=dtype) as llm:
         mine = worker(llm)
         assert str(mine.model_config.dtype) == f"torch.{wanted}"

@@ -9,24 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+
+from vllm_moe_compat.load.options import load_options
 
 FORMAT = (
     "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 )
 DELAY_SECONDS = 2.0
-
-_enabled: ContextVar[bool] = ContextVar("vllm_moe_compat_progress", default=True)
-
-
-@contextmanager
-def enabled(value: bool) -> Iterator[None]:
-    """Show a bar for loads inside the block only if ``value``."""
-    token = _enabled.set(value)
-    try:
-        yield
-    finally:
-        _enabled.reset(token)
 
 
 @contextmanager
@@ -34,7 +23,7 @@ def bar(
     total: int, description: str = "Loading checkpoint tensors"
 ) -> Iterator[Callable[[int], object]]:
     """Show how many of ``total`` tensors are done; yield a function that adds finished ones."""
-    if not total or not _enabled.get() or not sys.stderr.isatty():
+    if not total or not load_options().progress or not sys.stderr.isatty():
         yield lambda count: None
         return
     from tqdm import tqdm

@@ -61,7 +61,11 @@ def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Se
 
 
 def installed_device() -> str:
-    """Return the device that MLX will compute on, without importing it."""
+    """Return the device that MLX will compute on: ``metal``, ``cuda`` or ``cpu``.
+
+    It is read off the installed distributions: asking MLX would initialise it in a process
+    that may be forked later.
+    """
     if sys.platform == "darwin":
         return "metal"
     for name in ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda"):

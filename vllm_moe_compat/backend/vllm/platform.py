@@ -7,7 +7,6 @@ process and before forks, so it never imports mlx.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -18,28 +17,12 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_moe_compat.backend.vllm import bridge, refusals
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.plan.serving import installed_device
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WORKER_CLASS = "vllm_moe_compat.backend.vllm.worker.MlxWorker"
-
-
-def mlx_device() -> str:
-    """Return the device that MLX will compute on: ``metal``, ``cuda`` or ``cpu``.
-
-    It is read off the installed distributions, since asking MLX would initialise it in a process
-    that may be forked later.
-    """
-    if sys.platform == "darwin":
-        return "metal"
-    for name in ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return "cuda"
-    return "cpu"
 
 
 class MlxPlatform(Platform):
@@ -62,14 +45,14 @@ class MlxPlatform(Platform):
         and half precision gains nothing (matrix products took 1.0 to 1.1 times float32's time in
         bfloat16, 1.3 to 1.5 times in float16).
         """
-        if mlx_device() == "cpu":
+        if installed_device() == "cpu":
             return [torch.float32]
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
         """Return a name such as ``mlx (cpu)``."""
-        return f"mlx ({mlx_device()})"
+        return f"mlx ({installed_device()})"
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:

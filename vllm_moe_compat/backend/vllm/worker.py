@@ -27,7 +27,7 @@ from vllm_moe_compat.backend.vllm.kv_specs import MLX_DTYPES
 from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.errors import UnsupportedServingError
-from vllm_moe_compat.load import progress
+from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class MlxWorker(WorkerBase):
             CompatError: the checkpoint or the model cannot be served.
         """
         dtype = MLX_DTYPES[self.model_config.dtype]
-        with progress.enabled(self.load_config.use_tqdm_on_load):
+        with loading_with(progress=self.load_config.use_tqdm_on_load):
             self.served = loader.load(self.model_config.model, self.model_config.revision, dtype)
         kv_specs.align_pages(self.vllm_config, self.served.layers)
 
