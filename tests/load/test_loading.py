@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -16,6 +17,9 @@ from support.checkpoints import Checkpoint, Fp8, Sizes, build
 from support.loading import distance, load, new_model, parameters, read, same_bits
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
+from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.make import PlannedLoad
+from vllm_moe_compat.plan.planner import Plan
 
 LIMIT = 1e-5
 RAGGED = Sizes(hidden=192, intermediate=200)
@@ -259,3 +263,16 @@ def test_a_replaced_checkpoint_is_planned_anew(tmp_path: Path):
     changed = Checkpoint(**vars(build(fp8=Fp8((64, 32)), seed=5)))
     changed.write(tmp_path)
     assert distance(load(tmp_path), changed) < LIMIT
+
+
+def test_no_plan_outlives_its_load(tmp_path: Path):
+    load(build(fp8=Fp8(), sizes=Sizes(layers=4)).write(tmp_path))
+    gc.collect()
+    assert not [held for held in gc.get_objects() if isinstance(held, Plan | PlannedLoad | Build)]
+
+
+def test_mlx_lm_reads_the_config_for_loads_and_for_tokenizers_where_we_look():
+    """The hook tells the two apart by the nearer of these functions on the stack."""
+    for name in ("load_model", "_tokenizer_defaults"):
+        code = getattr(mlx_lm.utils, name).__code__
+        assert "load_config" in code.co_names, name

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
-import mlx_lm
+import mlx_lm.utils
 import pytest
 
 import vllm_moe_compat
+from support.checkpoints import build as build_checkpoint
 from vllm_moe_compat import envs
 from vllm_moe_compat.families import workarounds as w
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
@@ -18,6 +21,7 @@ from vllm_moe_compat.families.row import Row, Workaround
 from vllm_moe_compat.load.hook_status import PATCHED
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.probes import evidence, results
+from vllm_moe_compat.probes import probe as probing
 from vllm_moe_compat.probes.evidence import Examined, examine
 from vllm_moe_compat.probes.probe import probe
 from vllm_moe_compat.probes.recipes import expand, families, families_of, fold, values
@@ -143,6 +147,17 @@ def test_probing_leaves_the_process_alone(
     assert model.sanitize.__wrapped__.__module__ == row.module
     states = {r.module: r.state for r in vllm_moe_compat.status().rows}
     assert states[row.module] == PATCHED
+
+
+def test_a_load_in_another_thread_during_a_probe_keeps_its_report(applied: None, tmp_path: Path):
+    path = build_checkpoint().write(tmp_path)
+    with probing._isolated():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(mlx_lm.utils.load_model, path, lazy=True).result()
+        mlx_lm.utils.load_model(build_checkpoint().write(tmp_path / "probed"), lazy=True)
+    report = last_report()
+    assert report is not None
+    assert report.path == str(path)
 
 
 def test_a_probe_that_the_patched_class_gets_wrong_breaks_the_row(

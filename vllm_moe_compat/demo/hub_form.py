@@ -20,6 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import WrittenFp8
 from vllm_moe_compat.demo.text import END_OF_TEXT, TURN_END
 from vllm_moe_compat.demo.training import text_config
 
@@ -163,13 +164,7 @@ def hub_config(tensors: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         },
         "tie_word_embeddings": False,
         "transformers_version": transformers.__version__,
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": sorted(kept),
-        },
+        "quantization_config": WrittenFp8((BLOCK, BLOCK)).quantization_config(kept),
     }
 
 
