@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import WrittenFp8
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.families.registry import fix_config
@@ -131,8 +132,8 @@ def _fp8(block: tuple[int, int] | None, suffix: str, dtype: str) -> Callable[[Fa
         if not chosen:
             return None
         config = _config(family.release)
-        kept = sorted(n.removesuffix(".weight") for n in tensors if n not in chosen)
-        config["quantization_config"] = _described(block, kept)
+        kept = {n.removesuffix(".weight") for n in tensors if n not in chosen}
+        config["quantization_config"] = WrittenFp8(block or (0, 0)).quantization_config(kept)
         return family.release, stored, config
 
     return make
@@ -178,33 +179,6 @@ FORMS: dict[str, Callable[[Family, Row], Made]] = {
 
 def _config(recipe: Recipe) -> Config:
     return copy.deepcopy({**recipe.config})
-
-
-def _described(block: tuple[int, int] | None, kept: list[str]) -> Config:
-    """Return the ``quantization_config`` of an FP8 release; ``kept`` are its float modules."""
-    if block == (1, 0):
-        shared = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
-        group = {
-            "format": "float-quantized",
-            "targets": ["Linear"],
-            "weights": shared | {"strategy": "channel", "dynamic": False, "observer": "minmax"},
-            "input_activations": shared | {"strategy": "token", "dynamic": True, "observer": None},
-            "output_activations": None,
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": kept,
-        }
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic" if block else "static",
-        "weight_block_size": list(block) if block else None,
-        "modules_to_not_convert": kept,
-    }
 
 
 def _infos(tensors: Mapping[str, Array]) -> dict[str, TensorInfo]:
