@@ -45,10 +45,10 @@ def memory(
         final, peak = found.final[setting], found.peak[setting]
         needs.append(Need(setting, final, peak, peak <= total, peak <= free))
     kinds, note = cache(config, module)
-    asked = "the host's memory, a container's limit counted"
+    source = "the host's memory, a container's limit counted"
     if sys.platform == "darwin":
-        asked += "; what Metal lets one process use is less, and MLX was not asked"
-    return Memory(dtype, needs, kinds, note, total, free, asked), _compare(needs, total)
+        source += "; what Metal lets one process use is less, and MLX was not queried"
+    return Memory(dtype, needs, kinds, note, total, free, source), _compare(needs, total)
 
 
 def _compare(needs: list[Need], total: int) -> list[Problem]:
