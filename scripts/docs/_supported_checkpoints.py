@@ -151,7 +151,7 @@ def _modules() -> str:
                 f"`{_name(row)}`",
                 f"{codes(s or '(the layer)' for s in moe.sources)} → `{moe.target}`" if moe else "",
                 ", ".join(moe.reads) or "nothing" if moe else "",
-                _FP8.get(row.fp8, "") if row.fp8 else "",
+                ", ".join(_FP8[kind] for kind in (*row.digests, *row.keeps) if kind in _FP8),
                 codes(w.id for w in row.workarounds),
                 codes(dict.fromkeys(fix.id for fix in row.config)),
             ]
@@ -170,10 +170,10 @@ def _modules() -> str:
 
 
 _FP8 = {
-    ("block",): "blocks of 128x128",
-    ("block", "tensor"): "blocks of 128x128, per tensor",
-    ("mxfp8",): "keeps mxfp8 packed",
-    ("any",): "keeps its own packed",
+    "fp8 block 128": "blocks of 128x128",
+    "fp8 tensor": "per tensor",
+    "fp8 mx": "keeps mxfp8 packed",
+    "fp8": "keeps its own packed",
 }
 
 

@@ -328,7 +328,7 @@ def test_what_mlx_lm_computes_otherwise_is_said(tmp_path: Path):
     path = Checkpoint(tensors, config).write(tmp_path / "source")
     report = convert(path, tmp_path / "out", Options())
     (note,) = report.notes
-    assert "feed_forward computes otherwise" in note
+    assert "feed_forward does not compute as the model was trained" in note
 
 
 def test_the_command_says_what_it_did(source: Path, tmp_path: Path, capsys):

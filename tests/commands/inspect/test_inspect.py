@@ -288,7 +288,7 @@ def test_a_form_of_mlx_is_left_alone(tmp_path: Path):
     files["model.safetensors"] = {"shard": header, "data": data}
     del files["model.safetensors.index.json"]
     found = inspect(str(write(tmp_path, files)))
-    assert found.ours == model.Ours("loads", [], found.ours.workarounds)
+    assert found.ours == model.PluginResult("loads", [], found.ours.workarounds)
     assert found.quantization is not None
     assert found.quantization.form == "MLX affine 4-bit g64"
     assert found.stock is not None

@@ -71,17 +71,17 @@ def convert(source: Path, target: Path, options: Options) -> Report:
     with folders.complete_folder(target, replace=options.replace_partial) as work, _hooks(options):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        given = _prepare(source, options)
-        if not given.specs:
+        result = _source(source, options)
+        if not result.specs:
             raise CheckpointFileError(f"{source}: it has no tensor that the model uses.")
-        folders.check_space(target, sum(map(nbytes, given.specs.values())) + _OVERHEAD)
+        folders.check_space(target, sum(map(nbytes, result.specs.values())) + _OVERHEAD)
         try:
-            given.save_config(work)
-            given.notes += folders.copy_rest(source, work)
-            shards = Shards(work, given.specs, options.shard_bytes, given.kind)
-            given.check(work)
-            with bar(len(given.specs), "Writing checkpoint tensors") as done:
-                for name, array in given.stream():
+            result.save_config(work)
+            result.notes += folders.copy_rest(source, work)
+            shards = Shards(work, result.specs, options.shard_bytes, result.kind)
+            result.check(work)
+            with bar(len(result.specs), "Writing checkpoint tensors") as done:
+                for name, array in result.stream():
                     shards.write(name, array)
                     del array
                     done(1)
@@ -96,25 +96,25 @@ def convert(source: Path, target: Path, options: Options) -> Report:
     return Report(
         source=source,
         target=target,
-        form=given.form,
-        read=given.read,
+        form=result.form,
+        read=result.read,
         written=shards.total,
-        tensors=len(given.specs),
+        tensors=len(result.specs),
         shards=shards.count,
         seconds=time.perf_counter() - began,
         peak=peak,
-        notes=tuple(given.notes),
+        notes=tuple(result.notes),
     )
 
 
-def _prepare(source: Path, options: Options) -> Source:
+def _source(source: Path, options: Options) -> Source:
     if options.layout is None:
         from vllm_moe_compat.commands.convert import to_mlx
 
-        return to_mlx.prepare(source, options.setting, options.dtype)
+        return to_mlx.mlx_source(source, options.setting, options.dtype)
     from vllm_moe_compat.commands.convert import to_published
 
-    return to_published.prepare(source, options.layout, options.dtype or "bfloat16")
+    return to_published.published_source(source, options.layout, options.dtype or "bfloat16")
 
 
 @contextmanager

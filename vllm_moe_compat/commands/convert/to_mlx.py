@@ -1,10 +1,10 @@
-"""A checkpoint in MLX form, which stock mlx-lm loads.
+"""Convert a checkpoint to MLX form, which mlx-lm loads without the plugin.
 
-mlx-lm's own ``load_model`` is called with our hooks in: it picks the class, applies
-``sanitize``, quantises its modules and compares every name and shape. Only, the hook
-hands it stand-ins: arrays of the right shape and dtype that nobody ever evaluates. A
-stand-in is known by identity among the model's parameters, and so is what it has to be
-made of. So the result is that of a load, bit for bit, and the model is never held.
+mlx-lm's ``load_model`` runs with the hooks installed: it picks the class, applies
+``sanitize``, quantises modules and checks every name and shape. But the ``sanitize`` hook
+returns stand-ins: arrays of the right shape and dtype that are never evaluated. The stand-ins
+among the model's parameters, found by identity, tell how each parameter is made. So the
+result is bit for bit that of a load, and the model is never in memory.
 """
 
 from __future__ import annotations
@@ -20,42 +20,26 @@ from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.checkpoint.names import fold, layer_of
 from vllm_moe_compat.checkpoint.operations import Operand, Spec
 from vllm_moe_compat.commands.convert.source import Source
-from vllm_moe_compat.dtypes import STORED_NAMES
+from vllm_moe_compat.dtypes import STORED_NAMES, mlx_dtype
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import quantize as requantize
 from vllm_moe_compat.execute.quantization_policy import Choices
 from vllm_moe_compat.execute.run_plan import describe
-from vllm_moe_compat.execute.stack import DTYPES
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.context import current
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.quantization import DEQUANTIZED
 
-_ARRAYS = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "F32": mx.float32,
-}
 
-
-class _Later:
-    """Called where a load would make its tensors; leaves stand-ins, and remembers.
+class _StandIns:
+    """The executor that makes stand-ins instead of tensors.
 
     Attributes:
-        pending: what has to be made; None where the class has no row.
-        pieces: id of a stand-in → its piece, and the name that it was given under.
-        keep: the stand-ins: an id is theirs only while they live.
-        ignored: tensors of the checkpoint that play no part in the model.
+        pending: the tensors to make; None where the class has no row.
+        pieces: id of a stand-in → its piece, and its name in the piece.
+        keep: the stand-ins; their ids are unique only while they live.
+        ignored: tensors of the checkpoint that the model does not use.
     """
 
     def __init__(self, cast: str) -> None:
@@ -73,13 +57,13 @@ class _Later:
         model: Any,
         done: object,
     ) -> tuple[dict[str, mx.array], Choices]:
-        """Do what ``requantize.execute`` would, with stand-ins."""
+        """Take the place of ``requantize.execute``."""
         if (load := current.get()) is not None:
             layout = load.planned.layout
             self.ignored = frozenset() if layout is None else layout.ignored
         pending = self.pending = requantize.prepare(job, weights, sanitize, model)
         if self._cast:
-            kind, may = DTYPES[self._cast], _may_cast(model)
+            kind, may = mlx_dtype(self._cast), _may_cast(model)
             for piece in pending.pieces:
                 if piece.names[0] in pending.waiting:
                     held, names = pending.waiting, piece.names
@@ -93,7 +77,7 @@ class _Later:
         result = dict(pending.rest)
         for piece in pending.pieces:
             for name, spec in _results(piece, pending).items():
-                stand_in = mx.zeros(spec.shape, dtype=_ARRAYS[spec.dtype])
+                stand_in = mx.zeros(spec.shape, dtype=mlx_dtype(spec.dtype))
                 self.pieces[id(stand_in)] = piece, name
                 self.keep.append(stand_in)
                 result[name] = stand_in
@@ -101,7 +85,7 @@ class _Later:
 
 
 def _results(piece: requantize.Piece, pending: requantize.Pending) -> dict[str, Spec]:
-    """Return what a piece will give, by its operations' algebra."""
+    """Return the specs of the tensors that a piece makes."""
     held = pending.waiting if piece.names[0] in pending.waiting else pending.sources
     names = piece.names if held is pending.waiting else piece.build.weights
     tensors = dict(pending.job.tensors)
@@ -129,13 +113,13 @@ def _may_cast(model: Any) -> Callable[[str], bool]:
     return (lambda name: True) if may is None else may
 
 
-def prepare(folder: Path, setting: str, cast: str) -> Source:
-    """Plan the conversion; hooks are in, and the environment says what the load gives.
+def mlx_source(folder: Path, setting: str, cast: str) -> Source:
+    """Plan the conversion; the hooks must be installed and the environment set.
 
     Args:
         folder: the checkpoint.
-        setting: to what weights are quantised; ``none`` or a key of ``QUANTIZE_SETTINGS``.
-        cast: what every floating-point tensor becomes; empty for what a load gives.
+        setting: quantisation: ``none`` or a key of ``QUANTIZE_SETTINGS``.
+        cast: dtype of every floating-point tensor; empty to keep the dtypes of a load.
 
     Raises:
         CompatError: the checkpoint cannot be loaded right.
@@ -144,9 +128,9 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
     import mlx_lm.utils
     from mlx.utils import tree_flatten
 
-    later = _Later(cast)
+    stand_ins = _StandIns(cast)
     try:
-        with loading_with(executor=later):
+        with loading_with(executor=stand_ins):
             model, config = mlx_lm.utils.load_model(folder, lazy=True)
     except CompatError:
         raise
@@ -156,18 +140,18 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
     may = _may_cast(model)
     keep_vision = "vision_tower" in getattr(model, "model", {})
     kinds = {path: _settings(module) for path, module in model.named_modules()}
-    # Whoever else refers to an array keeps it once it is read.
+    # Another reference to an array would keep its values in memory.
     del model
-    if later.pending is not None:
-        later.pending.rest.clear()
+    if stand_ins.pending is not None:
+        stand_ins.pending.rest.clear()
     gc.collect()
 
-    pieces = later.pieces
+    pieces = stand_ins.pieces
     if cast:
         for name, array in arrays.items():
             fits = may(name) and mx.issubdtype(array.dtype, mx.floating)
             if id(array) not in pieces and fits and not _is_packed(name, arrays):
-                arrays[name] = array.astype(DTYPES[cast])
+                arrays[name] = array.astype(mlx_dtype(cast))
     order = {name: n for n, name in enumerate(sorted(arrays, key=_layer))}
     described = describe({name: arrays[name] for name in order})
     specs = {name: Spec(info.dtype, info.shape) for name, info in described.items()}
@@ -188,9 +172,9 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
                 del array
                 mx.clear_cache()
                 continue
-            assert later.pending is not None
+            assert stand_ins.pending is not None
             piece, _ = pieces[id(array)]
-            found = later.pending.make(piece)
+            found = stand_ins.pending.make(piece)
             for there, given in parts[id(piece)]:
                 arrays.pop(there, None)
                 yield there, found.pop(given)
@@ -204,25 +188,25 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
         save_config=_saver(config, cast, keep_vision=keep_vision),
         kind="mlx",
         form=f"MLX form, {'floats' if setting == 'none' else setting}",
-        read=sum(nbytes(info) for name, info in tensors.items() if name not in later.ignored),
+        read=sum(nbytes(info) for name, info in tensors.items() if name not in stand_ins.ignored),
         notes=notes,
     )
 
     def check(written: Path) -> None:
         try:
-            stock = _stock(written)
+            plain = _load_without_hooks(written)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UnsupportedCheckpointError(
-                f"{folder}: mlx-lm without this plugin does not load what would be written "
-                f"({type(error).__name__}: {error}), so nothing was; keep serving the checkpoint "
+                f"{folder}: mlx-lm without the plugin would not load the result "
+                f"({type(error).__name__}: {error}), so nothing was written; serve the checkpoint "
                 "with the plugin."
             ) from error
-        wrong = [path for path, kind in kinds.items() if stock.get(path, kind) != kind]
+        wrong = [path for path, kind in kinds.items() if plain.get(path, kind) != kind]
         if wrong:
             notes.append(
-                f"mlx-lm's own {fold(wrong)} computes otherwise than the model was trained: this "
-                "plugin corrects that at a load, and tensors alone cannot; without the plugin the "
-                "outputs will differ"
+                f"mlx-lm's own {fold(wrong)} does not compute as the model was trained; the plugin "
+                "corrects that during a load, and converted tensors cannot, so the outputs will "
+                "differ without the plugin"
             )
 
     source.check = check
@@ -230,7 +214,7 @@ def prepare(folder: Path, setting: str, cast: str) -> Source:
 
 
 def _layer(name: str) -> tuple[int, int]:
-    """Order tensors by layer; those that are in none first."""
+    """Return a sort key by layer; tensors outside layers come first."""
     layer = layer_of(name)
     return (1, layer.number) if layer else (0, 0)
 
@@ -242,13 +226,13 @@ def _is_packed(name: str, arrays: Mapping[str, mx.array]) -> bool:
 
 
 def _settings(module: Any) -> tuple[Any, ...]:
-    """Return what a module is and its plain settings: what its forward pass depends on."""
+    """Return a module's class and scalar attributes, which determine its forward pass."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool))}
     return type(module), tuple(sorted(plain.items()))
 
 
-def _stock(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Have mlx-lm load the folder without us, reading no value; return its modules."""
+def _load_without_hooks(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Load the folder without the hooks, reading no values; return the modules' settings."""
     import mlx_lm.utils
 
     patching.revert()
@@ -261,13 +245,13 @@ def _stock(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 def _refused(folder: Path, error: Exception) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
-        f"{folder}: mlx-lm does not load this checkpoint ({type(error).__name__}: {error}), where "
-        "one that it loads was expected; `vllm-moe-compat inspect` says what it is."
+        f"{folder}: mlx-lm does not load this checkpoint ({type(error).__name__}: {error}); "
+        "`vllm-moe-compat inspect` describes it."
     )
 
 
 def _saver(config: dict[str, Any], cast: str, *, keep_vision: bool) -> Callable[[Path], None]:
-    """Return what writes ``config.json``: mlx-lm's ``save_config``, without our own marks."""
+    """Return a writer of ``config.json`` without the plugin's own entries."""
     import mlx_lm.utils
 
     written = dict(config)

@@ -1,9 +1,9 @@
-"""A checkpoint in a form that authors publish: per expert, combined, FP8 or floats.
+"""Convert a checkpoint to a form that authors publish: per expert, combined, FP8 or floats.
 
-What is done to the tensors is ``plan.inverse``'s: names and norms stay those of the
-source, what is in the wanted form already is copied, and FP8 moves as it is where the
-blocks agree. Which matrices become FP8 is the author's choice where the source is FP8;
-else they are the experts and the larger projections, and config.json says which are not.
+The rewrite room plans the tensors: names and norms stay as in the source, tensors in the
+wanted form are copied, and FP8 is copied where the blocks agree. If the source is FP8, the
+same matrices stay FP8. Otherwise the experts and the larger projections become FP8, and
+config.json lists the other modules.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from vllm_moe_compat.rewrite.run_rewrite import run_rewrite
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 SMALLEST = 128
-"""Rows and columns that a projection has at least if it is to become FP8."""
+"""Minimum number of rows and of columns of a projection that becomes FP8."""
 
-# Gates and routers decide much and weigh little; embeddings and heads are looked up.
+# Not routers, which are small and sensitive, and not embeddings and output heads.
 _LINEAR = re.compile(
     r"(?!.*(?:vis|lm_head|embed|router|projector|index))"
     r".*\.(?:layers|h)\.\d+\..*\.(?:\w+_proj(?:_with_mqa)?|in_proj_\w+|c_\w+|fc\d|w[123q]\w*"
@@ -43,7 +43,7 @@ _LINEAR = re.compile(
 )
 
 
-def prepare(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
+def published_source(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
     """Plan the conversion.
 
     Args:
@@ -63,7 +63,7 @@ def prepare(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
     if row is None or layout is None:
         raise UnsupportedCheckpointError(
             f"{folder}: model_type {config.get('model_type')!r} is not in the map of supported "
-            "modules, where one that is was expected; only MLX form can be written of it."
+            "modules; convert it to MLX form, without --layout and --fp8."
         )
     plan = plan_rewrite(layout, row, planned.config, wanted, _linear(layout, wanted))
     specs = _specs(plan, layout, STORED_NAMES[dtype])
@@ -92,7 +92,7 @@ def prepare(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
         (partial / "config.json").write_text(text, encoding="utf-8")
 
     def check(partial: Path) -> None:
-        """See that a load of what was laid out can be planned."""
+        """Check that a load of the result can be planned."""
         _planned(partial, written, dtype)
 
     words = "floats" if wanted.numbers is None else wanted.numbers.words
@@ -133,7 +133,7 @@ def _linear(layout: Layout, wanted: WrittenLayout) -> Callable[[str], bool]:
 
 
 def _specs(plan: RewritePlan, layout: Layout, dtype: str) -> dict[str, Spec]:
-    """Return every tensor that will be written, in the order of the work."""
+    """Return every tensor to write, in the order of the plan."""
     specs: dict[str, Spec] = {}
 
     def add(name: str, spec: Spec) -> None:
@@ -155,7 +155,7 @@ def _specs(plan: RewritePlan, layout: Layout, dtype: str) -> dict[str, Spec]:
 def _config(
     config: Mapping[str, Any], wanted: WrittenLayout, specs: Mapping[str, Spec]
 ) -> dict[str, Any]:
-    """Return the author's config, saying how the weights are stored now."""
+    """Return the source's config with the ``quantization_config`` of the result."""
     written: dict[str, Any] = json.loads(json.dumps(config))
     for section in (written, written.get("text_config")):
         if isinstance(section, dict):

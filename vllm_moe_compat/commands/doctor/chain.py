@@ -104,10 +104,10 @@ class _Chain:
                 "the other one serve with VLLM_MOE_COMPAT_BACKEND=off.",
             )
         if server == "embedded" and ours not in found:
-            said = f"{ours} should serve here, since {reason}, but is not active{failed}"
-            return Link("platform", title, BROKEN, said, "Follow the message.")
-        said = f"{server} serves, since {reason}{failed}"
-        return Link("platform", title, OK, said)
+            detail = f"{ours} should serve here, since {reason}, but is not active{failed}"
+            return Link("platform", title, BROKEN, detail, "Follow the message.")
+        detail = f"{server} serves, since {reason}{failed}"
+        return Link("platform", title, OK, detail)
 
     def checkpoint(self) -> Link:
         """Check that the demo checkpoint can be built, or that the named one can be planned."""
@@ -115,12 +115,12 @@ class _Chain:
         if self.model is None:
             outcome = run("demo", timeout=self.timeout)
             if "'vllm-moe-compat[demo]'" in outcome.error:
-                said = f"{outcome.error.partition(';')[0]}; name a MODEL to check that instead"
-                return Link("checkpoint", title, SKIPPED, said)
+                detail = f"{outcome.error.partition(';')[0]}; name a MODEL to check that instead"
+                return Link("checkpoint", title, SKIPPED, detail)
             if outcome.error:
                 remedy = "Follow the message, or name a MODEL to check that instead."
-                said = f"the demo checkpoint cannot be built: {outcome.error}"
-                return Link("checkpoint", title, BROKEN, said, remedy)
+                detail = f"the demo checkpoint cannot be built: {outcome.error}"
+                return Link("checkpoint", title, BROKEN, detail, remedy)
             self.golden = dict(outcome.found)
             self.path = self.golden.pop("path")
         else:
@@ -137,12 +137,12 @@ class _Chain:
         total, free = host_memory()
         needed = ENGINE_BYTES
         needed += sum(file.stat().st_size for file in Path(self.path).glob("model*.safetensors"))
-        said = f"{size(free)} of {size(total)} are free, and at least {size(needed)} are needed"
+        detail = f"{size(free)} of {size(total)} are free, and at least {size(needed)} are needed"
         remedy = "Close other programs, set VLLM_MOE_COMPAT_QUANTIZE, or use a smaller model."
         if needed > total:
-            return Link("memory", "Memory", BROKEN, said, remedy)
+            return Link("memory", "Memory", BROKEN, detail, remedy)
         state = WARNING if needed > free else OK
-        return Link("memory", "Memory", state, said, remedy if state == WARNING else "")
+        return Link("memory", "Memory", state, detail, remedy if state == WARNING else "")
 
     def load(self) -> Link:
         """Check that the checkpoint loads strictly and generates the same text twice."""

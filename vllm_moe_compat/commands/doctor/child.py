@@ -54,8 +54,8 @@ def run(step: str, *arguments: str, timeout: float, **environment: str) -> Outco
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                said = f"it had not ended after {timeout:.0f} s{_last(log)}"
-                return Outcome(error=said, kind="timeout")
+                detail = f"it had not ended after {timeout:.0f} s{_last(log)}"
+                return Outcome(error=detail, kind="timeout")
             finally:
                 _end(process)
         if result.is_file():

@@ -44,8 +44,8 @@ def python() -> Link:
 def _translated() -> bool:
     """Whether macOS runs this process through Rosetta."""
     words = ["sysctl", "-n", "sysctl.proc_translated"]
-    asked = subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
-    return asked.stdout.strip() == "1"
+    answer = subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
+    return answer.stdout.strip() == "1"
 
 
 def settings() -> Link:
@@ -74,8 +74,8 @@ def settings() -> Link:
             f"Unset {envs.BACKEND.name}.",
         )
     chosen = [v.name for v in envs.VARIABLES if v.name in os.environ]
-    said = ", ".join(f"{name}={os.environ[name]}" for name in chosen)
-    return Link("settings", "Settings", OK, said or "all have their defaults")
+    detail = ", ".join(f"{name}={os.environ[name]}" for name in chosen)
+    return Link("settings", "Settings", OK, detail or "all have their defaults")
 
 
 def _others_serve() -> bool:
@@ -87,7 +87,7 @@ def _others_serve() -> bool:
 def packages() -> Link:
     """Compare the installed versions with the tested ranges."""
     title, found = "Packages", versions.packages()
-    said = ", ".join(f"{p.name} {p.version}" for p in found if p.version) or "none"
+    detail = ", ".join(f"{p.name} {p.version}" for p in found if p.version) or "none"
     missing = [p.name for p in found if p.name in versions.REQUIRED and p.version is None]
     if missing:
         return Link(
@@ -95,7 +95,7 @@ def packages() -> Link:
             title,
             BROKEN,
             f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed in "
-            f"{sys.prefix} ({said})",
+            f"{sys.prefix} ({detail})",
             "Run: pip install 'vllm-moe-compat[mlx]'",
         )
     odd = [
@@ -106,7 +106,7 @@ def packages() -> Link:
     if odd:
         remedy = "If something breaks, install versions within these ranges."
         return Link("packages", title, WARNING, "; ".join(odd), remedy)
-    return Link("packages", title, OK, said)
+    return Link("packages", title, OK, detail)
 
 
 def vllm() -> Link:

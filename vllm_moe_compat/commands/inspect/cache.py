@@ -29,23 +29,23 @@ _FULL, _WINDOWED, _LINEAR, _MAMBA = (
     "mamba",
 )
 _ALL_KEPT = {"attention", "chunked_attention", "indexed_attention"}
-"""Further kinds of softmax attention, which keep every token here."""
+"""Further kinds of softmax attention; mlx-lm keeps every token of them."""
 
 
 class _UnknownError(Exception):
-    """The config does not tell; the argument says why."""
+    """The config does not determine the cache; the argument is the reason."""
 
 
 def cache(config: Mapping[str, Any], module: str | None) -> tuple[list[CacheKind], str]:
-    """Work out what layers keep, by their kind.
+    """Compute the cache of one sequence, by kind of layer.
 
     Args:
-        config: in the words of mlx-lm.
-        module: that will load it, without its package.
+        config: the config translated for mlx-lm.
+        module: name of the module that will load it, without its package.
 
     Returns:
-        The kinds, the commonest first, none if the config does not tell; and why, or
-        what was assumed.
+        The kinds, the most frequent first, and the assumption made; if the config does not
+        determine the cache, no kinds and the reason.
     """
     try:
         return _cache(_Numbers(config), _facts(module)), "2 bytes a number"
@@ -59,7 +59,7 @@ def _facts(module: str | None) -> Cache:
 
 
 class _Numbers:
-    """The config's numbers, and nothing else that may stand in their place."""
+    """Typed access to the numbers of an untrusted config."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._sections = sections(config)
@@ -102,7 +102,7 @@ def _cache(numbers: _Numbers, facts: Cache) -> list[CacheKind]:
 
 
 def _kinds(numbers: _Numbers) -> Counter[str]:
-    """Count the layers of each kind, by whichever of the many ways the config tells."""
+    """Count the layers of each kind; families describe them in different keys."""
     pattern = numbers.value("hybrid_override_pattern")
     if isinstance(pattern, str):
         return Counter({_FULL: pattern.count("*"), _MAMBA: pattern.count("M")})
@@ -191,15 +191,15 @@ def _token(numbers: _Numbers, own: str) -> int:
     """Return the bytes of one token's keys and values in one layer.
 
     Args:
-        numbers: the config's.
-        own: how keys begin that are for this kind of layer only.
+        numbers: the config's numbers.
+        own: prefix of keys that apply to this kind of layer only.
     """
     heads = numbers.need("num_attention_heads")
     if numbers.maybe("kv_lora_rank") is not None:
         width = numbers.need("qk_nope_head_dim") + numbers.need("qk_rope_head_dim")
     else:
-        said = numbers.maybe(f"{own}head_dim", "head_dim")
-        width = said or numbers.need("hidden_size") // heads
+        head_width = numbers.maybe(f"{own}head_dim", "head_dim")
+        width = head_width or numbers.need("hidden_size") // heads
     values = numbers.maybe(f"{own}v_head_dim", "v_head_dim") or width
     pairs = numbers.maybe(
         f"{own}num_key_value_heads", f"num_{own}key_value_heads", "num_key_value_heads"

@@ -22,13 +22,13 @@ from vllm_moe_compat.commands.inspect.model import (
     Extra,
     Inspection,
     Memory,
-    Ours,
+    PluginResult,
     Problem,
     Stock,
 )
 from vllm_moe_compat.commands.inspect.needs import memory
 from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_error, of_load, problem
-from vllm_moe_compat.commands.inspect.read import Given, read
+from vllm_moe_compat.commands.inspect.read import Contents, read
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.commands.inspect.stock import REFUSES, UNKNOWN, stock
 from vllm_moe_compat.errors import CompatError, LayoutError
@@ -43,13 +43,13 @@ SHOWN = 8
 
 
 @dataclass(slots=True)
-class _Judged:
+class _Outcome:
     """The parts of the result that depend on the planned load."""
 
     module: str | None = None
     row: Row | None = None
     stock: Stock | None = None
-    ours: Ours | None = None
+    ours: PluginResult | None = None
     memory: Memory | None = None
 
 
@@ -59,67 +59,76 @@ def inspect(name: str) -> Inspection:
     Raises:
         SettingError: there is no such checkpoint, or an environment variable is not valid.
     """
-    given = read(locate(name))
-    config = given.config or {}
-    judged, layout = _Judged(), None
-    if given.config is not None and given.tensors and given.place.shard is None:
-        layout = _judge(given, judged)
-    elif given.index is not None:
+    contents = read(locate(name))
+    config = contents.config or {}
+    outcome, layout = _Outcome(), None
+    if contents.config is not None and contents.tensors and contents.location.shard is None:
+        layout = _plan_load(contents, outcome)
+    elif contents.index is not None:
         every = DEFAULT_EXTRAS.of({})
-        for fault in contradictions(given.place.folder, given.index, given.tensors, every):
-            given.fault(fault)
-    layout = layout or _detect(given, config)
-    extras = _extras(given, layout) if layout is not None else []
+        for fault in contradictions(
+            contents.location.folder, contents.index, contents.tensors, every
+        ):
+            contents.fault(fault)
+    layout = layout or _detect(contents, config)
+    extras = _extras(contents, layout) if layout is not None else []
     for extra in extras:
         if extra.agree is False:
-            has = f"tensors of {extra.kind} are there ({extra.tensors:,})"
-            says = "config.json speaks of them"
-            given.add(
+            has = f"the checkpoint has {extra.kind} tensors ({extra.tensors:,})"
+            says = "config.json describes"
+            contents.add(
                 f"{extra.kind}-disagree",
-                f"{says}, and none are there" if extra.in_config else f"{has}, and no {says}",
+                f"{says} {extra.kind} tensors, and the checkpoint has none"
+                if extra.in_config
+                else f"{has} that config.json does not describe",
                 "nothing has to be done: text is served without them",
             )
     kinds = config.get("architectures")
     kinds = kinds if isinstance(kinds, list) else [kinds] if kinds else []
     kind = config.get("model_type")
-    findings = _sorted(given.problems)
-    ours = judged.ours or Ours(REFUSES if _errors(findings) else UNKNOWN, [])
+    findings = _sorted(contents.problems)
+    ours = outcome.ours or PluginResult(REFUSES if _errors(findings) else UNKNOWN, [])
     if _errors(findings):
-        ours = Ours(REFUSES, ours.steps, ours.workarounds)
+        ours = PluginResult(REFUSES, ours.steps, ours.workarounds)
     return Inspection(
-        path=clean(given.place.folder if given.place.shard is None else given.place.shard, 1000),
-        repository=given.place.repository,
+        path=clean(
+            contents.location.folder
+            if contents.location.shard is None
+            else contents.location.shard,
+            1000,
+        ),
+        repository=contents.location.repository,
         tool=f"vllm-moe-compat {__version__}",
         verdict=ours.verdict,
         exit_code=_code(findings),
         findings=findings,
-        files=describe.files(given.tensors, given.shards),
+        files=describe.files(contents.tensors, contents.shards),
         architecture=Architecture(
             clean(kind, 100) if kind is not None else None,
             [clean(k, 100) for k in kinds[:8]],
-            judged.module,
-            judged.row is not None,
+            outcome.module,
+            outcome.row is not None,
             modules.mlx_lm().version,
         ),
         experts=describe.experts(layout) if layout is not None else None,
         quantization=(
-            describe.quantization(layout, config, given.extern)
-            if layout is not None and given.tensors
+            describe.quantization(layout, config, contents.extern)
+            if layout is not None and contents.tensors
             else None
         ),
         extras=extras,
-        stock=judged.stock,
+        stock=outcome.stock,
         ours=ours,
-        memory=judged.memory,
+        memory=outcome.memory,
     )
 
 
-def _extras(given: Given, layout: Layout) -> list[Extra]:
+def _extras(contents: Contents, layout: Layout) -> list[Extra]:
     try:
-        return describe.extras(layout, given.tensors, given.config)
+        return describe.extras(layout, contents.tensors, contents.config)
     except LayoutError as error:
-        given.problems.append(of_error("config-number", error))
-        return describe.extras(layout, given.tensors, {})
+        contents.problems.append(of_error("config-number", error))
+        return describe.extras(layout, contents.tensors, {})
 
 
 def _errors(findings: list[Problem]) -> bool:
@@ -146,117 +155,128 @@ def _sorted(findings: list[Problem]) -> list[Problem]:
     return sorted(listed, key=lambda finding: order.index(finding.severity))
 
 
-def _detect(given: Given, config: Mapping[str, Any]) -> Layout | None:
+def _detect(contents: Contents, config: Mapping[str, Any]) -> Layout | None:
     try:
-        return detect(given.tensors, config)
+        return detect(contents.tensors, config)
     except LayoutError as error:
-        given.problems.append(of_error("config-number", error))
+        contents.problems.append(of_error("config-number", error))
         return None
 
 
-def _judge(given: Given, judged: _Judged) -> Layout | None:
-    """Plan the load, note what it says, and return the layout, if it came to that."""
-    assert given.config is not None
-    if not isinstance(given.config.get("model_type"), str):
-        given.add(
+def _plan_load(contents: Contents, outcome: _Outcome) -> Layout | None:
+    """Plan the load, add its faults, and return the layout if it was detected."""
+    assert contents.config is not None
+    if not isinstance(contents.config.get("model_type"), str):
+        contents.add(
             "model-type",
-            f"config.json: model_type is {given.config.get('model_type')!r}, where a name was "
+            f"config.json: model_type is {contents.config.get('model_type')!r}, where a name was "
             "expected",
             "download the config again",
         )
         return None
-    # Faults of the files are found already.
+    # The faults of the files are among the findings already.
     headers = Headers(
-        given.place.folder, given.tensors, given.index, {}, (), given.extern is not None
+        contents.location.folder,
+        contents.tensors,
+        contents.index,
+        {},
+        (),
+        contents.extern is not None,
     )
-    planned = make(headers, given.config, serving(installed_device()))
-    given.problems += map(of_load, planned.faults)
-    judged.module, judged.row = planned.module or None, planned.row
+    planned = make(headers, contents.config, serving(installed_device()))
+    contents.problems += map(of_load, planned.faults)
+    outcome.module, outcome.row = planned.module or None, planned.row
     if planned.reason == OWN_CODE:
-        given.add(
+        contents.add(
             "own-code",
-            f"config.json asks for {given.config['model_file']!r}, code that the checkpoint brings",
+            f"config.json asks for {contents.config['model_file']!r}, the checkpoint's own code",
             "read it before you allow it with trust_remote_code",
         )
-        judged.module = None
-    elif judged.module is None and not planned.faults:
-        given.add(
+        outcome.module = None
+    elif outcome.module is None and not planned.faults:
+        contents.add(
             "module-unknown",
             f"mlx-lm {modules.mlx_lm().version or ''} has no module for model_type "
-            f"{given.config['model_type']!r}",
+            f"{contents.config['model_type']!r}",
             "see whether a newer mlx-lm has one",
         )
-        judged.stock = Stock(REFUSES, ["it has no module for this model_type"])
+        outcome.stock = Stock(REFUSES, ["it has no module for this model_type"])
     elif planned.layout is not None and planned.row is None:
-        _judge_unmapped(given, judged, planned, planned.layout)
+        _describe_unmapped(contents, outcome, planned, planned.layout)
     elif planned.layout is not None and planned.row is not None:
-        _judge_mapped(given, judged, planned, planned.layout, planned.row)
+        _describe_mapped(contents, outcome, planned, planned.layout, planned.row)
     return planned.layout
 
 
-def _judge_unmapped(given: Given, judged: _Judged, planned: PlannedLoad, layout: Layout) -> None:
-    """Note what the load does with a module without a row."""
-    judged.stock = Stock(UNKNOWN, [f"the registry has no row for {judged.module}"])
-    # mlx-lm loads all shards and reads no index: what they repeat or lack does not stop it.
-    given.problems = [
+def _describe_unmapped(
+    contents: Contents, outcome: _Outcome, planned: PlannedLoad, layout: Layout
+) -> None:
+    """Describe the load of a module without a row."""
+    outcome.stock = Stock(UNKNOWN, [f"the registry has no row for {outcome.module}"])
+    # mlx-lm loads all shards and reads no index, so faults of the index do not stop it.
+    contents.problems = [
         replace(p, severity="warning") if p.id.startswith(("index-", "tensor-duplicate")) else p
-        for p in given.problems
+        for p in contents.problems
     ]
     if planned.faults:
         return
     if layout.per_expert:
-        given.add(
+        contents.add(
             "experts-unmapped",
-            f"{len(layout.per_expert):,} per-expert weights are left to {judged.module} as they "
+            f"{len(layout.per_expert):,} per-expert weights are left to {outcome.module} as they "
             "are, since there is no row for it",
             "see whether mlx-lm stacks them itself, or ask for a row",
         )
-    given.add("module-unmapped", f"{judged.module} has no row: mlx-lm loads it by itself")
-    judged.ours = Ours(UNKNOWN, [])
-    _weigh(given, judged, planned)
+    contents.add(
+        "module-unmapped", f"{outcome.module} has no row: mlx-lm loads it without the plugin's help"
+    )
+    outcome.ours = PluginResult(UNKNOWN, [])
+    _add_memory(contents, outcome, planned)
 
 
-def _judge_mapped(
-    given: Given, judged: _Judged, planned: PlannedLoad, layout: Layout, row: Row
+def _describe_mapped(
+    contents: Contents, outcome: _Outcome, planned: PlannedLoad, layout: Layout, row: Row
 ) -> None:
-    """Note what the load does with a module that has a row."""
-    assert given.config is not None
+    """Describe the load of a module with a row."""
+    assert contents.config is not None
     if planned.plan is None:
-        judged.ours = Ours(REFUSES, [])
+        outcome.ours = PluginResult(REFUSES, [])
         return
     if row.moe is not None and not layout.experts and (count := expert_count(planned.config)):
-        given.add(
+        contents.add(
             "experts-none",
-            f"config.json speaks of {count:,} experts, and no layer has any",
-            "see whether shards are missing, or the config is another model's",
+            f"config.json sets {count:,} experts, and no layer has any",
+            "check whether shards are missing or the config belongs to another model",
         )
-    known = modules.mlx_lm().folder is None or bool(modules.find(given.config).path)
-    judged.stock = stock(
+    known = modules.mlx_lm().folder is None or bool(modules.find(contents.config).path)
+    outcome.stock = stock(
         planned.plan,
         layout,
         row,
-        given.config,
+        contents.config,
         planned.config,
         planned.translated,
         known=known,
-        extern=given.extern,
+        extern=contents.extern,
     )
     applied = {w.id: w.why for w in row.workarounds}
-    judged.ours = Ours("loads", steps(planned.plan, layout, row, planned.translated), applied)
-    _weigh(given, judged, planned)
+    outcome.ours = PluginResult(
+        "loads", steps(planned.plan, layout, row, planned.translated), applied
+    )
+    _add_memory(contents, outcome, planned)
 
 
-def _weigh(given: Given, judged: _Judged, planned: PlannedLoad) -> None:
-    module = (judged.module or "").rpartition(".")[2]
+def _add_memory(contents: Contents, outcome: _Outcome, planned: PlannedLoad) -> None:
+    module = (outcome.module or "").rpartition(".")[2]
     try:
-        judged.memory, found = memory(planned, planned.config, module)
+        outcome.memory, found = memory(planned, planned.config, module)
     except CompatError:
         raise
     except (ValueError, ArithmeticError, LookupError) as error:
-        given.add(
+        contents.add(
             "plan-impossible",
-            f"the shapes of the tensors do not allow what has to be done to them ({error})",
+            f"the shapes of the tensors do not fit the planned operations ({error})",
             "download the checkpoint again",
         )
         return
-    given.problems += found
+    contents.problems += found

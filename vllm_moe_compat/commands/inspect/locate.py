@@ -21,7 +21,7 @@ _COMMIT = re.compile(r"[\w-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """A checkpoint on this machine.
 
     Attributes:
@@ -35,7 +35,7 @@ class Place:
     repository: str | None = None
 
 
-def locate(name: str) -> Place:
+def locate(name: str) -> Location:
     """Find the checkpoint that the argument names.
 
     Raises:
@@ -47,9 +47,9 @@ def locate(name: str) -> Place:
         path = Path(name).expanduser()
         whole = path.suffix != ".safetensors" or (path / "config.json").exists()
         if path.is_dir() and whole:
-            return Place(_snapshot(path, "main") or path)
+            return Location(_snapshot(path, "main") or path)
         if path.suffix == ".safetensors" and os.path.lexists(path):
-            return Place(path.parent, path)
+            return Location(path.parent, path)
         there = os.path.lexists(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingError(f"{name!r} cannot be accessed ({error}); name a folder.") from error
@@ -67,7 +67,7 @@ def locate(name: str) -> Place:
             f"{name!r} is neither a folder nor in the hub's cache, {hub_cache()}; download it with "
             f"`hf download {repository}`, or set HF_HUB_CACHE to the cache that has it."
         )
-    return Place(folder, repository=repository)
+    return Location(folder, repository=repository)
 
 
 def hub_cache() -> Path:

@@ -180,7 +180,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Ours:
+class PluginResult:
     """The behaviour of this package.
 
     Attributes:
@@ -272,6 +272,6 @@ class Inspection:
     quantization: Quantization | None = None
     extras: list[Extra] = field(default_factory=list)
     stock: Stock | None = None
-    ours: Ours | None = None
+    ours: PluginResult | None = None
     memory: Memory | None = None
     schema_version: int = SCHEMA_VERSION

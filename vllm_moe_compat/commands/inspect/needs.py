@@ -45,13 +45,13 @@ def memory(
         final, peak = found.final[setting], found.peak[setting]
         needs.append(Need(setting, final, peak, peak <= total, peak <= free))
     kinds, note = cache(config, module)
-    asked = "the host's memory, a container's limit counted"
+    source = "the host's memory, a container's limit counted"
     if sys.platform == "darwin":
-        asked += "; what Metal lets one process use is less, and MLX was not asked"
-    return Memory(dtype, needs, kinds, note, total, free, asked), _judge(needs, total)
+        source += "; what Metal lets one process use is less, and MLX was not queried"
+    return Memory(dtype, needs, kinds, note, total, free, source), _compare(needs, total)
 
 
-def _judge(needs: list[Need], total: int) -> list[Problem]:
+def _compare(needs: list[Need], total: int) -> list[Problem]:
     setting = QUANTIZE.read()
     need = next((need for need in needs if need.setting == setting), None)
     if need is None or need.fits:

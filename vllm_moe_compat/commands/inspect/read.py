@@ -12,17 +12,17 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_
 from vllm_moe_compat.checkpoint.index import INDEX, read_index
 from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.commands.inspect.locate import Place
+from vllm_moe_compat.commands.inspect.locate import Location
 from vllm_moe_compat.commands.inspect.model import Problem
 from vllm_moe_compat.commands.inspect.problems import of_fault, problem
 
 
 @dataclass(slots=True)
-class Given:
+class Contents:
     """The contents of a checkpoint, and the findings so far.
 
     Attributes:
-        place: the checkpoint.
+        location: the checkpoint.
         config: its config.json; None where it is missing or unreadable.
         extern: the content of its hf_quant_config.json.
         tensors: every tensor.
@@ -31,7 +31,7 @@ class Given:
         problems: the findings so far, in the order of discovery.
     """
 
-    place: Place
+    location: Location
     config: dict[str, Any] | None = None
     extern: Any = None
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
@@ -48,62 +48,62 @@ class Given:
         self.problems.append(of_fault(fault))
 
 
-def read(place: Place) -> Given:
+def read(location: Location) -> Contents:
     """Read config, headers and index; unreadable parts become findings."""
-    shards = weight_files(place.folder)
-    if place.shard is not None and [os.fspath(s) for s in shards] == [os.fspath(place.shard)]:
-        place = Place(place.folder, None, place.repository)
-    given = Given(place)
-    _read_config(given)
-    if place.shard is not None:
-        shards = [place.shard]
-        given.add("single-file", f"only {place.shard.name} is described; no load is planned")
+    shards = weight_files(location.folder)
+    if location.shard is not None and [os.fspath(s) for s in shards] == [os.fspath(location.shard)]:
+        location = Location(location.folder, None, location.repository)
+    contents = Contents(location)
+    _read_config(contents)
+    if location.shard is not None:
+        shards = [location.shard]
+        contents.add("single-file", f"only {location.shard.name} is described; no load is planned")
     elif not shards:
-        others = sorted(p.name for p in place.folder.glob("*.safetensors"))[:3]
+        others = sorted(p.name for p in location.folder.glob("*.safetensors"))[:3]
         found = f"found {', '.join(others)}" if others else "no file of that name"
-        given.add(
+        contents.add(
             "no-weights",
             f"model*.safetensors was expected, {found}",
             "rename the files, or download the safetensors form of the checkpoint",
         )
-    given.shards = len(shards)
+    contents.shards = len(shards)
     for path in shards:
-        if path.is_symlink() and (target := outside_target(path, place.folder)) is not None:
-            given.add(
+        if path.is_symlink() and (target := outside_target(path, location.folder)) is not None:
+            contents.add(
                 "link-outside",
                 f"{path.name} is a link to {target}, outside the folder",
                 "nothing has to be done if you put it there",
             )
-    given.tensors = scan_headers(shards, given.fault)
-    if place.shard is None and shards:
-        _read_index(given)
-    return given
+    contents.tensors = scan_headers(shards, contents.fault)
+    if location.shard is None and shards:
+        _read_index(contents)
+    return contents
 
 
-def _read_config(given: Given) -> None:
-    path = given.place.folder / CONFIG
-    single = given.place.shard is not None
+def _read_config(contents: Contents) -> None:
+    path = contents.location.folder / CONFIG
+    single = contents.location.shard is not None
     if not os.path.lexists(path):
         if not single:
-            given.add("config-missing", "there is no config.json", "download it too")
+            contents.add("config-missing", "there is no config.json", "download it too")
         return
     try:
-        given.config = read_object(path)
+        contents.config = read_object(path)
     except UnreadableError as error:
-        given.add("config-unreadable", f"config.json: {error}", "download the config again")
+        contents.add("config-unreadable", f"config.json: {error}", "download the config again")
         return
-    extern = given.place.folder / "hf_quant_config.json"
+    extern = contents.location.folder / "hf_quant_config.json"
     if os.path.lexists(extern):
         try:
-            given.extern, _ = read_json(extern, MAX_CONFIG)
+            contents.extern, _ = read_json(extern, MAX_CONFIG)
         except UnreadableError as error:
-            given.add("config-unreadable", f"{extern.name}: {error}", "download it again")
+            contents.add("config-unreadable", f"{extern.name}: {error}", "download it again")
 
 
-def _read_index(given: Given) -> None:
-    given.index = read_index(given.place.folder, given.fault)
-    if given.index and (unnamed := given.tensors.keys() - given.index.keys()):
-        given.add(
+def _read_index(contents: Contents) -> None:
+    contents.index = read_index(contents.location.folder, contents.fault)
+    if contents.index and (unnamed := contents.tensors.keys() - contents.index.keys()):
+        contents.add(
             "index-extra",
             f"{INDEX} does not name {fold(sorted(unnamed))}, which the shards hold",
             "remove shards that are not part of the checkpoint: mlx-lm loads them all",

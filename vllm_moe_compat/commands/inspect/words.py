@@ -61,7 +61,7 @@ def sections(found: Inspection) -> Iterator[Section]:
         )
         verdict = found.ours.verdict
         if verdict == "loads" and not steps.rows:
-            verdict = "loads, and is left exactly as it is"
+            verdict = "loads without changes"
         yield Section("With this package", [("verdict", verdict)], steps if steps.rows else None)
     if found.memory is not None:
         yield from _memory(found.memory)
@@ -100,7 +100,7 @@ def _extra(extra: Extra) -> str:
     if extra.tensors:
         parts.append(f"{extra.loaded:,} loaded" if extra.loaded else "not loaded")
     if extra.agree is not None:
-        parts.append("as the config says" if extra.agree else "the config says otherwise")
+        parts.append("as in the config" if extra.agree else "contradicts the config")
     return ", ".join(parts)
 
 
