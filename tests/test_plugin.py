@@ -1,4 +1,4 @@
-"""What vLLM finds through the entry points: who serves, what is loaded, what is said."""
+"""The entry points: modules they load, effects inside the real vLLM, and log lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform as host
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 import pytest
 
 from vllm_moe_compat import envs, plugin
-from vllm_moe_compat.errors import SettingError
-from vllm_moe_compat.who_serves import who_serves
 
 HEAVY = ("vllm", "mlx", "mlx_lm", "torch", "transformers", "safetensors", "numpy", "wrapt")
 LOADED = f"""
@@ -29,7 +26,7 @@ def loaded(*names):
 def fresh(
     code: str, *options: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter of its own, with none of our variables but ``env``."""
+    """Run code in a new interpreter; of the ``VLLM_*`` variables it gets only ``env``."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     return subprocess.run(
         [sys.executable, *options, "-c", LOADED + code],
@@ -42,129 +39,12 @@ def fresh(
 
 
 def answer(result: subprocess.CompletedProcess[str]) -> Any:
-    """What the code printed last, as JSON."""
+    """The last line that the code printed, as JSON."""
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
-# --- who serves --------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in envs.VARIABLES:
-        monkeypatch.delenv(variable.name, raising=False)
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """``install(package, *files)``: a package that is found before the real one."""
-
-    def put(package: str, *files: str) -> None:
-        (tmp_path / package).mkdir()
-        for file in ("__init__.py", *files):
-            (tmp_path / package / file).touch()
-        # What is imported already answers first, so it is set aside.
-        monkeypatch.delitem(sys.modules, package, raising=False)
-
-    monkeypatch.syspath_prepend(tmp_path)
-    return put
-
-
-def apple_silicon(monkeypatch: pytest.MonkeyPatch, machine: str = "arm64") -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(host, "machine", lambda: machine)
-
-
-def check(server: str, *words: str) -> None:
-    found, reason = who_serves()
-    assert found == server, reason
-    assert all(word in reason for word in words), reason
-    assert plugin.platform() == (plugin.PLATFORM_CLASS if server == "embedded" else None)
-
-
-def test_switched_off_nobody_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_MOE_COMPAT", "0")
-    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", "embedded")
-    check("nobody", "VLLM_MOE_COMPAT=0")
-
-
-def test_the_backend_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", "off")
-    check("nobody", "VLLM_MOE_COMPAT_BACKEND=off")
-
-
-@pytest.mark.parametrize("missing", ["mlx", "mlx_lm"])
-@pytest.mark.parametrize("choice", ["auto", "embedded"])
-def test_without_mlx(missing: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", choice)
-    check("nobody", "not installed")
-
-
-def test_apple_silicon_with_vllm_metal(monkeypatch: pytest.MonkeyPatch, install: Any) -> None:
-    install("vllm_metal")
-    apple_silicon(monkeypatch)
-    check("vllm-metal", "vllm-metal")
-
-
-def test_embedded_wins_over_everything_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, install: Any
-) -> None:
-    install("vllm_metal")
-    install("vllm", "_C.abi3.so")
-    apple_silicon(monkeypatch)
-    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", "embedded")
-    check("embedded", "VLLM_MOE_COMPAT_BACKEND=embedded")
-
-
-def test_vllm_metal_counts_on_apple_silicon_alone(
-    monkeypatch: pytest.MonkeyPatch, install: Any
-) -> None:
-    install("vllm_metal")
-    install("vllm")
-    check("embedded")
-    apple_silicon(monkeypatch, "x86_64")
-    check("embedded")
-
-
-def test_apple_silicon_without_vllm_metal(monkeypatch: pytest.MonkeyPatch, install: Any) -> None:
-    install("vllm")
-    apple_silicon(monkeypatch)
-    check("embedded", "no kernels")
-
-
-@pytest.mark.parametrize(
-    "file", ["_C.abi3.so", "_C_AVX512.abi3.so", "_C_stable_libtorch.abi3.so", "_rocm_C.abi3.so"]
-)
-def test_vllm_with_kernels_of_its_own(file: str, install: Any) -> None:
-    install("vllm", file)
-    check("vllm", "kernels of its own")
-
-
-@pytest.mark.parametrize("file", ["_custom_ops.py", "_C.py", "spinloop.abi3.so"])
-def test_vllm_without_kernels(file: str, install: Any) -> None:
-    install("vllm", file)
-    check("embedded", "no kernels")
-
-
-@pytest.mark.skipif(
-    sys.platform == "darwin", reason="there, vllm-metal's environment decides who serves"
-)
-def test_here_it_is_us() -> None:
-    """The environment of ``scripts/install``: the real vLLM, built without kernels."""
-    check("embedded", "no kernels")
-
-
-@pytest.mark.parametrize("name", ["VLLM_MOE_COMPAT", "VLLM_MOE_COMPAT_BACKEND"])
-def test_a_setting_that_means_nothing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "nonsense")
-    for function in (who_serves, plugin.platform):
-        with pytest.raises(SettingError, match=f"{name}='nonsense' is not a valid value; set"):
-            function()
-
-
-# --- what is loaded ----------------------------------------------------------
+# --- modules that are loaded ----------------------------------------------------------
 
 
 def test_importing_and_choosing_the_platform_load_nothing() -> None:
@@ -177,8 +57,8 @@ def test_importing_and_choosing_the_platform_load_nothing() -> None:
     assert answer(result) == [[], plugin.PLATFORM_CLASS, []]
 
 
-def test_registering_where_another_serves_adds_little_to_vllm() -> None:
-    """``vllm`` is there anyway when it calls us; none of our backend comes with it."""
+def test_registering_beside_another_platform_loads_no_backend() -> None:
+    """vLLM is loaded already when it calls the plugin; only wrapt is added."""
     result = fresh(
         "import json, vllm.envs; before = set(sys.modules)\n"
         "from vllm_moe_compat import plugin; plugin.register()\n"
@@ -192,7 +72,7 @@ def test_registering_where_another_serves_adds_little_to_vllm() -> None:
 
 @pytest.fixture(scope="module")
 def without_mlx(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A search path with everything that is installed here except MLX and what uses it."""
+    """A search path with all installed packages except MLX and mlx-lm."""
     folder = tmp_path_factory.mktemp("site")
     vllm = importlib.util.find_spec("vllm")
     assert vllm is not None
@@ -231,7 +111,7 @@ def test_switched_off_registering_does_nothing() -> None:
 # --- beside the real vLLM ----------------------------------------------------
 
 
-def test_the_entry_points_are_declared_and_lead_here() -> None:
+def test_the_entry_points_are_declared() -> None:
     for group, name, function in (
         ("vllm.general_plugins", "moe_compat", plugin.register),
         ("vllm.platform_plugins", "moe_compat_mlx", plugin.platform),
@@ -318,7 +198,7 @@ def test_vllm_knows_our_variables(started: Any) -> None:
     assert "Unknown vLLM environment variable" not in output
 
 
-def test_vllm_finds_our_stand_ins(started: Any) -> None:
+def test_vllm_finds_our_model_stubs(started: Any) -> None:
     found, _ = started
     assert found["model"] == "vllm_moe_compat.backend.vllm.model_stubs"
     assert found["quantization"] == ["vllm_moe_compat.backend.vllm.model_stubs"] * 2
@@ -331,7 +211,7 @@ def test_log_lines_reach_vllms_handlers_once(started: Any) -> None:
     assert "not at this level" not in output
 
 
-def test_outside_vllm_log_lines_are_the_applications_business() -> None:
+def test_outside_vllm_the_application_configures_log_lines() -> None:
     result = fresh(
         "from vllm_moe_compat.log import logger; logger.info('quiet')\n"
         "import logging; logging.basicConfig(level=logging.INFO); logger.info('spoken')"
@@ -340,7 +220,7 @@ def test_outside_vllm_log_lines_are_the_applications_business() -> None:
     assert result.stdout + result.stderr == "INFO:vllm_moe_compat:moe_compat: spoken\n"
 
 
-def test_vllm_swallows_a_bad_setting_so_we_log_it() -> None:
+def test_an_invalid_setting_is_logged_since_vllm_swallows_it() -> None:
     result = fresh(
         "import json\n"
         "from vllm.platforms import current_platform\n"
@@ -353,7 +233,7 @@ def test_vllm_swallows_a_bad_setting_so_we_log_it() -> None:
     assert words in result.stdout + result.stderr
 
 
-def test_a_bad_setting_ends_the_start_with_its_own_words() -> None:
+def test_an_invalid_setting_ends_the_start_with_its_message() -> None:
     result = fresh(
         "from vllm.plugins import load_general_plugins; load_general_plugins()",
         env={"VLLM_MOE_COMPAT_BACKEND": "nonsense"},

@@ -109,7 +109,7 @@ class DequantizedConfig(QuantizationConfig):
 
     def __init__(self, config: Mapping[str, Any] = bridge.NO_QUANTIZATION_CONFIG) -> None:
         super().__init__()
-        self.config = dict(config)
+        self.config = config or {}
 
     def get_name(self) -> Any:
         """Return the name of the method in the checkpoint's config."""
