@@ -124,7 +124,8 @@ def test_the_embedded_platform_serves_in_this_environment() -> None:
 def test_an_invalid_setting_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "nonsense")
     for function in (who_serves, plugin.platform):
-        with pytest.raises(
+        words = f"{name}='nonsense' is not a valid value; set it to one"
+        with pytest.raises(SettingError, match=words):
             SettingError, match=f"{name}='nonsense' is not a valid value; set it to one"
         ):
             function()
