@@ -22,7 +22,7 @@ from vllm_moe_compat import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Examples are not timed: beside another worker they take as long as they take.
+# No deadline per example: another worker on the same cores slows them down.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="also the tests of the full lane, marked `full` (see CONTRIBUTING.md)",
+        help="select the tests of the full lane, too (marker `full`, see CONTRIBUTING.md)",
     )
     parser.addoption(
         "--schedules",
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what only the full lane runs, and say so."""
+    """Deselect the tests of the full lane, and note their number."""
     full = [item for item in items if item.get_closest_marker("full")]
     if full and not (config.getoption("--full") or config.getoption("--record-parity")):
         config.hook.pytest_deselected(items=full)
@@ -70,8 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    # vLLM, torch and transformers are a million objects that every engine's clean-up
-    # would look through again.
+    # Imported modules are a million objects, which every collection would visit again.
     gc.collect()
     gc.freeze()
 

@@ -22,7 +22,7 @@ def quiet() -> None:
 
 @pytest.fixture(scope="session")
 def record_parity(request: pytest.FixtureRequest) -> Callable[..., None] | None:
-    """Keep a row per cell for ``--record-parity``; None without that option."""
+    """Return a function that keeps a row per cell; None without ``--record-parity``."""
     config = request.config
     if config.getoption("--record-parity") is None:
         return None

@@ -1,4 +1,4 @@
-"""The cells of the parity matrix that every run compares; the full lane compares them all.
+"""The daily choice of cells of the parity matrix; the full lane compares all cells.
 
 A plan depends on the row and on the stored form. Rows that differ only in their module's
 name or in settings of config.json share a *shape*, and get the same plan for the same
@@ -25,7 +25,7 @@ _NO_PART_OF_A_SHAPE = {"module", "model_types", "workarounds", "config", "cache"
 
 
 def shape(row: Row | None) -> Hashable:
-    """Return what the plan depends on; None stands for a module without a row."""
+    """Return the fields that a plan depends on; None stands for a module without a row."""
     if row is None:
         return None
     names = (field.name for field in fields(row) if field.name not in _NO_PART_OF_A_SHAPE)

@@ -1,4 +1,4 @@
-"""What an entry of the tables of families says, and what entries share."""
+"""The form of an entry in the tables of families, and settings that entries share."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Family:
 
     @property
     def base(self) -> str:
-        """The name without what is special about a variant: "family variant"."""
+        """The family's part of a variant's name, "family variant"."""
         return self.name.partition(" ")[0]
 
     def settings(self, ragged: bool = False) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Form:
 
 @dataclass
 class Cell:
-    """A checkpoint, ready to be written, and what a model of it computes."""
+    """A checkpoint in memory, and the reference of its model."""
 
     checkpoint: Checkpoint
     reference: Reference
@@ -144,7 +144,7 @@ def build(family: Family, form: Form) -> Cell:
 
 
 def converted(family: Family, found: Reference) -> Cell:
-    """What mlx-lm itself has made of the first form that it loads."""
+    """Return the checkpoint that mlx-lm saves after it loads one of the other forms."""
     config = release_config(family.base, found.config)
     if family.name == "gpt_oss":  # loads none
         rest, layers = ex.take_experts(family.base, release_names(family.base, found.saved))

@@ -1,4 +1,4 @@
-"""What the package's probes expect, worked out anew by transformers.
+"""The package's recorded probes, computed anew by transformers.
 
 ``families.json`` of ``vllm_moe_compat.probes`` is written from here by
 ``scripts/docs/probes``; a test compares. Tensors get the values that the package gives
@@ -54,7 +54,7 @@ Entry = dict[str, Any]
 
 
 def entry(name: str, *, logits: bool = True) -> Entry:
-    """Return what is recorded of a family, with the logits, which take longest, or without."""
+    """Return a family's record; the logits take longest and can be left out."""
     if name in OWN:
         return _of_mlx_lm(OWN[name], logits)
     return _of_transformers(FAMILIES[name], logits)
@@ -138,7 +138,7 @@ def _logits(family: Family, state: State) -> list[float]:
 
 
 def _of_mlx_lm(family: mlx_families.MlxFamily, logits: bool) -> Entry:
-    """What the plugin makes of a published checkpoint; its parameters come back bit for bit."""
+    """The record of a family that transformers lacks, from the plugin's own load."""
     checkpoint = without.checkpoint(family, "published")
     values, release = _recipe(checkpoint.tensors)
     release["config"] = _clean(dict(checkpoint.config))
@@ -160,7 +160,7 @@ def _sample(logits: np.ndarray) -> list[float]:
 
 
 def saved_config(family: Family) -> dict[str, Any]:
-    """Return what transformers 5 writes; inside of what it has no class for."""
+    """Return the config that transformers 5 writes; nested if it lacks the outer class."""
     saved = deepcopy(reference(family.name).config)
     released = release_config(family.base, saved)
     if "text_config" not in released or "text_config" in saved:

@@ -34,7 +34,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers writes of a random model, and what it computes."""
+    """A random transformers model: its two saved forms, its config and its logits."""
 
     saved: State
     in_library: State

@@ -1,4 +1,4 @@
-"""What is refused, and with which words: nothing else may be.
+"""The refused cells and the words of their errors; every other cell must load.
 
 Keys are a family and a form; the words must be in the error.
 """

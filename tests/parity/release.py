@@ -1,4 +1,4 @@
-"""What the families' authors publish, from what transformers 5 writes.
+"""The families' published form, made from the form that transformers 5 writes.
 
 Names: transformers reverses its own renaming when it saves, and here and there
 that reaches too far. Configurations: mlx-lm reads the keys that releases have,

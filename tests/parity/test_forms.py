@@ -1,4 +1,4 @@
-"""The forms say what they are meant to say: the oracle's own checks."""
+"""Checks of the oracle: each form has the properties that its name promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the suite is divided: into lanes, and among the processes of a run."""
+"""The division of the suite into lanes, and of a run into processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_is_left_to_the_full_lane_is_counted_and_named():
 
 
 def test_a_recording_is_of_the_full_matrix_in_its_order(tmp_path: Path):
-    """Also when several processes have compared its cells."""
+    """Two processes compare the cells, and the recording has the order of one."""
     file = tmp_path / "cells.json"
     split = ("-n", "2", "--dist", "loadfile")
     result = run_pytest(

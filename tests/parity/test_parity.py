@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch
 
 
 def lanes() -> list[Any]:
-    """The matrix; what is not compared daily is marked."""
+    """Return the matrix, with the mark ``full`` on cells outside the daily choice."""
     return [
         pytest.param(
             family, form, marks=() if (family.name, form.name) in DAILY else pytest.mark.full

@@ -1,4 +1,4 @@
-"""What ``rewrite`` makes of a release computes what transformers does.
+"""A release rewritten by ``rewrite`` has the logits of transformers.
 
 Each layout of the experts, as floats and in FP8 that is quantised anew, through the
 plugin and mlx-lm.

@@ -1,4 +1,4 @@
-"""What rows know of names and configs occurs in what transformers 5 saves."""
+"""Every rename, split and config fix of a row applies to something that transformers saves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_row_has_a_family_or_is_listed():
     "row", [r for r in ROWS if families(r) and (r.renames or r.splits)], ids=name
 )
 def test_every_name_that_a_row_knows_occurs(row: Row):
-    """A pattern that fits nothing is a leftover, or a mistake."""
+    """A pattern without a match is obsolete or wrong."""
     names: set[str] = set()
     for family in families(row):
         for form in ("saved", "in-library", "release"):

@@ -1,4 +1,4 @@
-"""Families without a class in transformers: what mlx-lm's model holds comes back.
+"""Families without a class in transformers: a load returns the parameters that were written.
 
 A tiny model of mlx-lm's is written as the family publishes it and in other forms, and
 loaded through the plugin: every parameter must be the same, bit for bit, and the

@@ -17,7 +17,7 @@ def demo_path(demo_checkpoint: demo.DemoCheckpoint) -> Path:
 
 @pytest.fixture(scope="session")
 def greedy(demo_path: Path) -> Greedy:
-    """mlx-lm's greedy continuations by the demo checkpoint; the prompts recur between files."""
+    """mlx-lm's greedy continuations of the demo checkpoint; several files share prompts."""
     return Greedy(demo_path)
 
 
@@ -29,6 +29,6 @@ def schedule_budget(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect() -> Iterator[None]:
-    """Collect what a file's engines have left; ``support.engine`` keeps vLLM from it."""
+    """Collect garbage once per file; ``support.engine`` stops vLLM from doing so per engine."""
     yield
     gc.collect()

@@ -41,7 +41,7 @@ def golden(demo_path: Path) -> dict[str, Any]:
 
 
 def survivors(server: Server, patience: float = 10) -> list[str]:
-    """Command lines of what is left of the server's process group."""
+    """Return the command lines of processes left in the server's process group."""
     end = time.monotonic() + patience
     while True:
         left = [

@@ -1,4 +1,4 @@
-"""Memory: what is reported is what is allocated, and nothing stale is ever read."""
+"""Reported memory equals allocated memory, and no stale page is read."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_sequences_are_lowered_when_their_states_do_not_fit(demo_path: Path) -> 
 def test_poisoned_pages_are_never_read(
     kind: str, prefix: bool, demo_path: Path, tmp_path: Path, greedy: Greedy
 ) -> None:
-    """NaN in every page that nobody has written: no token may change."""
+    """Fill every unwritten page with NaN: no token may change."""
     import mlx.core as mx
 
     path = demo_path

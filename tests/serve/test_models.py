@@ -66,7 +66,7 @@ def on_the_cpu() -> Iterator[None]:
 def test_bfloat16_experts_on_the_cpu_are_widened(
     checkpoints: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """MLX's CPU ``gather_mm`` is float32 only: say what happens, and account for it."""
+    """MLX's CPU ``gather_mm`` takes float32 only: the log and the budget show the widening."""
     import mlx.core as mx
 
     from vllm_moe_compat.backend.model.experts import WidenedSwitchLinear

@@ -1,7 +1,7 @@
 """One small model of each module path: vLLM's tokens are mlx-lm's.
 
-Each has an engine of its own: loading, the self-check and the passes are nine tenths of
-what that costs, and a test of the runner alone would have to do them as well.
+Every path runs in a real engine: nine tenths of an engine's processor time are the load,
+the self-check and the passes, which a test of the model runner alone would need as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the embedded backend does not do, it refuses at start-up, by name."""
+"""The embedded backend refuses unsupported settings at start-up, by name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_quantisation_that_nobody_would_do_is_refused(demo_path: Path, tmp_path:
 
 
 def test_watermarks_are_refused_by_every_vllm(demo_path: Path) -> None:
-    """By name where vLLM has them; 0.27 knows no such setting."""
+    """Releases with the setting are refused by our error; 0.27 does not know the setting."""
     with (
         pytest.raises((ValueError, TypeError), match="watermark"),
         in_process_llm(demo_path, watermark_config={"key": 1}),

@@ -37,7 +37,7 @@ def llm(demo_path: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def unsure(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A model that repeats itself and is sure of nothing, beside its reference."""
+    """Return an engine of a model with flat distributions, and its reference."""
     path = models.write(tmp_path_factory.mktemp("unsure"), "qwen3", demo_path)
     with in_process_llm(path) as llm:
         yield llm, Greedy(path)

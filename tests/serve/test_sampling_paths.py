@@ -1,4 +1,4 @@
-"""Who is drawn in MLX and who by vLLM's sampler, in a running engine."""
+"""Requests drawn in MLX and requests drawn by vLLM's sampler, in a running engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def llm(demo_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of all logits that are copied to torch."""
+    """Record the shapes of all logits copied to torch."""
     from vllm_moe_compat.backend.vllm import sampling
 
     shapes: list[tuple[int, ...]] = []
@@ -71,7 +71,7 @@ def test_plain_requests_copy_no_logits_and_are_built_ahead(
 
 
 def test_with_async_scheduling_the_engine_goes_on_while_a_pass_runs(demo_path: Path) -> None:
-    """What it schedules meanwhile is right: some requests end before others, and more come."""
+    """The next step is scheduled during a pass, while requests end and others arrive."""
     found = []
     for asynchronous in (False, True):
         with in_process_llm(demo_path, async_scheduling=asynchronous) as llm:
@@ -144,7 +144,7 @@ def test_a_parameter_that_nobody_has_heard_of_is_vllms_business() -> None:
 def test_of_a_mixed_batch_only_the_others_rows_are_copied(
     llm: Any, greedy: Greedy, copied: list[tuple[int, ...]]
 ) -> None:
-    """In whatever order they arrive and end, everyone gets what is theirs."""
+    """Every request gets its own tokens, whatever the order of arrivals and ends."""
     params = [
         made(temperature=0, max_tokens=12),
         made(temperature=1.2, seed=11, max_tokens=5),

@@ -1,4 +1,4 @@
-"""Whatever the scheduler does, the tokens are mlx-lm's single-sequence tokens."""
+"""Under any schedule, the tokens are mlx-lm's single-sequence tokens."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check(
     schedule_budget: int,
     **sizes: int,
 ) -> None:
-    """Play schedules; every answer is the reference's, and nothing is left over."""
+    """Play schedules; every answer equals the reference, and all blocks and states are freed."""
     with in_process_llm(path, **settings) as llm:
         block = worker(llm).cache_config.block_size
         cached = preemptions = 0

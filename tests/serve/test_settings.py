@@ -1,4 +1,4 @@
-"""Settings of vLLM that the backend has a part in: length, dtype, seed, prefix cache."""
+"""vLLM settings that the backend implements: length, dtype, seed, prefix cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def longest_config(path: Path) -> int:
 def test_the_longest_sequence_that_fits_is_served_to_its_end(
     kind: str, prefix: bool, demo_path: Path, tmp_path: Path
 ) -> None:
-    """Pages are few: the length is fitted to them, and all of it can be used."""
+    """The length is fitted to a few pages, and a sequence of that length is served."""
     path = demo_path if kind == "demo" else models.write_mlx(tmp_path / "model", kind)
     from vllm import SamplingParams
 
@@ -53,7 +53,7 @@ def test_the_longest_sequence_that_fits_is_served_to_its_end(
 
 
 def test_a_block_more_than_fits_is_refused(demo_path: Path) -> None:
-    """Else such a request would wait for ever: one block is vLLM's own."""
+    """One block is vLLM's null block; a request that needs it would wait for ever."""
     memory = {"kv_cache_memory_bytes": 1 << 20}
     with in_process_llm(demo_path, max_model_len=-1, **memory) as llm:
         longest = llm.llm_engine.model_config.max_model_len

@@ -1,4 +1,4 @@
-"""Requests that begin alike: what one has computed, another goes on from."""
+"""Requests with a common prefix reuse its pages and states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.serve
 
 
 def ask(llm: Any, prompts: list[list[int]]) -> list[tuple[int, list[int]]]:
-    """Of each prompt how many tokens were cached, and the answer."""
+    """Return the number of cached tokens and the answer for each prompt."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True)
@@ -67,7 +67,7 @@ def test_a_prefix_that_is_computed_in_the_same_step(
 def test_a_server_of_one_sequence_remembers_a_shared_prefix(
     kind: str, demo_path: Path, tmp_path: Path
 ) -> None:
-    """By the third prompt: where two went apart, vLLM keeps a state from the second on."""
+    """From the third prompt on: vLLM keeps a state where two prompts have diverged."""
     path = demo_path if kind == "demo" else models.write_mlx(tmp_path / "model", kind)
     greedy = Greedy(path)
     settings = {"kv_cache_memory_bytes": None, "max_num_batched_tokens": 512}

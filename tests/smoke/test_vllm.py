@@ -1,4 +1,4 @@
-"""A real checkpoint through vLLM, whoever serves it here: offline and over HTTP."""
+"""A real checkpoint through vLLM with the backend of this machine: offline and over HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]
 
 PROMPT = "The first rule is"
 LOAD_SECONDS = 1800
-"""How long the server may take: a checkpoint of a hundred gigabytes is read and dequantised."""
+"""Time limit of the start: a checkpoint of a hundred gigabytes is read and dequantised."""
 
 
 def greedy(prompt: str, count: int) -> dict[str, Any]:

@@ -26,10 +26,10 @@ def in_process_llm(path: Path, **settings: Any) -> Iterator[Any]:
         "async_scheduling": False,
         "seed": 0,
     }
-    # vLLM collects garbage when an engine starts and when it ends, and each time looks
-    # through a million objects of torch, transformers and its own: two thirds of what a
-    # small engine costs. So they are frozen before, and the end goes without; the worker
-    # gives its arrays back by itself, and tests/serve/conftest.py collects once per file.
+    # vLLM collects garbage at the start and at the end of an engine. Both visit a million
+    # objects of torch, transformers and vLLM, which takes two thirds of a small engine's
+    # processor time. The freeze exempts them at the start, the patch below skips the end:
+    # the worker frees its arrays itself, and tests/serve/conftest.py collects per file.
     gc.freeze()
     llm = LLM(str(path), **(defaults | settings))
     try:

@@ -1,8 +1,8 @@
 """Running the tests in several processes with pytest-xdist.
 
-A worker takes one file at a time, so that what a module's fixtures start (an engine, a
-server) is started once. The parity tests are divided by family instead: making a family's
-reference takes longer than a comparison with it, and several files use the same one.
+A worker takes one file at a time, so that the fixtures of a module (an engine, a server)
+start once. The parity tests are divided by family instead: a family's reference takes
+longer to make than a comparison with it, and several files use the same reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FAMILY = re.compile(
 
 
 def scope(nodeid: str) -> str:
-    """Return the name of the tests that run in one process: a file's or a family's."""
+    """Return the unit of work that a test belongs to: a file, or a family of parity tests."""
     family = _FAMILY.match(nodeid)
     return f"parity of {family[1]}" if family else nodeid.partition("::")[0]
 
@@ -36,7 +36,7 @@ class Scheduling(LoadFileScheduling):
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Sort: files that start engines first, so that no worker ends with one alone."""
+    """Move units that start engines to the front; the short ones at the end fill both workers."""
     engines = {scope(item.nodeid) for item in items if item.get_closest_marker("serve")}
     items.sort(key=lambda item: scope(item.nodeid) not in engines)
 
@@ -46,7 +46,7 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def hand_over(config: pytest.Config, kind: str, values: list[Any]) -> None:
-    """Keep values for ``collected``; a worker sends them to the controller when it ends."""
+    """Keep values for ``collected``; a worker sends them to the controller at its end."""
     if is_worker(config):
         config.workeroutput.setdefault(kind, []).extend(values)  # type: ignore[attr-defined]
     else:
@@ -54,7 +54,7 @@ def hand_over(config: pytest.Config, kind: str, values: list[Any]) -> None:
 
 
 def take_over(config: pytest.Config, output: dict[str, Any]) -> None:
-    """In the controller: add what an ended worker has sent."""
+    """Add a worker's values to the controller's."""
     for kind in (NOTES, CELLS):
         hand_over(config, kind, output.get(kind, []))
 

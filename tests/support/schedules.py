@@ -1,4 +1,4 @@
-"""Random schedules: who arrives when, with which prompt, and who gives up.
+"""Random schedules: arrival times, prompts and aborts of requests.
 
 A schedule is plain data made from a seed, so that a failure prints what
 happened and the seed brings it back.
@@ -79,13 +79,13 @@ def make(
 
 
 def describe(seed: int, arrivals: list[Arrival]) -> str:
-    """A schedule as one reads it in a failure."""
+    """Format a schedule for a failure message."""
     return "\n".join([f"schedule {seed}:", *(f"  {arrival}" for arrival in arrivals)])
 
 
 @dataclass
 class Played:
-    """What a schedule led to."""
+    """The result of a schedule."""
 
     tokens: dict[str, list[int]]  # of who finished
     cached: int = 0  # prompt tokens taken from the prefix cache

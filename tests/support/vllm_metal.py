@@ -40,7 +40,7 @@ class Wrapper:
         )
 
     def lacking(self, layer: Any) -> list[str]:
-        """What it would look for in ``layer`` and not find."""
+        """Return the attributes that it needs and ``layer`` lacks."""
         spared = (self.exempt or {}).get(type(layer).__module__.rpartition(".")[2], ())
         return [
             " or ".join(names)
@@ -150,7 +150,7 @@ def layers(model: Any) -> list[Any]:
 
 
 def attention(layer: Any) -> Any | None:
-    """What would be wrapped of a layer."""
+    """Return the modules of a layer that would be wrapped."""
     return next((getattr(layer, name) for name in ATTENTION_NAMES if _has(layer, name)), None)
 
 
