@@ -88,7 +88,7 @@ BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
 
 
 def _row(module: str, *workarounds: Workaround, **fields: Any) -> Row:
-    if fields.get("config"):
+    if fields.get("translations"):
         workarounds += (w.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
         workarounds += (w.NAMES,)
@@ -117,7 +117,7 @@ _MOE_ROWS = (
         drops=NESTED_VISION,
         arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_text",),
-        config=(cfg.ATTENTION_INTERVAL,),
+        translations=(cfg.ATTENTION_INTERVAL,),
     ),
     _row(
         "qwen3_5_moe",
@@ -131,7 +131,7 @@ _MOE_ROWS = (
         drops=NESTED_VISION,
         arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_moe_text",),
-        config=(cfg.ATTENTION_INTERVAL,),
+        translations=(cfg.ATTENTION_INTERVAL,),
     ),
     _moe(
         "qwen3_next",
@@ -140,25 +140,25 @@ _MOE_ROWS = (
         w.EARLY_RETURN,
         extras=Extras(parts=("mtp.",)),
         arithmetic=Arithmetic(QWEN_NORMS, "per-expert"),
-        config=(cfg.ROPE, cfg.ATTENTION_INTERVAL),
+        translations=(cfg.ROPE, cfg.ATTENTION_INTERVAL),
     ),
-    _moe("qwen2_moe", config=(cfg.ALL_SPARSE, cfg.ROPE)),
-    _moe("qwen3_moe", config=(cfg.ROPE, cfg.NUM_EXPERTS)),
+    _moe("qwen2_moe", translations=(cfg.ALL_SPARSE, cfg.ROPE)),
+    _moe("qwen3_moe", translations=(cfg.ROPE, cfg.NUM_EXPERTS)),
     _moe(
         "qwen3_vl_moe",
         Moe(reads=(TRANSPOSED,), transposed=True),
         w.TIED_HEAD,
         extras=Extras(prefixes=("visual", "model.visual", "vision_tower")),
-        config=(cfg.ROPE, cfg.NUM_EXPERTS, cfg.NORM_TOPK),
+        translations=(cfg.ROPE, cfg.NUM_EXPERTS, cfg.NORM_TOPK),
         sanitize_wrapper=repairs.tied_head,
     ),
-    _moe("olmoe", config=_ROPE),
-    _moe("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, config=_ROPE),
+    _moe("olmoe", translations=_ROPE),
+    _moe("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=_ROPE),
     _moe(
         "phimoe",
         BLOCK_SPARSE,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
-        config=_ROPE,
+        translations=_ROPE,
     ),
     _row(
         "gpt_oss",
@@ -166,7 +166,7 @@ _MOE_ROWS = (
         w.GPT_OSS_BF16,
         moe=Moe(target="mlp.experts", reads=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
-        config=_ROPE,
+        translations=_ROPE,
     ),
     _moe(
         "llama4",
@@ -177,27 +177,27 @@ _MOE_ROWS = (
             transposed=True,
         ),
         extras=LLAMA_VISION,
-        config=_ROPE,
+        translations=_ROPE,
     ),
-    _moe("gemma4", GEMMA_4, extras=GEMMA_VISION, config=(own.GEMMA4_HEADS, cfg.VOCAB_SIZE)),
-    _moe("gemma4_text", GEMMA_4, config=(own.GEMMA4_HEADS,)),
+    _moe("gemma4", GEMMA_4, extras=GEMMA_VISION, translations=(own.GEMMA4_HEADS, cfg.VOCAB_SIZE)),
+    _moe("gemma4_text", GEMMA_4, translations=(own.GEMMA4_HEADS,)),
     _moe(
         "granitemoe",
         GRANITE,
         renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
-        config=_ROPE,
+        translations=_ROPE,
     ),
     _moe(
         "granitemoehybrid",
         GRANITE,
         renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
-        config=(own.GRANITE_LAYERS,),
+        translations=(own.GRANITE_LAYERS,),
     ),
     _moe(
         "jamba",
         Moe(sources=("feed_forward.experts",), target="feed_forward.switch_mlp"),
         w.JAMBA_ROUTER,
-        config=(own.JAMBA_OFFSET,),
+        translations=(own.JAMBA_OFFSET,),
         sanitize_wrapper=repairs.jamba_router,
     ),
     _moe(
@@ -221,7 +221,7 @@ _MOE_ROWS = (
     _moe("deepseek"),
     _moe(
         "deepseek_v2",
-        config=(cfg.ROPE, cfg.DEEPSEEK_V2_YARN),
+        translations=(cfg.ROPE, cfg.DEEPSEEK_V2_YARN),
         cache=Cache(expands_latent=True),
     ),
     _deepseek(
@@ -230,11 +230,11 @@ _MOE_ROWS = (
         w.LAYER_61,
         keeps=_INT4,
         drops=BEYOND,
-        config=_ROPE,
+        translations=_ROPE,
         sanitize_wrapper=repairs.layer_61,
     ),
-    _deepseek("deepseek_v32", extras=BEYOND, config=(cfg.ROPE, cfg.FIRST_DENSE)),
-    _deepseek("glm_moe_dsa", extras=BEYOND, config=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
+    _deepseek("deepseek_v32", extras=BEYOND, translations=(cfg.ROPE, cfg.FIRST_DENSE)),
+    _deepseek("glm_moe_dsa", extras=BEYOND, translations=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
     _row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
     _deepseek(
         "kimi_k25",
@@ -244,7 +244,7 @@ _MOE_ROWS = (
         extras=KIMI_VISION,
         drops=BEYOND | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
-        config=_ROPE,
+        translations=_ROPE,
         sanitize_wrapper=repairs.layer_61,
     ),
     _moe(
@@ -253,7 +253,7 @@ _MOE_ROWS = (
         w.LATENT,
         extras=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
         latent=True,
-        config=_ROPE,
+        translations=_ROPE,
     ),
     _moe(
         "kimi_linear",
@@ -270,7 +270,7 @@ _MOE_ROWS = (
                 tuple(f".self_attn.{p}_conv1d.weight" for p in "qkv"),
             ),
         ),
-        config=(cfg.FIRST_DENSE, own.KIMI_LINEAR),
+        translations=(cfg.FIRST_DENSE, own.KIMI_LINEAR),
     ),
     _moe(
         "kimi_k3",
@@ -278,10 +278,10 @@ _MOE_ROWS = (
         keeps=("compressed-tensors",),
         extras=KIMI_VISION | BEYOND | Extras(prefixes=("model.mtp", "mtp")),
     ),
-    _moe("glm4_moe", extras=BEYOND, config=_ROPE),
-    _moe("solar_open", extras=BEYOND, config=(cfg.ROPE, cfg.SOLAR)),
-    _moe("glm4_moe_lite", extras=BEYOND, config=(cfg.ROPE, cfg.FIRST_DENSE)),
-    _moe("dots1", PLAIN, config=_ROPE),
+    _moe("glm4_moe", extras=BEYOND, translations=_ROPE),
+    _moe("solar_open", extras=BEYOND, translations=(cfg.ROPE, cfg.SOLAR)),
+    _moe("glm4_moe_lite", extras=BEYOND, translations=(cfg.ROPE, cfg.FIRST_DENSE)),
+    _moe("dots1", PLAIN, translations=_ROPE),
     _moe(
         "ernie4_5_moe",
         STANDARD,
@@ -290,10 +290,10 @@ _MOE_ROWS = (
             parts=("mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm.")
         ),
         renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
-        config=_ROPE,
+        translations=_ROPE,
         sanitize_wrapper=repairs.ernie_bias,
     ),
-    _deepseek("minimax", BLOCK_SPARSE, renames=BLOCK_NAMES, config=(cfg.ROPE, *cfg.MINIMAX)),
+    _deepseek("minimax", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=(cfg.ROPE, *cfg.MINIMAX)),
     _moe(
         "minimax_m3_vl",
         BLOCK_SPARSE,
@@ -322,29 +322,29 @@ _MOE_ROWS = (
             module,
             extras=Extras(prefixes=("model.mtp",)),
             drops=Extras(surplus=True),
-            config=(cfg.ROPE, cfg.LONGCAT),
+            translations=(cfg.ROPE, cfg.LONGCAT),
             cache=Cache(attentions=2),
         )
         for module in ("longcat_flash", "longcat_flash_ngram")
     ),
-    _moe("afmoe", PLAIN, config=_ROPE),
+    _moe("afmoe", PLAIN, translations=_ROPE),
     _moe("Klear", PLAIN),
-    _moe("exaone_moe", extras=Extras(prefixes=("mtp.",)), config=(cfg.IS_MOE_LAYER,)),
+    _moe("exaone_moe", extras=Extras(prefixes=("mtp.",)), translations=(cfg.IS_MOE_LAYER,)),
     _moe(
         "hunyuan",
         STANDARD,
         w.HUNYUAN_ROUTER,
-        config=(own.HUNYUAN_MOE, cfg.ROPE, own.HUNYUAN_ROPE),
+        translations=(own.HUNYUAN_MOE, cfg.ROPE, own.HUNYUAN_ROPE),
         sanitize_wrapper=repairs.hunyuan_weights,
     ),
     _moe("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
-    _moe("mellum", config=(cfg.NUM_EXPERTS,)),
+    _moe("mellum", translations=(cfg.NUM_EXPERTS,)),
     _deepseek("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), keeps=_INT4),
     _deepseek(
         "mimo_v2_flash",
         drops=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
-        config=(own.MIMO,),
+        translations=(own.MIMO,),
     ),
     _moe("bailing_hybrid", extras=BEYOND),
     _moe("bailing_moe"),
@@ -380,22 +380,22 @@ _MOE_ROWS = (
         ),
         arithmetic=Arithmetic(("norm.weight",), "router"),
         model_types=("step3p7",),
-        config=(own.STEP3,),
+        translations=(own.STEP3,),
     ),
 )
 
 _DENSE_ROWS = (
-    *(_row(m, w.FP8, config=_ROPE) for m in ("llama", "qwen2", "olmo2", "phi3", "seed_oss")),
-    *(_row(m, w.FP8, config=_ROPE) for m in ("smollm3", "nemotron", "granite", "glm4")),
-    *(_row(m, w.FP8, config=_ROPE) for m in ("stablelm", "ernie4_5", "starcoder2")),
-    _row("gemma2", w.FP8, config=_ROPE, cache=Cache(ignores_window=True)),
+    *(_row(m, w.FP8, translations=_ROPE) for m in ("llama", "qwen2", "olmo2", "phi3", "seed_oss")),
+    *(_row(m, w.FP8, translations=_ROPE) for m in ("smollm3", "nemotron", "granite", "glm4")),
+    *(_row(m, w.FP8, translations=_ROPE) for m in ("stablelm", "ernie4_5", "starcoder2")),
+    _row("gemma2", w.FP8, translations=_ROPE, cache=Cache(ignores_window=True)),
     *(_row(m, w.FP8) for m in ("qwen3", "youtu_llm")),
     _row("qwen3_vl", w.FP8, extras=Extras(prefixes=("visual", "model.visual", "vision_tower"))),
-    _row("olmo3", w.FP8, config=(own.OLMO3_ROPE,)),
+    _row("olmo3", w.FP8, translations=(own.OLMO3_ROPE,)),
     _row(
         "minicpm3",
         w.FP8,
-        config=(cfg.ROPE, own.MINICPM_ROPE),
+        translations=(cfg.ROPE, own.MINICPM_ROPE),
         cache=Cache(expands_latent=True),
     ),
     _row(
@@ -407,20 +407,20 @@ _DENSE_ROWS = (
     ),
     _row("ministral3", w.MINISTRAL_FP8),
     _row("mistral3", w.MINISTRAL_FP8, w.OTHER_LAYOUTS, moe=MISTRAL_4, extras=MISTRAL_VISION),
-    _row("exaone4", w.FP8, config=(cfg.ROPE, cfg.HEAD_DIM, own.EXAONE4_PATTERN)),
-    _row("cohere2", w.FP8, config=(cfg.ROPE, cfg.WINDOW_PATTERN)),
-    _row("hunyuan_v1_dense", w.FP8, config=(cfg.ROPE, own.HUNYUAN_ROPE)),
-    _row("lfm2", w.FP8, config=(cfg.BLOCK_DIM,)),
-    _row("falcon_h1", w.FP8, config=(cfg.ROPE, cfg.HEAD_DIM)),
-    _row("apertus", w.FP8, config=(cfg.ROPE, cfg.APERTUS)),
-    _row("gemma3_text", w.FP8, config=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN)),
+    _row("exaone4", w.FP8, translations=(cfg.ROPE, cfg.HEAD_DIM, own.EXAONE4_PATTERN)),
+    _row("cohere2", w.FP8, translations=(cfg.ROPE, cfg.WINDOW_PATTERN)),
+    _row("hunyuan_v1_dense", w.FP8, translations=(cfg.ROPE, own.HUNYUAN_ROPE)),
+    _row("lfm2", w.FP8, translations=(cfg.BLOCK_DIM,)),
+    _row("falcon_h1", w.FP8, translations=(cfg.ROPE, cfg.HEAD_DIM)),
+    _row("apertus", w.FP8, translations=(cfg.ROPE, cfg.APERTUS)),
+    _row("gemma3_text", w.FP8, translations=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN)),
     _row(
         "gemma3",
         w.FP8,
         extras=Extras(prefixes=("vision_tower", "multi_modal_projector")),
         drops=Extras(prefixes=("model.vision_tower", "model.multi_modal_projector")),
         renames=LIFTED,
-        config=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN, cfg.VOCAB_SIZE),
+        translations=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN, cfg.VOCAB_SIZE),
     ),
     _row(
         "olmo_hybrid",
@@ -474,13 +474,13 @@ def row_of_config(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Ro
     return TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{remapping.get(kind, kind)}")
 
 
-def fix_config(row: Row, config: dict[str, Any]) -> list[str]:
+def translate_config(row: Row, config: dict[str, Any]) -> list[str]:
     """Put the config into the words of the row's module, in place; name what was changed."""
     changed = []
     if config.get("model_type") in row.model_types:
         changed.append("model_type")
         config["model_type"] = row.module.rpartition(".")[2]
-    for fix in row.config:
+    for fix in row.translations:
         text = config.get("text_config")
         if fix.apply(config, text if isinstance(text, dict) else config):
             changed.append(fix.id)

@@ -58,7 +58,7 @@ class Workaround:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigFix:
+class SettingTranslation:
     """One thing in ``config.json`` that a module's arguments do not understand.
 
     Attributes:
@@ -176,7 +176,7 @@ class Row:
             reads and keeps packed: they are none of our business.
         latent: where ``kv_b_proj`` is left whole that the module wants split.
         model_types: further ``model_type`` s that are this module's.
-        config: what its arguments do not understand.
+        translations: settings of config.json that its arguments do not understand as written.
         sanitize_wrapper: called in place of ``sanitize`` with it, the model, the tensors and the
             config as it was read.
         cache: how its cache differs from the one that the config implies.
@@ -194,7 +194,7 @@ class Row:
     keeps: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()
-    config: tuple[ConfigFix, ...] = ()
+    translations: tuple[SettingTranslation, ...] = ()
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.families.row import ConfigFix
+from vllm_moe_compat.families.row import SettingTranslation
 
 Section = dict[str, Any]
 
@@ -52,23 +52,23 @@ def flat_rope(config: Section, text: Section) -> bool:
     return text != before
 
 
-ROPE = ConfigFix(
+ROPE = SettingTranslation(
     "rope",
     "rope_parameters is not read: rope_theta and rope_scaling fall back to defaults or miss",
     flat_rope,
 )
 
 
-def _default(**values: Any) -> ConfigFix:
+def _default(**values: Any) -> SettingTranslation:
     def apply(config: Section, text: Section) -> bool:
         missing = {k: v for k, v in values.items() if text.get(k) is None}
         text.update(missing)
         return bool(missing)
 
-    return ConfigFix("defaults", f"{', '.join(values)} must be there", apply)
+    return SettingTranslation("defaults", f"{', '.join(values)} must be there", apply)
 
 
-def _copied(target: str, *sources: str) -> ConfigFix:
+def _copied(target: str, *sources: str) -> SettingTranslation:
     def apply(config: Section, text: Section) -> bool:
         value = next((text[s] for s in sources if text.get(s) is not None), None)
         if text.get(target) is not None or value is None:
@@ -76,12 +76,14 @@ def _copied(target: str, *sources: str) -> ConfigFix:
         text[target] = value
         return True
 
-    return ConfigFix(target, f"{target} is wanted where {' or '.join(sources)} is written", apply)
+    return SettingTranslation(
+        target, f"{target} is wanted where {' or '.join(sources)} is written", apply
+    )
 
 
 def computed(
     target: str, why: str, value: Callable[[Section], Any], *, always: bool = False
-) -> ConfigFix:
+) -> SettingTranslation:
     """Have a key hold what a function makes of the others; None says that it cannot."""
 
     def apply(config: Section, text: Section) -> bool:
@@ -93,10 +95,10 @@ def computed(
         text[target] = found
         return True
 
-    return ConfigFix(target, why, apply)
+    return SettingTranslation(target, why, apply)
 
 
-def renamed_layers(names: dict[str, str]) -> ConfigFix:
+def renamed_layers(names: dict[str, str]) -> SettingTranslation:
     """Have the kinds of layers called what the module calls them."""
     known = list(names)  # a list: what the config has instead of names may not be hashable
 
@@ -107,7 +109,9 @@ def renamed_layers(names: dict[str, str]) -> ConfigFix:
         text["layer_types"] = [names[kind] if kind in known else kind for kind in kinds]
         return True
 
-    return ConfigFix("layer_types", "layers are called " + ", ".join(names.values()), apply)
+    return SettingTranslation(
+        "layer_types", "layers are called " + ", ".join(names.values()), apply
+    )
 
 
 def _first_dense(text: Section) -> int | None:
@@ -197,7 +201,9 @@ def _all_sparse(config: Section, text: Section) -> bool:
     return False
 
 
-ALL_SPARSE = ConfigFix("all-sparse", "dense layers in between cannot be represented", _all_sparse)
+ALL_SPARSE = SettingTranslation(
+    "all-sparse", "dense layers in between cannot be represented", _all_sparse
+)
 
 
 def _vocab_size(config: Section, text: Section) -> bool:
@@ -208,4 +214,6 @@ def _vocab_size(config: Section, text: Section) -> bool:
     return True
 
 
-VOCAB_SIZE = ConfigFix("vocab_size", "a default is put over text_config's vocab_size", _vocab_size)
+VOCAB_SIZE = SettingTranslation(
+    "vocab_size", "a default is put over text_config's vocab_size", _vocab_size
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_moe_compat.families.row import ConfigFix
+from vllm_moe_compat.families.row import SettingTranslation
 from vllm_moe_compat.families.settings import (
     Section,
     computed,
@@ -23,7 +23,7 @@ def _jamba_offset(config: Section, text: Section) -> bool:
     return True
 
 
-JAMBA_OFFSET = ConfigFix(
+JAMBA_OFFSET = SettingTranslation(
     "expert_layer_offset",
     "layers with experts are counted from the other end of the period",
     _jamba_offset,
@@ -62,7 +62,7 @@ def _gemma3(config: Section, text: Section) -> bool:
     return True
 
 
-GEMMA3_ROPE = ConfigFix("rope", "rope_parameters per kind of layer is not read", _gemma3)
+GEMMA3_ROPE = SettingTranslation("rope", "rope_parameters per kind of layer is not read", _gemma3)
 
 
 def _gemma4_heads(config: Section, text: Section) -> bool:
@@ -84,7 +84,7 @@ def _gemma4_heads(config: Section, text: Section) -> bool:
     return changed
 
 
-GEMMA4_HEADS = ConfigFix("global_head_dim", "per_layer_config is not read", _gemma4_heads)
+GEMMA4_HEADS = SettingTranslation("global_head_dim", "per_layer_config is not read", _gemma4_heads)
 
 
 def _kimi_linear(config: Section, text: Section) -> bool:
@@ -104,7 +104,7 @@ def _kimi_linear(config: Section, text: Section) -> bool:
     return True
 
 
-KIMI_LINEAR = ConfigFix(
+KIMI_LINEAR = SettingTranslation(
     "linear_attn_config", "which layers are linear is wanted as lists, counted from 1", _kimi_linear
 )
 
@@ -131,7 +131,9 @@ def _hunyuan_moe(config: Section, text: Section) -> bool:
     return True
 
 
-HUNYUAN_MOE = ConfigFix("hunyuan_v1_moe", "the module is another model's too", _hunyuan_moe)
+HUNYUAN_MOE = SettingTranslation(
+    "hunyuan_v1_moe", "the module is another model's too", _hunyuan_moe
+)
 
 
 def _minicpm_rope(config: Section, text: Section) -> bool:
@@ -141,7 +143,9 @@ def _minicpm_rope(config: Section, text: Section) -> bool:
     return True
 
 
-MINICPM_ROPE = ConfigFix("rope_scaling", "a dict is read even where there is none", _minicpm_rope)
+MINICPM_ROPE = SettingTranslation(
+    "rope_scaling", "a dict is read even where there is none", _minicpm_rope
+)
 
 
 def _full_rope(config: Section, text: Section) -> bool:
@@ -152,7 +156,7 @@ def _full_rope(config: Section, text: Section) -> bool:
     return flat_rope(config, text)
 
 
-OLMO3_ROPE = ConfigFix("rope", "rope_parameters per kind of layer is not read", _full_rope)
+OLMO3_ROPE = SettingTranslation("rope", "rope_parameters per kind of layer is not read", _full_rope)
 
 
 def _mimo(config: Section, text: Section) -> bool:
@@ -183,8 +187,10 @@ def _mimo(config: Section, text: Section) -> bool:
     return True
 
 
-MIMO = ConfigFix("mimo_v2_flash", "sliding layers' settings have keys of their own", _mimo)
-HUNYUAN_ROPE = ConfigFix("rope_scaling", "it must be there; factor 1 scales nothing", _hunyuan_rope)
+MIMO = SettingTranslation("mimo_v2_flash", "sliding layers' settings have keys of their own", _mimo)
+HUNYUAN_ROPE = SettingTranslation(
+    "rope_scaling", "it must be there; factor 1 scales nothing", _hunyuan_rope
+)
 
 
 def _step3(config: Section, text: Section) -> bool:
@@ -231,4 +237,4 @@ def _step3_lists(text: Section) -> Section:
     return found
 
 
-STEP3 = ConfigFix("step3p5", "the text model's settings are read at the top", _step3)
+STEP3 = SettingTranslation("step3p5", "the text model's settings are read at the top", _step3)

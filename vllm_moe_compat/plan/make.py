@@ -176,7 +176,7 @@ def translate(config: dict[str, Any]) -> tuple[str, ...]:
         UnsupportedCheckpointError: a setting that the module cannot represent.
     """
     row = modules.row_of_config(config)
-    return () if row is None else tuple(registry.fix_config(row, config))
+    return () if row is None else tuple(registry.translate_config(row, config))
 
 
 def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> PlannedLoad:

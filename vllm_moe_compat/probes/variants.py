@@ -22,7 +22,7 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.dtypes import mlx_dtype
-from vllm_moe_compat.families.registry import fix_config
+from vllm_moe_compat.families.registry import translate_config
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
 from vllm_moe_compat.probes.recipes import Array, Family, Recipe
 from vllm_moe_compat.rewrite.shards import Shards
@@ -227,7 +227,7 @@ def _laid_out(family: Family, row: Row, form: WrittenLayout) -> Tensors | None:
     if not _expert_names(tensors, family, row):
         return None
     config = _config(family.release)
-    fix_config(row, config)
+    translate_config(row, config)
     weights = {name: mx.array(value) for name, value in tensors.items()}
     try:
         made = rewrite(weights, row, config, form, tensors=_infos(tensors), dtype="float32")
