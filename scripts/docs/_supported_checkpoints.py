@@ -150,7 +150,7 @@ def _modules() -> str:
             [
                 f"`{_name(row)}`",
                 f"{codes(s or '(the layer)' for s in moe.sources)} → `{moe.target}`" if moe else "",
-                ", ".join(moe.reads) or "nothing" if moe else "",
+                ", ".join(moe.stacks) or "nothing" if moe else "",
                 _FP8.get(row.fp8, "") if row.fp8 else "",
                 codes(w.id for w in row.workarounds),
                 codes(dict.fromkeys(fix.id for fix in row.translations)),

@@ -52,7 +52,11 @@ def test_a_class_that_two_modules_share_is_its_owners():
     assert row_for(solar_open.Model) is row("glm4_moe")
     assert row_of_config({"model_type": "solar_open"}, {}) is row("solar_open")
     ours, owners = row("solar_open"), row("glm4_moe")
-    assert (ours.moe, ours.extras, ours.digests) == (owners.moe, owners.extras, owners.digests)
+    assert (ours.moe, ours.dropped_upstream, ours.digests) == (
+        owners.moe,
+        owners.dropped_upstream,
+        owners.digests,
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
@@ -206,10 +210,10 @@ SHIFTS = {
 
 def test_every_row_that_shifts_norms_is_checked():
     assert SHIFTS.keys() == {
-        row.module.rpartition(".")[2] for row in ROWS if row.arithmetic is not None
+        row.module.rpartition(".")[2] for row in ROWS if row.norm_shift is not None
     }
     for row in ROWS:
-        assert (row.arithmetic is not None) == ("norm-shift" in {w.id for w in row.workarounds})
+        assert (row.norm_shift is not None) == ("norm-shift" in {w.id for w in row.workarounds})
 
 
 @pytest.mark.compat

@@ -25,23 +25,23 @@ class Extras:
     Attributes:
         prefixes: beginnings of names.
         parts: text anywhere in a name.
-        beyond: whether decoder layers beyond the config's count are extras: some
+        beyond_layers: whether decoder layers beyond the config's count are extras: some
             families append their prediction heads as such.
-        surplus: whether experts beyond the config's count are: LongCat's router knows
+        beyond_experts: whether experts beyond the config's count are: LongCat's router knows
             experts that do nothing, and transformers writes weights for them.
     """
 
     prefixes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    beyond: bool = False
-    surplus: bool = False
+    beyond_layers: bool = False
+    beyond_experts: bool = False
 
     def __or__(self, other: Extras) -> Extras:
         return Extras(
             self.prefixes + other.prefixes,
             self.parts + other.parts,
-            self.beyond or other.beyond,
-            self.surplus or other.surplus,
+            self.beyond_layers or other.beyond_layers,
+            self.beyond_experts or other.beyond_experts,
         )
 
     def of(self, config: Mapping[str, Any]) -> Ignored:
@@ -52,8 +52,8 @@ class Extras:
         """
         return Ignored(
             self,
-            layers=layer_count(config) if self.beyond else None,
-            experts=expert_count(config) if self.surplus else None,
+            layers=layer_count(config) if self.beyond_layers else None,
+            experts=expert_count(config) if self.beyond_experts else None,
         )
 
 
@@ -96,7 +96,7 @@ class Ignored:
 DEFAULT_EXTRAS = Extras(
     prefixes=("vision_tower", "model.vision_tower", "model.visual", "visual."),
     parts=("mtp.", ".visual."),
-    beyond=True,
+    beyond_layers=True,
 )
 """Every spelling in use, for models without a row."""
 EVERY_SPELLING = Ignored(DEFAULT_EXTRAS)

@@ -22,9 +22,9 @@ from vllm_moe_compat.families.row import (
     PER_EXPERT,
     TRANSPOSED,
     W123,
-    Arithmetic,
     Cache,
     Moe,
+    NormShift,
     Row,
     Workaround,
 )
@@ -36,7 +36,7 @@ _INT4 = ("compressed-tensors int4",)
 
 STANDARD = Moe()
 PLAIN = Moe(target="mlp.experts")
-COMBINED_ONLY = Moe(reads=(COMBINED,))
+COMBINED_ONLY = Moe(stacks=(COMBINED,))
 BLOCK_SPARSE = Moe(
     sources=("block_sparse_moe.experts", "mlp.experts"),
     target="block_sparse_moe.switch_mlp",
@@ -45,13 +45,13 @@ BLOCK_SPARSE = Moe(
 GRANITE = Moe(
     sources=("block_sparse_moe", "block_sparse_moe.experts"),
     target="block_sparse_moe.switch_mlp",
-    reads=(COMBINED,),
+    stacks=(COMBINED,),
     spelling=("input_linear", "output_linear"),
 )
-MISTRAL_4 = Moe(reads=(PER_EXPERT, COMBINED))
-GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", reads=(COMBINED,))
+MISTRAL_4 = Moe(stacks=(PER_EXPERT, COMBINED))
+GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", stacks=(COMBINED,))
 
-BEYOND = Extras(beyond=True)
+BEYOND = Extras(beyond_layers=True)
 QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
 NESTED_VISION = Extras(prefixes=("model.language_model.visual.", "language_model.visual."))
 KIMI_VISION = Extras(
@@ -113,9 +113,9 @@ _MOE_ROWS = (
         w.NESTED_VISION,
         w.NORM_SHIFT,
         w.NORM_MARK,
-        extras=QWEN_VISION,
-        drops=NESTED_VISION,
-        arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
+        dropped_upstream=QWEN_VISION,
+        dropped_here=NESTED_VISION,
+        norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_text",),
         translations=(cfg.ATTENTION_INTERVAL,),
     ),
@@ -127,9 +127,9 @@ _MOE_ROWS = (
         w.NORM_SHIFT,
         w.NORM_MARK,
         moe=COMBINED_ONLY,
-        extras=QWEN_VISION,
-        drops=NESTED_VISION,
-        arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
+        dropped_upstream=QWEN_VISION,
+        dropped_here=NESTED_VISION,
+        norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_moe_text",),
         translations=(cfg.ATTENTION_INTERVAL,),
     ),
@@ -138,17 +138,17 @@ _MOE_ROWS = (
         STANDARD,
         w.NORM_SHIFT,
         w.EARLY_RETURN,
-        extras=Extras(parts=("mtp.",)),
-        arithmetic=Arithmetic(QWEN_NORMS, "per-expert"),
+        dropped_upstream=Extras(parts=("mtp.",)),
+        norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(cfg.ROPE, cfg.ATTENTION_INTERVAL),
     ),
     _moe("qwen2_moe", translations=(cfg.ALL_SPARSE, cfg.ROPE)),
     _moe("qwen3_moe", translations=(cfg.ROPE, cfg.NUM_EXPERTS)),
     _moe(
         "qwen3_vl_moe",
-        Moe(reads=(TRANSPOSED,), transposed=True),
+        Moe(stacks=(TRANSPOSED,), transposed=True),
         w.TIED_HEAD,
-        extras=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+        dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
         translations=(cfg.ROPE, cfg.NUM_EXPERTS, cfg.NORM_TOPK),
         sanitize_wrapper=repairs.tied_head,
     ),
@@ -164,7 +164,7 @@ _MOE_ROWS = (
         "gpt_oss",
         w.FP8,
         w.GPT_OSS_BF16,
-        moe=Moe(target="mlp.experts", reads=(), transposed=True, interleaved=True),
+        moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
         translations=_ROPE,
     ),
@@ -173,13 +173,18 @@ _MOE_ROWS = (
         Moe(
             sources=("feed_forward.experts",),
             target="feed_forward.experts",
-            reads=(TRANSPOSED,),
+            stacks=(TRANSPOSED,),
             transposed=True,
         ),
-        extras=LLAMA_VISION,
+        dropped_upstream=LLAMA_VISION,
         translations=_ROPE,
     ),
-    _moe("gemma4", GEMMA_4, extras=GEMMA_VISION, translations=(own.GEMMA4_HEADS, cfg.VOCAB_SIZE)),
+    _moe(
+        "gemma4",
+        GEMMA_4,
+        dropped_upstream=GEMMA_VISION,
+        translations=(own.GEMMA4_HEADS, cfg.VOCAB_SIZE),
+    ),
     _moe("gemma4_text", GEMMA_4, translations=(own.GEMMA4_HEADS,)),
     _moe(
         "granitemoe",
@@ -213,9 +218,9 @@ _MOE_ROWS = (
         Moe(
             sources=("mixer.experts",),
             target="mixer.switch_mlp",
-            into=(("up", "fc1"), ("down", "fc2")),
+            projections=(("up", "fc1"), ("down", "fc2")),
         ),
-        extras=Extras(prefixes=("mtp.",)),
+        dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
     ),
     _moe("deepseek"),
@@ -229,20 +234,20 @@ _MOE_ROWS = (
         STANDARD,
         w.LAYER_61,
         keeps=_INT4,
-        drops=BEYOND,
+        dropped_here=BEYOND,
         translations=_ROPE,
         sanitize_wrapper=repairs.layer_61,
     ),
-    _deepseek("deepseek_v32", extras=BEYOND, translations=(cfg.ROPE, cfg.FIRST_DENSE)),
-    _deepseek("glm_moe_dsa", extras=BEYOND, translations=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
+    _deepseek("deepseek_v32", dropped_upstream=BEYOND, translations=(cfg.ROPE, cfg.FIRST_DENSE)),
+    _deepseek("glm_moe_dsa", dropped_upstream=BEYOND, translations=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
     _row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
     _deepseek(
         "kimi_k25",
         STANDARD,
         w.LAYER_61,
         keeps=_INT4,
-        extras=KIMI_VISION,
-        drops=BEYOND | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
+        dropped_upstream=KIMI_VISION,
+        dropped_here=BEYOND | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
         translations=_ROPE,
         sanitize_wrapper=repairs.layer_61,
@@ -251,14 +256,14 @@ _MOE_ROWS = (
         "kimi_vl",
         STANDARD,
         w.LATENT,
-        extras=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
+        dropped_upstream=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
         latent=True,
         translations=_ROPE,
     ),
     _moe(
         "kimi_linear",
         Moe(sources=("block_sparse_moe.experts", "mlp.experts"), spelling=W123),
-        extras=Extras(prefixes=("model.mtp",)),
+        dropped_upstream=Extras(prefixes=("model.mtp",)),
         renames=(
             (r"\.self_attn\.forget_gate\.", ".self_attn."),
             (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),
@@ -276,17 +281,17 @@ _MOE_ROWS = (
         "kimi_k3",
         Moe(sources=("block_sparse_moe.experts",), spelling=W123),
         keeps=("compressed-tensors",),
-        extras=KIMI_VISION | BEYOND | Extras(prefixes=("model.mtp", "mtp")),
+        dropped_upstream=KIMI_VISION | BEYOND | Extras(prefixes=("model.mtp", "mtp")),
     ),
-    _moe("glm4_moe", extras=BEYOND, translations=_ROPE),
-    _moe("solar_open", extras=BEYOND, translations=(cfg.ROPE, cfg.SOLAR)),
-    _moe("glm4_moe_lite", extras=BEYOND, translations=(cfg.ROPE, cfg.FIRST_DENSE)),
+    _moe("glm4_moe", dropped_upstream=BEYOND, translations=_ROPE),
+    _moe("solar_open", dropped_upstream=BEYOND, translations=(cfg.ROPE, cfg.SOLAR)),
+    _moe("glm4_moe_lite", dropped_upstream=BEYOND, translations=(cfg.ROPE, cfg.FIRST_DENSE)),
     _moe("dots1", PLAIN, translations=_ROPE),
     _moe(
         "ernie4_5_moe",
         STANDARD,
         w.ERNIE_BIAS,
-        extras=Extras(
+        dropped_upstream=Extras(
             parts=("mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm.")
         ),
         renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
@@ -298,8 +303,10 @@ _MOE_ROWS = (
         "minimax_m3_vl",
         BLOCK_SPARSE,
         keeps=("fp8 mx",),
-        extras=Extras(prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")),
-        drops=Extras(prefixes=("model.vision_tower.", "model.multi_modal_projector.")),
+        dropped_upstream=Extras(
+            prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
+        ),
+        dropped_here=Extras(prefixes=("model.vision_tower.", "model.multi_modal_projector.")),
         renames=(
             *LIFTED,
             (r"\.mlp\.gate\.e_score_correction_bias$", ".block_sparse_moe.e_score_correction_bias"),
@@ -320,8 +327,8 @@ _MOE_ROWS = (
     *(
         _moe(
             module,
-            extras=Extras(prefixes=("model.mtp",)),
-            drops=Extras(surplus=True),
+            dropped_upstream=Extras(prefixes=("model.mtp",)),
+            dropped_here=Extras(beyond_experts=True),
             translations=(cfg.ROPE, cfg.LONGCAT),
             cache=Cache(attentions=2),
         )
@@ -329,7 +336,9 @@ _MOE_ROWS = (
     ),
     _moe("afmoe", PLAIN, translations=_ROPE),
     _moe("Klear", PLAIN),
-    _moe("exaone_moe", extras=Extras(prefixes=("mtp.",)), translations=(cfg.IS_MOE_LAYER,)),
+    _moe(
+        "exaone_moe", dropped_upstream=Extras(prefixes=("mtp.",)), translations=(cfg.IS_MOE_LAYER,)
+    ),
     _moe(
         "hunyuan",
         STANDARD,
@@ -342,30 +351,30 @@ _MOE_ROWS = (
     _deepseek("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), keeps=_INT4),
     _deepseek(
         "mimo_v2_flash",
-        drops=Extras(prefixes=("model.mtp",)),
+        dropped_here=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
         translations=(own.MIMO,),
     ),
-    _moe("bailing_hybrid", extras=BEYOND),
+    _moe("bailing_hybrid", dropped_upstream=BEYOND),
     _moe("bailing_moe"),
     _moe("bailing_moe_linear"),
-    _moe("bailing_moe_v3", extras=BEYOND | Extras(parts=("mtp.",))),
-    _moe("muse_spark", Moe(target="mlp.experts", reads=(COMBINED,)), keeps=("nvfp4",)),
+    _moe("bailing_moe_v3", dropped_upstream=BEYOND | Extras(parts=("mtp.",))),
+    _moe("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
     _moe(
         "phixtral",
         Moe(
             sources=("moe.mlp",),
             target="moe.switch_mlp",
             spelling=("fc1", "fc2"),
-            into=(("up", "fc1"), ("down", "fc2")),
+            projections=(("up", "fc1"), ("down", "fc2")),
         ),
     ),
     _moe(
         "step3p5",
-        Moe(sources=("moe", "moe.experts", "mlp.experts"), reads=()),
+        Moe(sources=("moe", "moe.experts", "mlp.experts"), stacks=()),
         w.NORM_SHIFT,
-        extras=BEYOND | Extras(parts=(".mtp",)),
-        drops=Extras(
+        dropped_upstream=BEYOND | Extras(parts=(".mtp",)),
+        dropped_here=Extras(
             prefixes=tuple(
                 prefix + tower
                 for prefix in ("", "model.")
@@ -378,7 +387,7 @@ _MOE_ROWS = (
             (r"\.mlp\.gate\.e_score_correction_bias$", ".moe.router_bias"),
             (r"\.mlp\.shared_experts\.", ".share_expert."),
         ),
-        arithmetic=Arithmetic(("norm.weight",), "router"),
+        norm_shift=NormShift(("norm.weight",), "router"),
         model_types=("step3p7",),
         translations=(own.STEP3,),
     ),
@@ -390,7 +399,11 @@ _DENSE_ROWS = (
     *(_row(m, w.FP8, translations=_ROPE) for m in ("stablelm", "ernie4_5", "starcoder2")),
     _row("gemma2", w.FP8, translations=_ROPE, cache=Cache(ignores_window=True)),
     *(_row(m, w.FP8) for m in ("qwen3", "youtu_llm")),
-    _row("qwen3_vl", w.FP8, extras=Extras(prefixes=("visual", "model.visual", "vision_tower"))),
+    _row(
+        "qwen3_vl",
+        w.FP8,
+        dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+    ),
     _row("olmo3", w.FP8, translations=(own.OLMO3_ROPE,)),
     _row(
         "minicpm3",
@@ -401,12 +414,14 @@ _DENSE_ROWS = (
     _row(
         "muse_glimmer",
         w.FP8,
-        drops=Extras(
+        dropped_here=Extras(
             prefixes=("model.vision_tower.", "model.vision_adapter.", "model.vision_projection.")
         ),
     ),
     _row("ministral3", w.MINISTRAL_FP8),
-    _row("mistral3", w.MINISTRAL_FP8, w.OTHER_LAYOUTS, moe=MISTRAL_4, extras=MISTRAL_VISION),
+    _row(
+        "mistral3", w.MINISTRAL_FP8, w.OTHER_LAYOUTS, moe=MISTRAL_4, dropped_upstream=MISTRAL_VISION
+    ),
     _row("exaone4", w.FP8, translations=(cfg.ROPE, cfg.HEAD_DIM, own.EXAONE4_PATTERN)),
     _row("cohere2", w.FP8, translations=(cfg.ROPE, cfg.WINDOW_PATTERN)),
     _row("hunyuan_v1_dense", w.FP8, translations=(cfg.ROPE, own.HUNYUAN_ROPE)),
@@ -417,8 +432,8 @@ _DENSE_ROWS = (
     _row(
         "gemma3",
         w.FP8,
-        extras=Extras(prefixes=("vision_tower", "multi_modal_projector")),
-        drops=Extras(prefixes=("model.vision_tower", "model.multi_modal_projector")),
+        dropped_upstream=Extras(prefixes=("vision_tower", "multi_modal_projector")),
+        dropped_here=Extras(prefixes=("model.vision_tower", "model.multi_modal_projector")),
         renames=LIFTED,
         translations=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN, cfg.VOCAB_SIZE),
     ),

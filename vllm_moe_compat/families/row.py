@@ -87,18 +87,18 @@ class Moe:
     Attributes:
         sources: paths of the experts in a checkpoint's layer; empty for the layer itself.
         target: path of the stacked experts in the module's layer.
-        reads: the forms that its ``sanitize`` brings there by itself.
+        stacks: the forms that its ``sanitize`` brings there by itself.
         spelling: what the projections are called where it does: gate, up, down.
-        into: part → name of the stacked projection.
+        projections: part → name of the stacked projection.
         transposed: how combined experts lie where the shapes allow both readings.
         interleaved: whether gate and up take turns in combined experts.
     """
 
     sources: tuple[str, ...] = ("mlp.experts",)
     target: str = "mlp.switch_mlp"
-    reads: tuple[str, ...] = (PER_EXPERT,)
+    stacks: tuple[str, ...] = (PER_EXPERT,)
     spelling: tuple[str, ...] = GLU
-    into: tuple[tuple[str, str], ...] = (
+    projections: tuple[tuple[str, str], ...] = (
         ("gate", "gate_proj"),
         ("up", "up_proj"),
         ("down", "down_proj"),
@@ -121,11 +121,11 @@ class Moe:
     @property
     def gated(self) -> bool:
         """Whether experts have a gate projection besides up and down."""
-        return len(self.into) == 3
+        return len(self.projections) == 3
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
+class NormShift:
     """Norms that checkpoints store less 1 and ``sanitize`` adds 1 to.
 
     It does so in the checkpoint's dtype, and only if it finds what it takes for the
@@ -165,9 +165,9 @@ class Row:
         module: its import path; the class is its ``Model``.
         workarounds: what is done for it, and until when.
         moe: its experts' convention; None for a dense module.
-        extras: names that its ``sanitize`` drops.
-        drops: extras that it does not drop and the executor must.
-        arithmetic: what it computes with.
+        dropped_upstream: names that its ``sanitize`` drops.
+        dropped_here: extras that it does not drop and the executor must.
+        norm_shift: what it computes with.
         renames: patterns of names that it does not know, and what it calls them.
         splits: ends of fused tensors' names → the ends of their equal parts.
         digests: kinds of stored numbers that its ``sanitize`` turns into floats, in
@@ -185,9 +185,9 @@ class Row:
     module: str
     workarounds: tuple[Workaround, ...] = ()
     moe: Moe | None = None
-    extras: Extras = field(default_factory=Extras)
-    drops: Extras = field(default_factory=Extras)
-    arithmetic: Arithmetic | None = None
+    dropped_upstream: Extras = field(default_factory=Extras)
+    dropped_here: Extras = field(default_factory=Extras)
+    norm_shift: NormShift | None = None
     renames: tuple[tuple[str, str], ...] = ()
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
     digests: tuple[str, ...] = ()
@@ -201,4 +201,4 @@ class Row:
     @property
     def ignored(self) -> Extras:
         """All names that play no part in the model, whoever drops them."""
-        return self.extras | self.drops
+        return self.dropped_upstream | self.dropped_here

@@ -66,7 +66,7 @@ def _wanted(moe: Moe, found: Collection[str]) -> list[str]:
     """Return the parts that there must be, gate and up together or apart as they are."""
     apart = any(part in found for part in ("gate", "up"))
     fused = moe.gated and ("gate_up" in found or not apart)
-    wanted = ["gate_up", "down"] if fused else [part for part, _ in moe.into]
+    wanted = ["gate_up", "down"] if fused else [part for part, _ in moe.projections]
     biases = {part.removesuffix(".bias") for part in found if part.endswith(".bias")}
     return wanted + [f"{part}.bias" for part in wanted if biases]
 
@@ -96,7 +96,7 @@ def _per_expert(
     shapes: dict[str, tuple[int, ...]] = {}
     for part in wanted:
         role, _, bias = part.partition(".")
-        projection = f"{words.get(role, dict(moe.into).get(role, role))}.{bias or 'weight'}"
+        projection = f"{words.get(role, dict(moe.projections).get(role, role))}.{bias or 'weight'}"
         names = block.per_expert.get(part, {})
         if not names:
             yield Finding(f"{block.path}.*.{projection}", "is missing for all experts", "one each")
@@ -182,7 +182,7 @@ def _combined(
         if part not in block.combined:
             role, _, bias = part.partition(".")
             spelled = next((s for s in sorted(block.spelling) if PROJECTIONS[s] == role), None)
-            name = spelled or {"gate_up": "gate_up_proj"}.get(role) or dict(moe.into)[role]
+            name = spelled or {"gate_up": "gate_up_proj"}.get(role) or dict(moe.projections)[role]
             name = f"{block.path}.{name}{'_bias' if bias else ''}"
             yield Finding(name, "is missing", "it beside the other one")
             return

@@ -30,7 +30,7 @@ def norms(
         What the plan does to which tensor; which half-precision tensors upstream will
         compute with; whether upstream does nothing at all beyond.
     """
-    rule = row.arithmetic
+    rule = row.norm_shift
     if rule is None:
         return [], (), False
     found = [

@@ -130,7 +130,7 @@ def make_plan(
     # Layer by layer; stable, so inside a layer the order stays.
     order = {layer: n for n, layer in enumerate(dict.fromkeys(b.layer for b in builds))}
     builds.sort(key=lambda build: order[build.layer])
-    drops = row.ignored if early else row.drops
+    drops = row.ignored if early else row.dropped_here
     return Plan(
         module=row.module,
         words=layout.words,
@@ -195,7 +195,7 @@ def _stack(
     source = moe.source_of(block.path)
     assert source is not None, "check_experts has refused it"
     root = (block.path.removesuffix(source) if source else f"{block.path}.") + moe.target
-    into = dict(moe.into)
+    into = dict(moe.projections)
     # Gate, up and down of a layer lie alike.
     transposed = bool(block.combined) and lies_transposed(moe, block, layout, config)
     groups: list[tuple[str, tuple[str, ...], tuple[Op, ...]]] = [

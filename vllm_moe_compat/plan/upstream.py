@@ -15,14 +15,14 @@ def digests_block(moe: Moe, block: ExpertBlock, layout: Layout) -> bool:
     if not at_home or block.packed or not block.spelling <= {*moe.spelling, "gate_up_proj"}:
         return False
     if block.per_expert:
-        return PER_EXPERT in moe.reads and "gate_up" not in block.per_expert
+        return PER_EXPERT in moe.stacks and "gate_up" not in block.per_expert
     shapes = [
         layout.weights[block.combined[p]].shape for p in ("gate_up", "down") if p in block.combined
     ]
     if len(shapes) < 2:
         return False
     form = TRANSPOSED if is_transposed(*shapes) else COMBINED
-    return form in moe.reads
+    return form in moe.stacks
 
 
 def digests_numbers(row: Row, layout: Layout) -> bool:

@@ -148,12 +148,12 @@ def _nested_vision(family: Family, row: Row) -> Made:
 
 def _narrow_norms(family: Family, row: Row) -> Made:
     """Store norms in bfloat16 and everything else in float32."""
-    if row.arithmetic is None:
+    if row.norm_shift is None:
         return None
     tensors = dict(family.release.values())
     stored = _floats(tensors)
     for name, value in tensors.items():
-        if name.endswith(row.arithmetic.suffixes):
+        if name.endswith(row.norm_shift.suffixes):
             stored[name] = _encode(value, "BF16")
     return family.release, stored, _config(family.release)
 

@@ -120,10 +120,10 @@ def plan_rewrite(
             f"{row.module} keeps this checkpoint's {layout.words} packed, where floats or block "
             "FP8 were expected; start from a bf16 or FP8 release of the model."
         )
-    moe = replace(row.moe, reads=()) if row.moe is not None else None
+    moe = replace(row.moe, stacks=()) if row.moe is not None else None
     there = make_plan(
         layout,
-        replace(row, moe=moe, digests=(), arithmetic=None),
+        replace(row, moe=moe, digests=(), norm_shift=None),
         config,
         split=True,
         exact=True,
@@ -170,7 +170,7 @@ def _parts(row: Row, layout: Layout, there: Plan) -> dict[str, dict[tuple[str, s
     }
     made = {name for build in there.builds for name in build.weights}
     shapes |= {name: layout.tensors[name].shape for name in sources - made}
-    into = {name: part for part, name in row.moe.into}
+    into = {name: part for part, name in row.moe.projections}
     homes = "|".join(map(re.escape, _homes(row.moe)))
     pattern = re.compile(rf"(|.*\.)(?:{homes})\.({'|'.join(into)})\.(weight|bias)")
     found: dict[str, dict[tuple[str, str], Part]] = {}
@@ -314,7 +314,7 @@ def _others(
 
 def _shifts(layout: Layout, row: Row, wanted: WrittenLayout) -> list[tuple[str, Op]]:
     """Return what happens to norms that are stored less 1 unless experts are stacked."""
-    if row.arithmetic is None or row.arithmetic.mark != "per-expert" or not layout.experts:
+    if row.norm_shift is None or row.norm_shift.mark != "per-expert" or not layout.experts:
         return []
     before, after = bool(layout.experts[0].stacked), wanted.experts == STACKED
     if before == after:

@@ -85,7 +85,7 @@ def builds_of(
         UnsupportedCheckpointError: experts of this module cannot be written so.
     """
     kinds = [kind for kind in ("weight", "bias") if any(key[1] == kind for key in parts)]
-    into = dict(moe.into)
+    into = dict(moe.projections)
     if layout.experts == STACKED:
         for (part, kind), stacked in parts.items():
             name = f"{prefix}{moe.target}.{into[part]}.{kind}"
@@ -167,11 +167,11 @@ def _home(layout: WrittenLayout, moe: Moe) -> str:
 
 
 def _spelling(layout: WrittenLayout, moe: Moe) -> tuple[str, ...]:
-    """Return the projections' names in the order of ``moe.into``."""
-    count = len(moe.into)
+    """Return the projections' names in the order of ``moe.projections``."""
+    count = len(moe.projections)
     names = layout.spelling or (GLU if _linear(moe) else moe.spelling[:3])
     found = tuple(names[len(names) - count :]) if len(names) >= count else ()
-    meant = [part for part, _ in moe.into]
+    meant = [part for part, _ in moe.projections]
     if [PROJECTIONS.get(name) for name in found] != meant:
         raise SettingError(f"spelling is {names}, where names of {', '.join(meant)} were expected.")
     return found
