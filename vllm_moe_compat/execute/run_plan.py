@@ -30,7 +30,7 @@ def describe(weights: Mapping[str, Any]) -> dict[str, TensorInfo]:
     }
 
 
-def execute(
+def run_plan(
     plan: Plan,
     weights: MutableMapping[str, mx.array],
     dtype: str,

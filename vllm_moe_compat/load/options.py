@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_moe_compat.plan.serving import Serving, serving
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.execute.quantize import Executor
+    from vllm_moe_compat.execute.quantize import LoadExecutor
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -28,7 +28,7 @@ class LoadOptions:
         dtype: the dtype that serves: dequantised weights get it, unless the user has set
             another; None where nothing serves.
         hooks: whether our hooks do anything, or only call on.
-        executor: makes the tensors in place of ``execute.quantize.execute``; None for the
+        executor: makes the tensors in place of ``execute.quantize.load_quantized``; None for the
             usual way.
         progress: whether long loads show a bar.
         record: whether the load counts as the process's last one.
@@ -36,7 +36,7 @@ class LoadOptions:
 
     dtype: str | None = None
     hooks: bool = True
-    executor: Executor | None = None
+    executor: LoadExecutor | None = None
     progress: bool = True
     record: bool = True
 

@@ -49,9 +49,13 @@ def run_load(
     """
     import mlx.core as mx
 
-    from vllm_moe_compat.execute import quantize
-    from vllm_moe_compat.execute.quantization_policy import Choices, held, saved
-    from vllm_moe_compat.execute.run_plan import execute
+    from vllm_moe_compat.execute.quantization_policy import (
+        QuantizationPolicy,
+        bytes_by_format,
+        bytes_saved,
+    )
+    from vllm_moe_compat.execute.quantize import QuantizedLoad, load_quantized
+    from vllm_moe_compat.execute.run_plan import run_plan
 
     start = time.perf_counter()
     serving = serving_here() if load is None else load.planned.serving
@@ -69,21 +73,25 @@ def run_load(
         dtype = serving.dtype if plan.dequantized else serving.kept_dtype
         files = {name: info.file for name, info in tensors.items()}
         with bar(sum(len(build.weights) for build in plan.builds)) as done:
-            execute(plan, weights, dtype or "bfloat16", files, done)
+            run_plan(plan, weights, dtype or "bfloat16", files, done)
         seconds = time.perf_counter() - start
         sanitized = sanitize(weights)
-        choices = Choices()
+        policy = QuantizationPolicy()
         if not plan.dequantized:
             dtype = None
     else:
         spare = spared(load.planned.original, setting)
         packing = QUANTIZE_SETTINGS.get(setting)
-        job = quantize.Job(plan, tensors, packing, spare, serving.dtype, serving.packed_dtype)
+        quantized = QuantizedLoad(
+            plan, tensors, packing, spare, serving.dtype, serving.packed_dtype
+        )
         with bar(0 if executor else len(weights)) as done:
-            sanitized, choices = (executor or quantize.execute)(job, weights, sanitize, model, done)
+            sanitized, policy = (executor or load_quantized)(
+                quantized, weights, sanitize, model, done
+            )
         if packing is not None:
             # ``load_model`` goes on with this very dict, and packs its modules by it.
-            load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
+            load.config["quantization"].update({p: o.config for p, o in policy.overrides.items()})
         seconds = time.perf_counter() - start
         dtype = serving.packed_dtype
     return sanitized, LoadReport(
@@ -97,12 +105,12 @@ def run_load(
         dtype=dtype,
         seconds=seconds,
         setting=setting,
-        quantized=len(choices.formats),
-        odd=len(choices.odd),
-        spared=len(choices.spared),
+        quantized=len(policy.formats),
+        odd=len(policy.odd),
+        spared=len(policy.spared),
         read=read,
-        held=held(sanitized, choices),
-        saved=saved(sanitized, choices),
+        held=bytes_by_format(sanitized, policy),
+        saved=bytes_saved(sanitized, policy),
         peak=mx.get_peak_memory() - before if works else 0,
     )
 
