@@ -32,7 +32,7 @@ def row(module: str) -> Any:
 def test_rows_are_found_by_their_module():
     assert list(TRANSFORMS_BY_MODULE) == [row.module for row in ROWS]
     assert row("qwen3_5").moe is None
-    assert row("qwen3_5_moe").moe == Moe(reads=("combined",))
+    assert row("qwen3_5_moe").moe == Moe(stacks=("combined",))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)

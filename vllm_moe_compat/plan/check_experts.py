@@ -37,8 +37,8 @@ def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterat
         if block.packed:
             yield from _packed(layout, block)
             continue
-        if len(block.forms) > 1:
-            forms = ", ".join(block.forms)
+        if len(block.layouts) > 1:
+            forms = ", ".join(block.layouts)
             yield Finding(block.path, f"has its experts twice ({forms})", "one layout", rank=0)
         elif (block.per_expert or block.combined) and row.moe.source_of(block.path) is None:
             homes = " or ".join(row.moe.sources)
@@ -47,7 +47,7 @@ def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterat
             yield from _per_expert(layout, row.moe, block, hidden)
         elif block.combined:
             yield from _combined(layout, row.moe, block, config)
-        for name in block.other:
+        for name in block.unrecognized:
             yield _unsupported(name, "is in none of the known forms of experts", "an expert weight")
 
 

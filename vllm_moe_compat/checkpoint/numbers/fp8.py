@@ -1,18 +1,18 @@
-"""FP8: E4M3 weights and the scales that they are multiplied by.
+"""FP8: E4M3 weights and the scales that multiply them.
 
-Every published variant is one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by
-factors, each of which covers a block of rows and columns. The variants differ in the
-block (128x128, a whole row, the whole tensor), in the scale's name and in whether the
-scale is stored as a float or as an E8M0 exponent. Only the last two axes count, so the
-rule is the same for 3-D combined and for stacked experts.
+All published variants follow one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by scales,
+each of which covers a block of rows and columns. Variants differ in the block (128x128, a
+whole row, the whole tensor), in the scale's name, and in the scale's dtype (float or E8M0
+exponent). Only the last two axes count, so the rule is the same for combined and stacked
+experts.
 
-Names: ``weight_scale_inv`` is DeepSeek's and Qwen's, ``weight_scale`` that of
-compressed-tensors and ModelOpt, ``.scale`` DeepSeek's newest.
+Names: ``weight_scale_inv`` in DeepSeek's and Qwen's releases, ``weight_scale`` in those of
+compressed-tensors and ModelOpt, ``.scale`` in DeepSeek's newest.
 
-A weight read without its scale gives small integers, and with a wrong grid plausible
-nonsense; both would load. Where the config names no block, 128x128 is taken if every
-grid fits it, and refused otherwise: a grid does not tell its block (192 rows with 2
-scales may be blocks of 96 or of 128).
+A weight without its scale would load as small integers, a wrong grid as plausible nonsense. If
+the config names no block, the block is 128x128, and a scale whose grid does not fit that is
+refused: a grid does not determine its block (192 rows with 2 scales may be blocks of 96 or of
+128).
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Fp8Tensors(FoundNumbers):
     Attributes:
         form: FP8.
         tensors: all tensors, for shapes and dtypes.
-        blocks: rows and columns under one scale, as the config names them.
-        weights: weight → itself and its scale.
+        blocks: rows and columns under one scale, by the config.
+        weights: weight → its tensor and its scale.
         bare: FP8 weights without a scale.
-        orphans: scales whose weight is missing.
-        plain: scale → its weight, where that is not FP8.
+        orphans: scales without a weight.
+        plain: scale → its weight, if the weight is not FP8.
         unused: scales of activations and of KV caches.
-        alike: weights by what tells them apart.
+        alike: dtypes, shapes and naming → the weights that share them.
     """
 
     form: NumberForm
@@ -92,7 +92,7 @@ class Fp8Tensors(FoundNumbers):
         return self.weights[weight].parts[0][1]
 
     def logical(self, weight: str) -> TensorInfo:
-        """Describe a weight: as its tensor is."""
+        """Describe a weight, which has the shape of its tensor."""
         return self.tensors[weight]
 
     def stray(self) -> Collection[str]:
@@ -100,18 +100,18 @@ class Fp8Tensors(FoundNumbers):
         return self.bare
 
     def block_of(self, weight: Shape, scale: Shape) -> Block | None:
-        """Return the rows and columns under one factor; None where the shapes do not fit."""
+        """Return the rows and columns under one scale; None if the shapes do not fit."""
         return block_of(weight, scale, self.blocks)
 
     def dequantize(self, weight: str) -> DequantizeFp8:
-        """Return the product of a weight with its scale."""
+        """Return the operation that multiplies a weight by its scale."""
         scale = self.tensors[self.scale_of(weight)]
         block = self.block_of(self.tensors[weight].shape, scale.shape)
         assert block is not None, "findings has refused it"
         return DequantizeFp8(block, scale.dtype in _E8M0)
 
     def findings(self) -> Iterator[Finding]:
-        """Yield FP8 weights whose scale is missing or does not fit, and stray scales."""
+        """Yield weights whose scale is missing or does not fit, and scales without a weight."""
         for name in self.bare:
             expected = f"{name.rpartition('.')[2]}_scale_inv"
             yield Finding(name, "is FP8 without a scale", expected, rank=1, topic="fp8")
@@ -151,11 +151,11 @@ class Fp8Tensors(FoundNumbers):
         )
 
     def kinds(self) -> list[frozenset[str]]:
-        """Return the kinds of each group of like weights.
+        """Return the kinds of each group of similar weights.
 
-        ``fp8`` is any; ``fp8 block 128`` a 2-D weight in blocks of 128x128 and ``fp8
-        tensor`` one with a single scale, both with float ``…_scale_inv``; ``fp8 mx`` has an
-        E8M0 exponent per 32 columns.
+        Every group is ``fp8``. ``fp8 block 128`` is a 2-D weight in blocks of 128x128, ``fp8
+        tensor`` a weight with a single scale, both with a float ``…_scale_inv``. ``fp8 mx`` has
+        one E8M0 exponent per 32 columns.
         """
         return list(map(self._kinds, self.alike))
 
@@ -173,7 +173,7 @@ class Fp8Tensors(FoundNumbers):
 
     @property
     def details(self) -> Details:
-        """The variants in words, and the blocks as they occur."""
+        """The variants and blocks that occur."""
         found: set[str] = set()
         blocks: set[Block] = set()
         for _, weight, _, scale, _ in self.alike:
@@ -221,7 +221,7 @@ class Fp8(NumberForm):
                 alike = info.dtype, info.shape, beside.dtype, beside.shape, inverse
                 found.alike.setdefault(alike, []).append(name)
             elif name.endswith((_INVERSE, "weight_scale")):
-                # Nearly all scales have their weight beside them: look there first.
+                # Nearly all scales have their weight beside them: a fast path.
                 weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
                 if weight is None or weight.dtype not in _DTYPES:
                     _look_for_weight(name, tensors, found)
@@ -233,10 +233,10 @@ class Fp8(NumberForm):
         return found
 
     def infer(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Name as E4M3 the weights that MLX's loader calls ``uint8`` (``U8``).
+        """Give FP8 weights that MLX's loader reports as ``uint8`` (``U8``) the dtype E4M3.
 
-        A ``uint8`` weight is FP8 when its scale is ``_scale_inv`` or a float, and also
-        when it has none of any kind: packed 4-bit formats always have one.
+        A ``uint8`` weight is FP8 if its scale is named ``_scale_inv`` or has a float dtype, or
+        if it has no scale: weights in packed 4-bit formats always have one.
         """
         return {
             name: replace(info, dtype="F8_E4M3")
@@ -262,7 +262,7 @@ def _unsupported(name: str, found: str) -> Finding:
 
 
 def _look_for_weight(scale: str, tensors: Mapping[str, TensorInfo], found: Fp8Tensors) -> None:
-    """List a scale whose weight is missing or not FP8; scales of 4-bit formats are not ours."""
+    """Record a scale whose weight is missing or not FP8; skip scales of 4-bit formats."""
     inverse = scale.endswith(_INVERSE)
     weight = scale.removesuffix(_INVERSE if inverse else "_scale")
     weight = weight if weight in tensors or inverse else weight.removesuffix("_weight")
@@ -288,15 +288,16 @@ def _is_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | None:
-    """Return the rows and columns that one factor of a scale covers.
+    """Return the rows and columns that one scale covers.
 
     Args:
         weight: shape ``[…, O, I]``.
-        scale: shape of its scale: nothing, ``[O, 1]``, ``[O]``, a grid; per expert or not.
-        blocks: as the config names them; without any, 128x128 is tried.
+        scale: shape of its scales: ``[]``, ``[O, 1]``, ``[O]``, ``[1, I]`` or a grid, with or
+            without the weight's leading axes.
+        blocks: the config's; 128x128 if empty.
 
     Returns:
-        None where the shapes do not fit each other.
+        The block; None if the shapes do not fit each other.
     """
     if len(weight) < 2:
         return None
@@ -318,13 +319,13 @@ def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | 
 
 
 def block_sizes(config: Mapping[str, Any]) -> tuple[Block, ...]:
-    """Return the rows and columns that share one scale, for every block that is named.
+    """Return the rows and columns that share one scale, for every block in the config.
 
-    ``weight_block_size`` is the hub's; compressed-tensors names ``block_structure``,
-    or a ``group_size`` along the columns, per group of layers.
+    DeepSeek's and Qwen's releases have ``weight_block_size``. compressed-tensors has
+    ``block_structure``, or a ``group_size`` along the columns, per group of layers.
 
     Raises:
-        LayoutError: a block that is not two positive whole numbers.
+        LayoutError: a block is not two positive whole numbers.
     """
     found: list[Block] = []
     for entry in quantization_configs(config):
