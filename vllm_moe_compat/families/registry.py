@@ -26,8 +26,8 @@ _BY_MODEL_TYPE["hunyuan_v1_moe"] = TRANSFORMS_BY_MODULE["mlx_lm.models.hunyuan"]
 def row_for(model_class: type) -> Row | None:
     """Return the row that covers the class's ``sanitize``, or None.
 
-    A class that inherits its ``sanitize`` is covered by its parent's row; one
-    that overrides it is covered by a row of its own or not at all.
+    A class that inherits ``sanitize`` is covered by its parent's row; a class that overrides it
+    needs a row of its own.
     """
     for ancestor in model_class.__mro__:
         row = TRANSFORMS_BY_MODULE.get(ancestor.__module__)
@@ -39,11 +39,11 @@ def row_for(model_class: type) -> Row | None:
 
 
 def row_of_config(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Row | None:
-    """Return the row whose module a config asks for, or None.
+    """Return the row for a config's ``model_type``, or None.
 
     Args:
         config: the checkpoint's.
-        remapping: mlx-lm's own table of model types that share a module.
+        remapping: mlx-lm's table of model types whose module has another name.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -54,13 +54,20 @@ def row_of_config(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Ro
 
 
 def translate_config(row: Row, config: dict[str, Any]) -> list[str]:
-    """Put the config into the words of the row's module, in place; name what was changed."""
+    """Translate a config's settings for the row's module, in place.
+
+    Returns:
+        The ids of the translations that changed the config.
+
+    Raises:
+        UnsupportedCheckpointError: the module cannot represent a setting.
+    """
     changed = []
     if config.get("model_type") in row.model_types:
         changed.append("model_type")
         config["model_type"] = row.module.rpartition(".")[2]
-    for fix in row.translations:
+    for translation in row.translations:
         text = config.get("text_config")
-        if fix.apply(config, text if isinstance(text, dict) else config):
-            changed.append(fix.id)
+        if translation.apply(config, text if isinstance(text, dict) else config):
+            changed.append(translation.id)
     return changed
