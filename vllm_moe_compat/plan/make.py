@@ -1,8 +1,8 @@
 """The one road from a checkpoint to a plan.
 
-A folder, or headers, and a config give the registry row, the effective config, the layout,
-the plan, and every fault in the way. The load hook, ``inspect`` and ``convert`` call it,
-so what ``inspect`` says is what a load does.
+Headers and config give the registry row, the effective config, the layout, the plan, and every
+fault that prevents a load. The load hook, ``inspect`` and ``convert`` all call ``make``, so
+``inspect`` reports what a load does.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _RANKS = {0: "experts-twice", 1: "experts-gap", 2: "experts-contradict", 3: "exp
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that keeps a checkpoint from being loaded right.
+    """A fault that prevents a correct load.
 
     Attributes:
         id: the kind of fault, for programs.
-        message: the file, tensor or setting, what was found, what was expected.
-        remedy: what to do about it.
+        message: the file, tensor or setting, the finding and the expectation.
+        remedy: the way to repair it.
         error: the exception that a load raises.
-        count: how many tensors have it.
+        count: number of tensors with the fault.
     """
 
     id: str
@@ -65,12 +65,12 @@ class Headers:
     """The headers and the index of a checkpoint, as far as they can be read.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
         tensors: all tensors of the shards.
-        index: name → file, by the index; None where there is none that can be read.
-        sizes: bytes of each shard when it was read.
-        faults: what could not be read.
-        extern: whether there is an ``hf_quant_config.json``.
+        index: tensor → file by the index; None without a readable index.
+        sizes: shard → its bytes when its header was read.
+        faults: faults of shards and index.
+        extern: whether the folder has an ``hf_quant_config.json``.
     """
 
     folder: Path
@@ -83,21 +83,21 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class PlannedLoad:
-    """What is known of a load before a tensor is read.
+    """A load as planned before a tensor is read.
 
     Attributes:
         original: the config as it was read.
-        config: the effective config: the one that the module is built from.
+        config: the effective config, from which the module is built.
         translated: ids of the settings that were translated for mlx-lm.
-        module: import path of the mlx-lm module; empty where mlx-lm has none.
-        row: of the module; None where there is none.
-        reason: why there is no row.
-        headers: of the checkpoint; its ``tensors`` hold the ignored ones too.
-        layout: of the tensors; None where the config does not allow to tell.
-        plan: what is done to them; None where something is wrong or nothing is known.
-        serving: what the load is for.
-        faults: the gravest first; with any, the load is refused.
-        needs_row: tensors that mlx-lm may not load right without a row, in words.
+        module: import path of the mlx-lm module; empty if mlx-lm has none.
+        row: the module's row, or None.
+        reason: the reason for a missing row.
+        headers: the checkpoint's headers; their ``tensors`` include extra tensors.
+        layout: the checkpoint's layout; None if the config is invalid or has no module.
+        plan: the plan; None if there is a fault or no row.
+        serving: dtypes and quantisation setting of the load.
+        faults: the faults, those of files first; the load is refused if there is one.
+        needs_row: message about tensors that mlx-lm may not load correctly without a row.
     """
 
     original: Mapping[str, Any]
@@ -114,10 +114,10 @@ class PlannedLoad:
     needs_row: str = ""
 
     def refuse(self) -> None:
-        """Raise for the gravest fault.
+        """Raise for the first fault.
 
         Raises:
-            CompatError: there is one.
+            CompatError: there is a fault.
         """
         if not self.faults:
             return
@@ -127,13 +127,13 @@ class PlannedLoad:
         raise first.error(f"{first.message}{more}; {first.remedy}.")
 
     def spared(self, setting: str) -> set[str]:
-        """Return the tensors that a quantisation setting leaves as they are."""
+        """Return the names of tensors that a quantisation setting does not quantise."""
         stored = () if self.layout is None else self.layout.numbers.weights
         tensors = self.headers.tensors if self.layout is None else self.layout.tensors
         return quantization.spared_tensors(self.original, tensors, stored, setting)
 
     def unpatched(self, reason: str) -> PlannedLoad:
-        """Return the load as it is where the class of the row cannot be wrapped."""
+        """Return the load for a class that cannot be wrapped: without a row and a plan."""
         config = copy.deepcopy(dict(self.original))
         translate(config)
         assert self.layout is not None, "a row was found"
@@ -148,7 +148,7 @@ class PlannedLoad:
         )
 
     def plan_for(self, setting: str) -> Plan | None:
-        """Return the plan for another quantisation setting; None where it does not apply."""
+        """Return the plan for another quantisation setting; None if it does not apply."""
         if self.plan is None or self.row is None or self.layout is None:
             return None
         serving = replace(self.serving, setting=setting)
@@ -159,7 +159,7 @@ class PlannedLoad:
 
 
 def read_headers_of(folder: Path) -> Headers:
-    """Read headers and index of a folder; faults are listed, not raised."""
+    """Read headers and index of a folder; faults are recorded, not raised."""
     faults: list[FileFault] = []
     files = weight_files(folder)
     tensors = scan_headers(files, faults.append)
@@ -170,10 +170,13 @@ def read_headers_of(folder: Path) -> Headers:
 
 
 def translate(config: dict[str, Any]) -> tuple[str, ...]:
-    """Translate a config's keys for its mlx-lm module, in place; return what was changed.
+    """Translate a config's settings for its mlx-lm module, in place.
+
+    Returns:
+        The ids of the translations that changed the config.
 
     Raises:
-        UnsupportedCheckpointError: a setting that the module cannot represent.
+        UnsupportedCheckpointError: the module cannot represent a setting.
     """
     row = modules.row_of_config(config)
     return () if row is None else tuple(registry.translate_config(row, config))
@@ -183,9 +186,9 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
     """Plan a load.
 
     Args:
-        headers: of the checkpoint.
-        config: as it was read.
-        serving: what the load is for.
+        headers: the checkpoint's headers.
+        config: the config as it was read.
+        serving: dtypes and quantisation setting of the load.
     """
     effective = copy.deepcopy(dict(config))
     faults = [_of_file(fault) for fault in headers.faults]
@@ -200,7 +203,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
             faults += map(_of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
         elif module:
-            faults.clear()  # Files are mlx-lm's to judge then.
+            faults.clear()  # Without a row, files are left to mlx-lm.
             layout = detect(headers.tensors, {})
     except UnsupportedCheckpointError as error:
         faults.append(_of_error("config-unsupported", error))
@@ -240,17 +243,17 @@ def make_from_tensors(
     *,
     direct: bool,
 ) -> Plan:
-    """Plan for tensors that ``sanitize`` was given and no ``load_config`` announced.
+    """Plan for tensors passed to ``sanitize`` without a preceding ``load_config``.
 
     Args:
-        tensors: their descriptions.
-        row: of the class.
-        config: as far as the model instance knows it.
-        serving: what the load is for.
+        tensors: descriptions of the tensors.
+        row: the class's row.
+        config: the settings that the model instance has.
+        serving: dtypes and quantisation setting of the load.
         direct: see ``make_plan``.
 
     Raises:
-        CompatError: they cannot be loaded right.
+        CompatError: the tensors cannot be loaded correctly.
     """
     layout = detect(tensors, config, row.ignored)
     split = serving.setting != NONE
@@ -258,7 +261,7 @@ def make_from_tensors(
 
 
 def faults_of(findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]) -> Iterator[Fault]:
-    """Yield equal findings as one fault, the gravest first."""
+    """Yield one fault for each group of equal findings, the lowest rank first."""
     for first, message, count in grouped(findings, tensors):
         if first.error is UnsupportedCheckpointError:
             id = f"{first.topic}-unsupported"
@@ -274,7 +277,7 @@ def _plan(
     serving: Serving,
     tensors: Mapping[str, TensorInfo],
 ) -> tuple[Plan | None, list[Fault]]:
-    """Return the plan, or the faults that keep it from being made."""
+    """Return the plan, or the faults that prevent it."""
     try:
         findings: list[Finding] = []
         if not keeps_numbers(row, layout):
@@ -292,7 +295,7 @@ def _plan(
 def _settle_quantization(
     config: dict[str, Any], layout: Layout, plan: Plan, serving: Serving
 ) -> None:
-    """Have the config describe the weights as they will be when ``load_model`` gets them."""
+    """Make the config describe the weights that ``load_model`` receives after the plan."""
     entry = next(iter(quantization_configs(config)), None)
     packed = any(name.endswith(".scales") for name in layout.tensors)
     if serving.setting != NONE:
@@ -301,13 +304,13 @@ def _settle_quantization(
         quantization.mark_dequantized(config)
     elif entry is not None and config.get("quantization") is None:
         if "quant_method" not in entry and {"bits", "group_size"} <= entry.keys():
-            config["quantization"] = dict(entry)  # MLX's own, as some uploads have it.
+            config["quantization"] = dict(entry)  # MLX's own settings, under the other key.
         elif entry.get("quant_method") == "modelopt" and not packed and not plan.digested:
-            quantization.mark_dequantized(config)  # Of the KV cache alone: weights are floats.
+            quantization.mark_dequantized(config)  # It concerns the KV cache alone.
 
 
 def _index_faults(headers: Headers, config: Mapping[str, Any], row: Row) -> Iterator[FileFault]:
-    """Yield where the shards do not hold what the index says."""
+    """Yield the contradictions between index and shards."""
     if headers.index is None:
         return
     ignored = row.ignored.of(config)
@@ -333,7 +336,7 @@ def _already_quantized(
 def _unmapped(
     headers: Headers, layout: Layout, module: str, reason: str, serving: Serving
 ) -> Iterator[Fault]:
-    """Yield why a module that is not wrapped cannot load the checkpoint right."""
+    """Yield the faults of a load by a module that is not wrapped."""
     if reason == OWN_CODE:
         return
     if serving.setting != NONE:
@@ -350,7 +353,7 @@ def _unmapped(
         yield Fault(
             f"{layout.numbers.found[0].form.name}-unmapped",
             f"{layout.weights[weights[0]].file}: {fold(weights)} {verb} {forms}, which {module} "
-            f"takes for integers, and it cannot be patched, since {reason}",
+            f"reads as integers, and it cannot be patched, since {reason}",
             "load a bf16 release of the model instead",
             UnsupportedCheckpointError,
             len(weights),
@@ -358,7 +361,7 @@ def _unmapped(
 
 
 def _needs_row(layout: Layout) -> str:
-    """Name the tensors that mlx-lm may not load right without a row; empty for none."""
+    """Name the tensors that mlx-lm may not load correctly without a row; empty for none."""
     parts = [
         f"{len(found.weights) + len(found.stray()):,} {found.form.name.upper()} weights"
         for found in layout.numbers.found
