@@ -191,7 +191,7 @@ def ropes(model: Any) -> list[Any]:
     return [layer.self_attn.rope for layer in model.layers]
 
 
-IGNORED = "ignores rope_scaling; its rotary embeddings were scaled by the config"
+IGNORED = "ignores rope_scaling; its rotary embeddings were replaced by scaled ones"
 
 
 @pytest.mark.usefixtures("_hooks")

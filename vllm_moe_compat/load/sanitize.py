@@ -1,7 +1,7 @@
-"""One load, from the loader's dict to its report.
+"""Run one load, from the loader's dict to the report.
 
-The plan is carried out on the tensors and upstream's ``sanitize`` goes on; or, where weights
-are quantised while loading, ``sanitize`` runs on stand-ins first (``execute.quantize``).
+The plan runs on the tensors, then upstream's ``sanitize``. If weights are quantised while
+loading, ``sanitize`` runs first, on stand-ins (``execute.quantize``).
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def run_load(
     weights: dict[str, Any],
     sanitize: Sanitize,
 ) -> tuple[Any, LoadReport]:
-    """Carry the plan out and sanitize; or both at once, packing tensors as they are made.
+    """Run the plan and ``sanitize``; return the sanitized weights and the report.
 
     Args:
-        row: of the class that is being loaded.
-        load: the context that ``load_config`` left; None where nobody called it.
+        row: row of the class that is loaded.
+        load: the context of the ``load_config`` hook; None if ``load_config`` was not called.
         model: the instance.
         weights: the loader's dict, changed in place.
-        sanitize: upstream's, corrected where the row says so.
+        sanitize: upstream's, with the row's ``sanitize_wrapper`` if it has one.
 
     Raises:
-        CompatError: before anything in ``weights`` was changed, or with all of it released.
+        CompatError: the load failed; ``weights`` is unchanged or empty.
     """
     import mlx.core as mx
 
@@ -69,7 +69,7 @@ def run_load(
     executor = load_options().executor
     dtype: str | None
     if load is None or (setting == NONE and executor is None):
-        # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
+        # A checkpoint without dequantised weights keeps its dtype unless one was set.
         dtype = serving.dtype if plan.dequantized else serving.kept_dtype
         files = {name: info.file for name, info in tensors.items()}
         with bar(sum(len(build.weights) for build in plan.builds)) as done:
@@ -90,7 +90,7 @@ def run_load(
                 quantized, weights, sanitize, model, done
             )
         if packing is not None:
-            # ``load_model`` goes on with this very dict, and packs its modules by it.
+            # ``load_model`` uses this dict to quantise its modules.
             load.config["quantization"].update({p: o.config for p, o in policy.overrides.items()})
         seconds = time.perf_counter() - start
         dtype = serving.packed_dtype
@@ -118,7 +118,7 @@ def run_load(
 def _plan(
     row: Row, load: LoadContext | None, model: Any, weights: dict[str, Any], serving: Serving
 ) -> tuple[Plan, dict[str, TensorInfo], str | None]:
-    """Return the plan for these tensors, their descriptions, and the folder they are from."""
+    """Return the plan for these tensors, their descriptions, and their folder if known."""
     from vllm_moe_compat.execute.run_plan import describe
 
     given = describe(weights)
@@ -127,14 +127,14 @@ def _plan(
         return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
     tensors = infer_dtypes(given)
     if load is None:
-        # Nothing was announced: load_model cannot be told to quantise its modules.
+        # Without load_config, load_model would not quantise its modules.
         serving = dataclasses.replace(serving, setting=NONE)
     plan = make_from_tensors(tensors, row, _config_of(model), serving, direct=load is None)
     return plan, tensors, None
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    """Return the config as far as a model instance knows it."""
+    """Return the settings that a model instance has of its config."""
     args = getattr(model, "args", None)
     if dataclasses.is_dataclass(args) and not isinstance(args, type):
         return {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
