@@ -8,56 +8,40 @@ fault that prevents a load. The load hook, ``inspect`` and ``convert`` all call 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.files import FileFault
-from vllm_moe_compat.checkpoint.findings import Finding, grouped
+from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
 from vllm_moe_compat.checkpoint.index import contradictions, read_index
 from vllm_moe_compat.checkpoint.layout import Layout, detect
-from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import (
     CheckpointFileError,
-    CompatError,
     LayoutError,
     UnsupportedCheckpointError,
 )
 from vllm_moe_compat.families import modules, registry
-from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
+from vllm_moe_compat.plan.faults import (
+    Fault,
+    already_quantized,
+    faults_of,
+    needs_row,
+    of_error,
+    of_file,
+    unmapped,
+)
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planner import Plan, make_plan
 from vllm_moe_compat.plan.serving import NONE, Serving
 from vllm_moe_compat.plan.upstream import keeps_numbers
-
-_RANKS = {0: "experts-twice", 1: "experts-gap", 2: "experts-contradict", 3: "experts-unlike"}
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A fault that prevents a correct load.
-
-    Attributes:
-        id: the kind of fault, for programs.
-        message: the file, tensor or setting, the finding and the expectation.
-        remedy: the way to repair it.
-        error: the exception that a load raises.
-        count: number of tensors with the fault.
-    """
-
-    id: str
-    message: str
-    remedy: str
-    error: type[CompatError]
-    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +121,17 @@ class PlannedLoad:
         config = copy.deepcopy(dict(self.original))
         translate(config)
         assert self.layout is not None, "a row was found"
+        folder, layout, serving = self.headers.folder, self.layout, self.serving
         return replace(
             self,
             config=config,
             row=None,
             reason=reason,
             plan=None,
-            needs_row=_needs_row(self.layout),
-            faults=tuple(_unmapped(self.headers, self.layout, self.module, reason, self.serving)),
+            needs_row=needs_row(layout),
+            faults=tuple(
+                unmapped(self.headers.folder, self.layout, self.module, reason, self.serving)
+            ),
         )
 
     def plan_for(self, setting: str) -> Plan | None:
@@ -152,7 +139,8 @@ class PlannedLoad:
         if self.plan is None or self.row is None or self.layout is None:
             return None
         serving = replace(self.serving, setting=setting)
-        if any(_already_quantized(self.headers, self.original, self.layout, serving)):
+        folder, extern = self.headers.folder, self.headers.extern
+        if any(already_quantized(folder, self.original, self.layout, serving, extern=extern)):
             return None
         split, exact = setting != NONE, serving.exact
         return make_plan(self.layout, self.row, self.config, split=split, exact=exact)
@@ -191,29 +179,29 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         serving: dtypes and quantisation setting of the load.
     """
     effective = copy.deepcopy(dict(config))
-    faults = [_of_file(fault) for fault in headers.faults]
+    faults = [of_file(fault) for fault in headers.faults]
     translated: tuple[str, ...] = ()
-    layout, plan, needs_row = None, None, ""
+    layout, plan, unsafe = None, None, ""
     module, row, reason = "", None, ""
     try:
         translated = translate(effective)
         found = modules.find(effective)
         module, row, reason = found.path, found.row, found.reason
         if row is not None:
-            faults += map(_of_file, _index_faults(headers, effective, row))
+            faults += map(of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
         elif module:
             faults.clear()  # Without a row, files are left to mlx-lm.
             layout = detect(headers.tensors, {})
     except UnsupportedCheckpointError as error:
-        faults.append(_of_error("config-unsupported", error))
+        faults.append(of_error("config-unsupported", error))
     except LayoutError as error:
-        faults.append(_of_error("config-number", error))
+        faults.append(of_error("config-number", error))
     if layout is not None and row is None:
-        needs_row = _needs_row(layout)
-        faults += _unmapped(headers, layout, module, reason, serving)
+        unsafe = needs_row(layout)
+        faults += unmapped(headers.folder, layout, module, reason, serving)
     elif layout is not None and row is not None:
-        faults += _already_quantized(headers, config, layout, serving)
+        faults += already_quantized(headers.folder, config, layout, serving, extern=headers.extern)
         plan, found_faults = _plan(layout, row, effective, serving, headers.tensors)
         faults += found_faults
         if plan is not None:
@@ -231,7 +219,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         plan=None if faults else plan,
         serving=serving,
         faults=tuple(faults),
-        needs_row=needs_row,
+        needs_row=unsafe,
     )
 
 
@@ -260,16 +248,6 @@ def make_from_tensors(
     return make_plan(layout, row, config, split=split, exact=serving.exact, direct=direct)
 
 
-def faults_of(findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]) -> Iterator[Fault]:
-    """Yield one fault for each group of equal findings, the lowest rank first."""
-    for first, message, count in grouped(findings, tensors):
-        if first.error is UnsupportedCheckpointError:
-            id = f"{first.topic}-unsupported"
-        else:
-            id = _RANKS[first.rank] if first.topic == "experts" else f"{first.topic}-scales"
-        yield Fault(id, message, first.remedy, first.error, count)
-
-
 def _plan(
     layout: Layout,
     row: Row,
@@ -289,7 +267,7 @@ def _plan(
         split = serving.setting != NONE
         return make_plan(layout, row, config, split=split, exact=serving.exact), []
     except LayoutError as error:
-        return None, [_of_error("config-number", error)]
+        return None, [of_error("config-number", error)]
 
 
 def _settle_quantization(
@@ -315,67 +293,3 @@ def _index_faults(headers: Headers, config: Mapping[str, Any], row: Row) -> Iter
         return
     ignored = row.ignored.of(config)
     yield from contradictions(headers.folder, headers.index, headers.tensors, ignored)
-
-
-def _already_quantized(
-    headers: Headers, config: Mapping[str, Any], layout: Layout, serving: Serving
-) -> Iterator[Fault]:
-    if serving.setting == NONE:
-        return
-    shown = quantization.already_quantized(config, layout, extern=headers.extern)
-    if shown is not None:
-        yield Fault(
-            "quantized-already",
-            f"{headers.folder}: the checkpoint is quantised already ({shown}), where bf16 or "
-            "block-FP8 weights were expected",
-            f"unset {QUANTIZE.name} to load it as it is",
-            UnsupportedCheckpointError,
-        )
-
-
-def _unmapped(
-    headers: Headers, layout: Layout, module: str, reason: str, serving: Serving
-) -> Iterator[Fault]:
-    """Yield the faults of a load by a module that is not wrapped."""
-    if reason == OWN_CODE:
-        return
-    if serving.setting != NONE:
-        yield Fault(
-            "quantize-unmapped",
-            f"{headers.folder}: {module} cannot be quantised while loading, since {reason}",
-            f"unset {QUANTIZE.name}, or quantise the checkpoint with `mlx_lm.convert -q`",
-            UnsupportedCheckpointError,
-        )
-    weights = [*layout.numbers.weights, *layout.numbers.stray]
-    if weights:
-        forms = " and ".join(sorted({f.form.name.upper() for f in layout.numbers.found}))
-        verb = "are" if len(weights) > 1 else "is"
-        yield Fault(
-            f"{layout.numbers.found[0].form.name}-unmapped",
-            f"{layout.weights[weights[0]].file}: {fold(weights)} {verb} {forms}, which {module} "
-            f"reads as integers, and it cannot be patched, since {reason}",
-            "load a bf16 release of the model instead",
-            UnsupportedCheckpointError,
-            len(weights),
-        )
-
-
-def _needs_row(layout: Layout) -> str:
-    """Name the tensors that mlx-lm may not load correctly without a row; empty for none."""
-    parts = [
-        f"{len(found.weights) + len(found.stray()):,} {found.form.name.upper()} weights"
-        for found in layout.numbers.found
-        if found.weights or found.stray()
-    ]
-    if layout.per_expert:
-        parts.append(f"{len(layout.per_expert):,} per-expert weights")
-    return " and ".join(parts)
-
-
-def _of_file(fault: FileFault) -> Fault:
-    return Fault(fault.id, fault.message, fault.remedy, CheckpointFileError)
-
-
-def _of_error(id: str, error: CompatError) -> Fault:
-    message, _, remedy = str(error).removesuffix(".").rpartition("; ")
-    return Fault(id, message or remedy, remedy if message else "", type(error))

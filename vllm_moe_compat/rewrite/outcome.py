@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
-from vllm_moe_compat.rewrite.planner import RewriteStep
+from vllm_moe_compat.rewrite.steps import RewriteStep
 
 
 def results(

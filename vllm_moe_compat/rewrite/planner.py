@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from vllm_moe_compat.checkpoint.layout import Layout
@@ -25,71 +25,8 @@ from vllm_moe_compat.plan.norms import norms
 from vllm_moe_compat.plan.ops import Add, SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.planner import Plan, make_plan
 from vllm_moe_compat.plan.upstream import keeps_numbers
+from vllm_moe_compat.rewrite.steps import RewritePlan, RewriteStep, invert
 from vllm_moe_compat.rewrite.written_layout import STACKED, Part, WrittenLayout, builds_of
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """The inverse of a build.
-
-    Attributes:
-        sources: names of the source tensors: the build's targets.
-        ops: the inverses of the build's operations, in reverse order.
-        weights: names of the written weights: the build's sources.
-        parts: pairs of role and further written tensors; empty for floats.
-    """
-
-    sources: tuple[str, ...]
-    ops: tuple[Op, ...]
-    weights: tuple[str, ...]
-    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all written tensors."""
-        return (*self.weights, *(name for _, names in self.parts for name in names))
-
-
-def invert(build: Build) -> Write:
-    """Return the inverse of a build."""
-    ops = tuple(op.inverse() for op in reversed(build.ops))
-    return Write(build.targets, ops, build.weights, build.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class RewriteStep:
-    """One step of a rewrite; no other step's tensors are in memory at the same time.
-
-    Attributes:
-        builds: builds of the stacked tensors; empty if the checkpoint has them.
-        writes: inverse builds of the wanted tensors, from the stacked ones.
-        stays_stored: whether weights stay in their stored number form; operations then apply
-            to weights and parts alike.
-    """
-
-    builds: tuple[Build, ...]
-    writes: tuple[Write, ...]
-    stays_stored: bool = False
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether the step quantises to a stored form, which requires float32 products."""
-        return any(
-            isinstance(op.inverse(), Dequantize) for write in self.writes for op in write.ops
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RewritePlan:
-    """The steps that write a checkpoint in another layout.
-
-    Attributes:
-        steps: the steps, in the order of the checkpoint's tensors.
-        kept: names of tensors that are written unchanged.
-    """
-
-    steps: tuple[RewriteStep, ...]
-    kept: tuple[str, ...]
 
 
 def plan_rewrite(

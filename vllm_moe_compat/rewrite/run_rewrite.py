@@ -20,7 +20,8 @@ from vllm_moe_compat.execute.build_tensor import make_build, take
 from vllm_moe_compat.execute.run_plan import describe, failure
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.rewrite.planner import RewritePlan, RewriteStep, plan_rewrite
+from vllm_moe_compat.rewrite.planner import plan_rewrite
+from vllm_moe_compat.rewrite.steps import RewritePlan, RewriteStep
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 Weights = MutableMapping[str, mx.array]

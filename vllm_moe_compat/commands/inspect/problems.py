@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.files import FileFault
 from vllm_moe_compat.commands.inspect.model import Problem, Severity
-from vllm_moe_compat.plan.make import Fault
+from vllm_moe_compat.plan.faults import Fault
 
 FILES: dict[str, tuple[Severity, str]] = {
     "no-weights": ("error", "there is no `model*.safetensors`, which is all that mlx-lm loads"),
