@@ -299,7 +299,7 @@ def test_too_little_memory_is_refused_and_the_setting_that_fits_is_named(
     caplog.clear()
     monkeypatch.setattr(memory, "device_memory", lambda: (weights - 1, weights - 1))
     reading = []
-    monkeypatch.setattr(ex, "execute", lambda *args: reading.append(args))
+    monkeypatch.setattr(ex, "run_plan", lambda *args: reading.append(args))
     with pytest.raises(InsufficientMemoryError, match=r"set VLLM_MOE_COMPAT_QUANTIZE=8bit, which"):
         load(path)
     assert not reading

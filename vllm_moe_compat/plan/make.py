@@ -129,9 +129,7 @@ class PlannedLoad:
             reason=reason,
             plan=None,
             needs_row=needs_row(layout),
-            faults=tuple(
-                unmapped(self.headers.folder, self.layout, self.module, reason, self.serving)
-            ),
+            faults=tuple(unmapped(folder, layout, self.module, reason, serving)),
         )
 
     def plan_for(self, setting: str) -> Plan | None:
