@@ -59,7 +59,11 @@ def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Se
 
 
 def installed_device() -> str:
-    """Return the device of the installed MLX, without importing it."""
+    """Return the device that MLX will compute on: ``metal``, ``cuda`` or ``cpu``.
+
+    The installed distributions tell. Asking MLX would initialise it in a process that may be
+    forked later.
+    """
     if sys.platform == "darwin":
         return "metal"
     for name in ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda"):

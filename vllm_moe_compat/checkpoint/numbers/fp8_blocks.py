@@ -19,8 +19,8 @@ def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | 
 
     Args:
         weight: shape ``[…, O, I]``.
-        scale: shape of its scales: ``[]``, ``[O, 1]``, ``[O]``, ``[1, I]`` or a grid, with or
-            without the weight's leading axes.
+        scale: shape of its scales: ``[]``, ``[O, 1]``, ``[O]``, ``[1, I]``, a grid ``[o, i]`` or
+            ``[o, 1, i, 1]``, with or without the weight's leading axes.
         blocks: the config's; 128x128 if empty.
 
     Returns:
@@ -29,6 +29,9 @@ def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | 
     if len(weight) < 2:
         return None
     *lead, rows, columns = weight
+    if len(scale) == len(weight) + 2 and scale[-3] == scale[-1] == 1:
+        # ModelOpt's FP8_PB_WO: [o, 1, i, 1], a broadcastable grid.
+        scale = (*scale[:-4], scale[-4], scale[-2])
     for block in blocks or (DEFAULT_BLOCK,):
         if scale == (*lead, -(-rows // block[0]), -(-columns // block[1])):
             return block
