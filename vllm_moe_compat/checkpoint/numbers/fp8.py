@@ -168,7 +168,7 @@ class Fp8Tensors(FoundNumbers):
         if inverse and dtype in FLOATS:
             if scale in ((), (*weight[:-2], 1, 1)):
                 found.add("fp8 tensor")
-            if len(weight) == 2 and self.block_of(weight, scale) == (128, 128):
+            if len(weight) == len(scale) == 2 and self.block_of(weight, scale) == (128, 128):
                 found.add("fp8 block 128")
         if dtype in _E8M0 and (*scale[:-1], *(32 * n for n in scale[-1:])) == weight:
             found.add("fp8 mx")
