@@ -21,7 +21,9 @@ from vllm_moe_compat.families.row_builders import (
 )
 
 INT4_KEPT = ("compressed-tensors int4",)
+"""Releases packed by compressed-tensors, which the module unpacks into MLX's own format."""
 MISTRAL_4 = Moe(stacks=(PER_EXPERT, COMBINED))
+"""Both layouts are stacked by ``sanitize``."""
 MISTRAL_VISION = Extras(parts=("vision_tower", "multi_modal_projector"))
 KIMI_VISION = Extras(
     prefixes=("vision_tower", "vision_model", "multi_modal_projector", "mm_projector")
@@ -34,6 +36,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         translations=(settings.ROPE, settings.DEEPSEEK_V2_YARN),
         cache=Cache(expands_latent=True),
     ),
+    # Released in FP8 with blocks of 128x128; the prediction head is layer 61.
     block_fp8_row(
         "deepseek_v3",
         STANDARD,
@@ -54,6 +57,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         translations=(settings.GLM_DSA, settings.FIRST_DENSE),
     ),
     make_row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
+    # DeepSeek-V3's language model under language_model, with a vision tower; released as int4.
     block_fp8_row(
         "kimi_k25",
         STANDARD,
@@ -65,6 +69,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         translations=ROPE_ONLY,
         sanitize_wrapper=forward_fixes.layer_61,
     ),
+    # DeepSeek's layers with kv_b_proj whole, and a vision tower.
     moe_row(
         "kimi_vl",
         STANDARD,
@@ -73,6 +78,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         latent=True,
         translations=ROPE_ONLY,
     ),
+    # Per-expert w1/w3/w2 under block_sparse_moe; transformers 5 joins the convolutions of q, k, v.
     moe_row(
         "kimi_linear",
         Moe(sources=("block_sparse_moe.experts", "mlp.experts"), spelling=W123),
@@ -106,6 +112,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         translations=(settings.ROPE, settings.FIRST_DENSE),
     ),
     moe_row("dots1", PLAIN, translations=ROPE_ONLY),
+    # Two attentions per layer; the checkpoint has weights for identity experts.
     *(
         moe_row(
             module,

@@ -17,17 +17,21 @@ from vllm_moe_compat.families.row_builders import (
 )
 
 COMBINED_ONLY = Moe(stacks=(COMBINED,))
+"""Releases with ``mlp.experts.gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``."""
 BLOCK_SPARSE = Moe(
     sources=("block_sparse_moe.experts", "mlp.experts"),
     target="block_sparse_moe.switch_mlp",
     spelling=W123,
 )
+"""Releases like Mixtral's: ``block_sparse_moe.experts.{e}.w1``, ``w3``, ``w2``. transformers 5
+saves the block as ``mlp``."""
 GRANITE = Moe(
     sources=("block_sparse_moe", "block_sparse_moe.experts"),
     target="block_sparse_moe.switch_mlp",
     stacks=(COMBINED,),
     spelling=("input_linear", "output_linear"),
 )
+"""Releases with combined ``block_sparse_moe.input_linear`` and ``output_linear``."""
 GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", stacks=(COMBINED,))
 
 QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
@@ -57,6 +61,8 @@ QWEN_NORMS = (
 BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
 
 MOE_ROWS: tuple[Row, ...] = (
+    # The dense model. Norms are stored minus 1; some releases nest the vision tower in the
+    # language model.
     make_row(
         "qwen3_5",
         workarounds.FP8,
@@ -69,6 +75,7 @@ MOE_ROWS: tuple[Row, ...] = (
         model_types=("qwen3_5_text",),
         translations=(settings.ATTENTION_INTERVAL,),
     ),
+    # The same with combined experts.
     make_row(
         "qwen3_5_moe",
         workarounds.FP8,
@@ -83,6 +90,7 @@ MOE_ROWS: tuple[Row, ...] = (
         model_types=("qwen3_5_moe_text",),
         translations=(settings.ATTENTION_INTERVAL,),
     ),
+    # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
         "qwen3_next",
         STANDARD,
@@ -94,6 +102,7 @@ MOE_ROWS: tuple[Row, ...] = (
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
     moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
+    # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
         Moe(stacks=(TRANSPOSED,), transposed=True),
@@ -110,6 +119,8 @@ MOE_ROWS: tuple[Row, ...] = (
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
         translations=ROPE_ONLY,
     ),
+    # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
+    # experts [E, H, 2I] in which gate and up alternate.
     make_row(
         "gpt_oss",
         workarounds.FP8,
@@ -118,6 +129,7 @@ MOE_ROWS: tuple[Row, ...] = (
         keeps=("mxfp4 blocks",),
         translations=ROPE_ONLY,
     ),
+    # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
     moe_row(
         "llama4",
         Moe(
@@ -163,6 +175,7 @@ MOE_ROWS: tuple[Row, ...] = (
             spelling=(*W123, *GLU),
         ),
     ),
+    # Per-expert without a gate: up_proj and down_proj under mixer.experts.
     moe_row(
         "nemotron_h",
         Moe(
@@ -173,6 +186,7 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
     ),
+    # Per-expert, with a correction bias of the router that sanitize deletes.
     moe_row(
         "ernie4_5_moe",
         STANDARD,
@@ -236,6 +250,7 @@ MOE_ROWS: tuple[Row, ...] = (
     moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
     moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
     moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
+    # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
     moe_row(
         "phixtral",
         Moe(
@@ -245,6 +260,8 @@ MOE_ROWS: tuple[Row, ...] = (
             projections=(("up", "fc1"), ("down", "fc2")),
         ),
     ),
+    # Stacked gate_proj, up_proj and down_proj under moe; transformers saves mlp.experts.
+    # Norms are stored minus 1.
     moe_row(
         "step3p5",
         Moe(sources=("moe", "moe.experts", "mlp.experts"), stacks=()),

@@ -186,7 +186,7 @@ def _combined(
             spelled = next((s for s in sorted(block.spelling) if PROJECTIONS[s] == role), None)
             name = spelled or {"gate_up": "gate_up_proj"}.get(role) or dict(moe.projections)[role]
             name = f"{block.path}.{name}{'_bias' if bias else ''}"
-            yield Finding(name, "is missing", "it beside the other one")
+            yield Finding(name, "is missing", "all projections of the layer")
             return
     into = "gate_up" if "gate_up" in block.combined else "up"
     name, down = block.combined[into], block.combined["down"]

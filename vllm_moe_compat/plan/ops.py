@@ -13,7 +13,7 @@ from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
 
 @dataclass(frozen=True, slots=True)
 class StackExperts(Op):
-    """``E`` tensors ``[O, I]`` become one ``[E, O, I]``; their parts likewise."""
+    """``E`` tensors ``[O, I]`` become one ``[E, O, I]``; parts are stacked in the same way."""
 
     experts: int
 
@@ -40,7 +40,7 @@ class StackExperts(Op):
 
 @dataclass(frozen=True, slots=True)
 class UnstackExperts(Op):
-    """One ``[E, O, I]`` becomes ``E`` tensors ``[O, I]``; its parts likewise."""
+    """One ``[E, O, I]`` becomes ``E`` tensors ``[O, I]``; parts are split in the same way."""
 
     experts: int
 
