@@ -126,6 +126,4 @@ def test_an_invalid_setting_is_named(name: str, monkeypatch: pytest.MonkeyPatch)
     for function in (who_serves, plugin.platform):
         words = f"{name}='nonsense' is not a valid value; set it to one"
         with pytest.raises(SettingError, match=words):
-            SettingError, match=f"{name}='nonsense' is not a valid value; set it to one"
-        ):
             function()

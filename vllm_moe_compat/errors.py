@@ -1,20 +1,19 @@
-"""The exceptions that this package raises on purpose.
+"""The exceptions that this package raises.
 
-All of them are ``ValueError``: a checkpoint or a setting was wrong, and the
-caller (mlx-lm, vLLM, a script) already expects that type for it. Every message
-is one sentence that names the file, the tensor, what was found, what was
-expected and what to do.
+All are ``ValueError``, the type that callers (mlx-lm, vLLM, scripts) expect for an invalid
+checkpoint or setting. Every message is one sentence that names the file, the tensor or setting,
+the finding, the expectation and the remedy.
 """
 
 from __future__ import annotations
 
 
 class CompatError(ValueError):
-    """Base of everything that vllm_moe_compat refuses."""
+    """Base class of the package's exceptions."""
 
 
 class SettingError(CompatError):
-    """An environment variable or argument has a value that means nothing."""
+    """The value of an environment variable or argument is not valid."""
 
 
 class CheckpointFileError(CompatError):
@@ -22,15 +21,15 @@ class CheckpointFileError(CompatError):
 
 
 class LayoutError(CompatError):
-    """The tensors of the checkpoint contradict each other or the config."""
+    """The checkpoint's tensors contradict each other or the config."""
 
 
 class UnsupportedCheckpointError(CompatError):
-    """The checkpoint is sound, but no right result can be had for it here."""
+    """The checkpoint is sound, but its weights cannot be loaded correctly here."""
 
 
 class InsufficientMemoryError(CompatError):
-    """The machine does not have the memory that the weights would take."""
+    """The weights need more memory than the machine has."""
 
 
 class UnsupportedServingError(CompatError):

@@ -150,10 +150,10 @@ def _modules() -> str:
             [
                 f"`{_name(row)}`",
                 f"{codes(s or '(the layer)' for s in moe.sources)} → `{moe.target}`" if moe else "",
-                ", ".join(moe.reads) or "nothing" if moe else "",
+                ", ".join(moe.stacks) or "nothing" if moe else "",
                 ", ".join(_FP8[kind] for kind in (*row.digests, *row.keeps) if kind in _FP8),
                 codes(w.id for w in row.workarounds),
-                codes(dict.fromkeys(fix.id for fix in row.config)),
+                codes(dict.fromkeys(fix.id for fix in row.translations)),
             ]
         )
     tested = {entry["module"] for entry in recording.read()["families"].values()}
@@ -200,7 +200,7 @@ def _workarounds() -> str:
 def _fixes() -> str:
     users: dict[tuple[str, str], list[str]] = {}
     for row in _rows():
-        for fix in row.config:
+        for fix in row.translations:
             users.setdefault((fix.id, fix.why), []).append(_name(row))
     rows = ([f"`{id_}`", why, codes(names)] for (id_, why), names in sorted(users.items()))
     return "## config.json\n\nKeys and values that are translated for mlx-lm:\n\n" + table(

@@ -33,21 +33,21 @@ def test_per_expert_indices_are_taken_as_they_are():
     (block,) = detect(bf16(*names), {}).experts
     assert block.path == f"{L}.experts"
     assert list(block.per_expert["up"]) == [0, 1, 7]
-    assert block.forms == ("per-expert",)
+    assert block.layouts == ("per-expert",)
 
 
 @pytest.mark.parametrize("index", ["01", "-1", "1_0", "٣", "1" * 20, "x"])
 def test_what_is_no_plain_index_is_no_expert(index: str):
     (block,) = detect(bf16(f"{L}.experts.{index}.up_proj.weight"), {}).experts
     assert not block.per_expert
-    assert block.other
+    assert block.unrecognized
 
 
 def test_combined_and_stacked_are_told_apart():
     combined = detect(bf16(f"{L}.experts.gate_up_proj", f"{L}.experts.down_proj"), {})
-    assert [b.forms for b in combined.experts] == [("combined",)]
+    assert [b.layouts for b in combined.experts] == [("combined",)]
     stacked = detect(bf16(f"{L}.switch_mlp.up_proj.weight", f"{L}.switch_mlp.up_proj.scales"), {})
-    assert [b.forms for b in stacked.experts] == [("MLX form",)]
+    assert [b.layouts for b in stacked.experts] == [("stacked",)]
 
 
 def test_shared_experts_are_no_routed_experts():
@@ -180,5 +180,5 @@ def test_a_norm_among_the_experts_is_no_expert():
         "model.layers.0.mlp.experts.post_expert_norm.weight": TensorInfo("BF16", (4,)),
     }
     (block,) = detect(tensors, {}).experts
-    assert not block.other
+    assert not block.unrecognized
     assert block.names() == ["model.layers.0.mlp.experts.down_proj"]

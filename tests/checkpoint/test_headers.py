@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
+from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS, Ignored
+from vllm_moe_compat.checkpoint.files import refuse
 from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers
-from vllm_moe_compat.checkpoint.index import INDEX, check_index
+from vllm_moe_compat.checkpoint.index import INDEX, contradictions, read_index
 from vllm_moe_compat.errors import CheckpointFileError
 
 
@@ -161,6 +163,13 @@ def test_any_index_is_fine_or_named(index: object, tmp_path: Path):
     save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     expect_named_or_fine(tmp_path)
+
+
+def check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Raise for the first contradiction between the index and the shards."""
+    index = read_index(path, refuse) or {}
+    for fault in contradictions(path, index, tensors, Ignored(DEFAULT_EXTRAS)):
+        refuse(fault)
 
 
 def expect_named_or_fine(path: Path) -> None:

@@ -122,7 +122,7 @@ def test_routers_have_eight_bits_and_listed_modules_are_spared(tmp_path: Path, m
     assert found[f"{EXPERTS}.down_proj.weight"].dtype == mx.bfloat16
     assert found[f"{EXPERTS}.up_proj.weight"].dtype == mx.uint32
     assert (report.spared, report.odd) == (1, 8)
-    assert "8 stay, whose rows" in str(report)
+    assert "8 not, since their rows" in str(report)
     monkeypatch.setenv(QUANTIZE, "8bit")
     assert parameters(load(path))["language_model.lm_head.weight"].dtype == mx.uint32
 
@@ -299,7 +299,7 @@ def test_too_little_memory_is_refused_and_the_setting_that_fits_is_named(
     caplog.clear()
     monkeypatch.setattr(memory, "device_memory", lambda: (weights - 1, weights - 1))
     reading = []
-    monkeypatch.setattr(ex, "execute", lambda *args: reading.append(args))
+    monkeypatch.setattr(ex, "run_plan", lambda *args: reading.append(args))
     with pytest.raises(InsufficientMemoryError, match=r"set VLLM_MOE_COMPAT_QUANTIZE=8bit, which"):
         load(path)
     assert not reading

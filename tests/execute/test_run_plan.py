@@ -113,7 +113,7 @@ def test_stacking_first_equals_dequantising_first(experts, rows, columns, block,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stack, "TEMPORARY_BYTES", budget)
-        ex.execute(Plan("m", "", (build,)), store, "bfloat16")
+        ex.run_plan(Plan("m", "", (build,)), store, "bfloat16")
     assert list(store) == ["out"]
     assert mx.array_equal(store["out"].view(mx.uint16), mx.stack(each).view(mx.uint16))
 
@@ -190,7 +190,7 @@ def test_the_peak_is_the_final_size_plus_a_fraction_of_one_layer(monkeypatch):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    ex.execute(plan, store, "bfloat16")
+    ex.run_plan(plan, store, "bfloat16")
     final = sum(array.nbytes for array in store.values())
     layer = final / 3
     # The sources, half the size, are there at the start and go as the targets come.
@@ -202,7 +202,7 @@ def test_only_what_the_plan_names_is_touched():
     other = mx.ones(3)
     store = {"a": mx.zeros((2, 2), dtype=mx.uint8), "a_s": mx.ones((1, 1)), "b": other, "c": other}
     build = Build("a", ("a",), (("scale", ("a_s",)),), (DequantizeFp8((2, 2)),))
-    ex.execute(Plan("m", "", (build,), drops=("c", "not there")), store, "float32")
+    ex.run_plan(Plan("m", "", (build,), drops=("c", "not there")), store, "float32")
     assert set(store) == {"a", "b"}
     assert store["b"] is other
     assert store["a"].dtype == mx.float32

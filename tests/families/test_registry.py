@@ -32,7 +32,7 @@ def row(module: str) -> Any:
 def test_rows_are_found_by_their_module():
     assert list(TRANSFORMS_BY_MODULE) == [row.module for row in ROWS]
     assert row("qwen3_5").moe is None
-    assert row("qwen3_5_moe").moe == Moe(reads=("combined",))
+    assert row("qwen3_5_moe").moe == Moe(stacks=("combined",))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
@@ -52,7 +52,11 @@ def test_a_class_that_two_modules_share_is_its_owners():
     assert row_for(solar_open.Model) is row("glm4_moe")
     assert row_of_config({"model_type": "solar_open"}, {}) is row("solar_open")
     ours, owners = row("solar_open"), row("glm4_moe")
-    assert (ours.moe, ours.extras, ours.digests) == (owners.moe, owners.extras, owners.digests)
+    assert (ours.moe, ours.dropped_upstream, ours.digests) == (
+        owners.moe,
+        owners.dropped_upstream,
+        owners.digests,
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
@@ -69,7 +73,7 @@ def test_a_workaround_says_why_where_and_until_when(row):
 def test_a_row_without_workarounds_would_be_none(row):
     """But for a row that says whose FP8 is not ours to read."""
     assert row.workarounds or row.keeps == ("fp8", "mxfp4 blocks")
-    assert bool(row.config) == ("config" in {w.id for w in row.workarounds})
+    assert bool(row.translations) == ("config" in {w.id for w in row.workarounds})
     assert bool(row.renames or row.splits) == ("names" in {w.id for w in row.workarounds})
 
 
@@ -206,10 +210,10 @@ SHIFTS = {
 
 def test_every_row_that_shifts_norms_is_checked():
     assert SHIFTS.keys() == {
-        row.module.rpartition(".")[2] for row in ROWS if row.arithmetic is not None
+        row.module.rpartition(".")[2] for row in ROWS if row.norm_shift is not None
     }
     for row in ROWS:
-        assert (row.arithmetic is not None) == ("norm-shift" in {w.id for w in row.workarounds})
+        assert (row.norm_shift is not None) == ("norm-shift" in {w.id for w in row.workarounds})
 
 
 @pytest.mark.compat

@@ -26,7 +26,7 @@ from parity.release import release_config
 from support.loading import load
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.families import forward_fixes as repairs
-from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, fix_config, row_of_config
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_of_config, translate_config
 from vllm_moe_compat.families.row import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -51,7 +51,7 @@ def configs(family: Family) -> list[Config]:
 def fixed(row: Row, config: Config) -> list[str]:
     """Apply the row's fixes; a refusal is one too."""
     try:
-        return fix_config(row, config)
+        return translate_config(row, config)
     except CompatError as error:
         return [str(error)]
 
@@ -137,7 +137,9 @@ def test_odd_values_are_refused_by_name_or_left_to_mlx_lm(found: tuple[Row, Conf
     assert repr(config) == once, "it swings"
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.config], ids=lambda row: row.module)
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.translations], ids=lambda row: row.module
+)
 def test_one_odd_value_at_a_time(row: Row):
     """In real configs, and in ones that hold nothing else."""
     bases: list[Config] = [{}, {"text_config": {}}]
@@ -189,7 +191,7 @@ def ropes(model: Any) -> list[Any]:
     return [layer.self_attn.rope for layer in model.layers]
 
 
-IGNORED = "ignores rope_scaling; its rotary embeddings were scaled by the config"
+IGNORED = "ignores rope_scaling; its rotary embeddings were replaced by scaled ones"
 
 
 @pytest.mark.usefixtures("_hooks")

@@ -34,15 +34,17 @@ def select(extras: Extras, config: dict[str, Any]) -> list[str]:
     ],
 )
 def test_layers_beyond_the_configs_count(config: dict[str, Any]):
-    assert select(Extras(beyond=True), config) == sorted(LAYERS[2:])
+    assert select(Extras(beyond_layers=True), config) == sorted(LAYERS[2:])
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
 def test_experts_beyond_the_configs_count(key: str):
-    assert select(Extras(surplus=True), {key: 4}) == sorted(EXPERTS[2:])
+    assert select(Extras(beyond_experts=True), {key: 4}) == sorted(EXPERTS[2:])
 
 
-@pytest.mark.parametrize("extras", [Extras(), Extras(beyond=True), Extras(surplus=True)])
+@pytest.mark.parametrize(
+    "extras", [Extras(), Extras(beyond_layers=True), Extras(beyond_experts=True)]
+)
 def test_nothing_is_extra_where_the_config_does_not_count(extras: Extras):
     assert select(extras, {}) == []
 
@@ -52,9 +54,9 @@ def test_a_count_that_means_nothing_is_refused_only_if_it_is_needed(value: Any):
     config = {"num_hidden_layers": value, "num_experts": value}
     assert select(Extras(), config) == []
     with pytest.raises(LayoutError, match="num_hidden_layers is"):
-        Extras(beyond=True).of(config)
+        Extras(beyond_layers=True).of(config)
     with pytest.raises(LayoutError, match="num_experts is"):
-        Extras(surplus=True).of(config)
+        Extras(beyond_experts=True).of(config)
 
 
 def test_beginnings_and_parts():
@@ -65,8 +67,8 @@ def test_beginnings_and_parts():
 
 
 def test_together_they_are_all_of_it():
-    both = Extras(("a",), ("b",), beyond=True) | Extras(("c",), surplus=True)
-    assert both == Extras(("a", "c"), ("b",), beyond=True, surplus=True)
+    both = Extras(("a",), ("b",), beyond_layers=True) | Extras(("c",), beyond_experts=True)
+    assert both == Extras(("a", "c"), ("b",), beyond_layers=True, beyond_experts=True)
     config = {"num_hidden_layers": 2, "num_experts": 4}
     assert select(both, config) == sorted([*LAYERS[2:], *EXPERTS[2:]])
 

@@ -214,7 +214,7 @@ def test_fp8_of_a_class_without_a_row_is_refused(
         mlx_lm.utils.load_config(path)
     for words in (
         f"model-00001-of-00001.safetensors: {DENSE} is FP8",
-        "mlx_lm.models.gemma takes for integers",
+        "mlx_lm.models.gemma reads as integers",
         "it is not in the map of supported modules",
         "load a bf16 release",
     ):

@@ -26,7 +26,7 @@ from support.checkpoints import Checkpoint
 from support.loading import read
 from support.rewriting import layout_to
 from vllm_moe_compat.checkpoint.headers import read_headers
-from vllm_moe_compat.families.registry import fix_config, row_of_config
+from vllm_moe_compat.families.registry import row_of_config, translate_config
 from vllm_moe_compat.rewrite.run_rewrite import rewrite
 from vllm_moe_compat.rewrite.written_layout import LAYOUTS
 
@@ -56,7 +56,7 @@ def test_every_layout_computes_the_same(family: Family, tmp_path: Path):
         row = row_of_config(config, mlx_lm.utils.MODEL_REMAPPING)
         assert row is not None
         fixed = json.loads((folder / "config.json").read_text())
-        fix_config(row, fixed)
+        translate_config(row, fixed)
         for layout in LAYOUTS:
             form = layout_to(layout, block=block, e8m0=block is not None)
             headers = read_headers(folder)

@@ -71,11 +71,11 @@ def test_every_config_fix_of_a_row_has_something_to_fix(row: Row):
     for family in families(row):
         saved = saved_config(family)
         for config in (saved, release_config(family.base, reference(family.name).config)):
-            for fix in row.config:
+            for fix in row.translations:
                 text = config.get("text_config")
                 try:
                     if fix.apply(config, text if isinstance(text, dict) else config):
                         changed.add(fix.why)
                 except CompatError:
                     changed.add(fix.why)
-    assert changed == {fix.why for fix in row.config}
+    assert changed == {fix.why for fix in row.translations}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -209,4 +210,7 @@ def test_no_operation_is_left_out():
         *(o.SplitRows, o.JoinRows, o.SplitLatent, o.JoinLatent),
         *(f.DequantizeFp8, f.QuantizeFp8, Requantize, Unpack),
     }
-    assert tested == {*Op.__subclasses__(), *Dequantize.__subclasses__()} - {Dequantize}
+    defined = {*Op.__subclasses__(), *Dequantize.__subclasses__()} - {Dequantize}
+    # A dataclass with slots replaces its class; Python 3.11 keeps the replaced one alive.
+    live = {op for op in defined if getattr(sys.modules[op.__module__], op.__name__) is op}
+    assert tested == live

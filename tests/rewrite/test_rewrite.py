@@ -69,7 +69,7 @@ def stacked(
     found: Tensors = {}
     for layer in range(layers):
         root = f"{start.get(module, 'model.layers.')}{layer}.{row.moe.target}"
-        for part, name in row.moe.into:
+        for part, name in row.moe.projections:
             shape = (EXPERTS, hidden, inner) if part == "down" else (EXPERTS, inner, hidden)
             found[f"{root}.{name}.weight"] = mx.array(exact(shape, rng)).astype(dtype)
             if module in BIASED:

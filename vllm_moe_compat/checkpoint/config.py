@@ -1,8 +1,8 @@
-"""The few facts that are read from a checkpoint's ``config.json``.
+"""Read the few facts that planning needs from a checkpoint's ``config.json``.
 
-The file is untrusted: any value may be of any type. A multimodal config nests
-the language model's under ``text_config``, which therefore answers first. A value
-that is there and means nothing is refused; one that is not there is None.
+The file is untrusted: any value may be of any type. A multimodal config nests the language
+model's settings under ``text_config``, so that section is read first. An invalid value is
+refused; a missing one is None.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 
 
 def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the dicts that describe the language model, the nearest first."""
+    """Return the dicts that describe the language model, the innermost first."""
     text = config.get("text_config")
     return [text, config] if isinstance(text, Mapping) else [config]
 
 
 def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """Return the first positive number under one of the keys; zero counts as absent."""
+    """Return the first positive number under one of the keys; zero counts as missing.
+
+    Raises:
+        LayoutError: the value is not a whole number.
+    """
     for section in sections(config):
         for key in keys:
             value = section.get(key)
@@ -39,7 +43,7 @@ def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def expert_count(config: Mapping[str, Any]) -> int | None:
-    """Return how many routed experts a layer has, by whichever key the family uses."""
+    """Return the number of routed experts per layer; families use different keys."""
     return whole_number(config, *EXPERT_COUNT_KEYS)
 
 
@@ -52,16 +56,16 @@ EXPERT_WIDTH_KEYS = (
 
 
 def expert_width(config: Mapping[str, Any]) -> int | None:
-    """Return ``H`` of the routed experts: the model's width, or the latent one they have."""
+    """Return ``H`` of the routed experts: their latent width if they have one, else the model's."""
     return whole_number(config, *EXPERT_WIDTH_KEYS)
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
-    """Return how many decoder layers the model has."""
+    """Return the number of decoder layers."""
     return whole_number(config, "num_hidden_layers", "num_layers")
 
 
 def quantization_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the ``quantization_config`` dicts that are there, the outermost first."""
+    """Return the config's ``quantization_config`` dicts, the outermost first."""
     found = (section.get("quantization_config") for section in reversed(sections(config)))
     return [entry for entry in found if isinstance(entry, Mapping)]

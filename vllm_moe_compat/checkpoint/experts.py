@@ -1,14 +1,14 @@
-"""In which form the routed experts lie, found in one pass over the names.
+"""Find the layout of the routed experts in one pass over the tensor names.
 
-Four forms are in use. *Per-expert*: ``….experts.{e}.{projection}.weight``, one
-matrix each. *Combined*: all experts of a layer in one tensor for gate and up and
-one for down. *Stacked*, MLX's own: ``….switch_mlp.{projection}.weight``,
-``[E, O, I]``. *Packed*: any of the 4-bit formats, which are mlx-lm's business. A
-model has one ``ExpertBlock`` per MoE layer.
+Four layouts are in use. *Per-expert*: one matrix ``….experts.{e}.{projection}.weight`` per
+expert and projection. *Combined*: one tensor for gate and up of all experts of a layer, and one
+for down. *Stacked*, the layout of MLX: ``….switch_mlp.{projection}.weight``, ``[E, O, I]``.
+*Packed*: the 4-bit formats, which are left to mlx-lm. There is one ``ExpertBlock`` per MoE
+layer.
 
-Projections go by many names; a *part* is what they mean: ``gate``, ``up``,
-``down`` or ``gate_up``, with ``.bias`` after it for a bias. Indices are collected
-as they are, never counted up to the first gap.
+Projections have many names. A *part* is the meaning of such a name: ``gate``, ``up``, ``down``
+or ``gate_up``, with the suffix ``.bias`` for a bias. All expert indices are collected, so a gap
+is found; counting up to the first missing index would hide it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ PROJECTIONS = {
 """Name of a projection → its part."""
 
 SCALES = ("_scale_inv", "_scale")
-"""How the name of a weight's scale goes on after the weight's own."""
+"""Endings that turn a weight's name into the name of its scale."""
 UNUSED_SCALES = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
-"""How names of scales of activations and of KV caches end."""
+"""Endings of the names of scales for activations and KV caches."""
 _PACKED = ("_packed", "_blocks", "_scales", ".scales", ".biases", ".qweight", ".qzeros", ".g_idx")
 _PLACE = re.compile(
     r"\.(?:switch_mlp|moe\.mlp(?=\.\d)|block_sparse_moe(?=\.(?:in|out)put_linear\.)"
     r"|moe(?=\.(?:(?:gate|up|down)_proj\.|(?:gate_up|down)_proj$))"
     r"|\d+(?=\.(?:gate_up|down)_proj$))\."
 )
-"""Where experts are that are not under ``.experts.``."""
+"""Paths of experts that are not under ``.experts.``."""
 _BESIDE = ("e_score_correction_bias", "post_expert_norm.weight")
-"""What lies among the experts and is one for all of them."""
+"""Tensors beside the experts that all of them share."""
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -47,13 +47,13 @@ class ExpertBlock:
     """The routed experts of one MoE layer.
 
     Attributes:
-        path: where they are: ``model.layers.0.mlp.experts``.
+        path: prefix of the names: ``model.layers.0.mlp.experts``.
         per_expert: part → expert index → name.
         combined: part → name.
-        stacked: part → name, in MLX form.
+        stacked: part → name.
         packed: names in one of the 4-bit formats.
-        other: names that are in none of the forms.
-        spelling: the projections' names as they were found.
+        unrecognized: names in none of these layouts.
+        spelling: the projections' names in this checkpoint.
     """
 
     path: str
@@ -61,36 +61,36 @@ class ExpertBlock:
     combined: dict[str, str] = field(default_factory=dict)
     stacked: dict[str, str] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
-    other: list[str] = field(default_factory=list)
+    unrecognized: list[str] = field(default_factory=list)
     spelling: set[str] = field(default_factory=set)
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms found here, in words; more than one is a contradiction."""
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts found in the block; more than one is a contradiction."""
         if self.packed:
-            return ("MLX form",) if self.stacked else ("packed",)
+            return ("stacked",) if self.stacked else ("packed",)
         found = {
             "per-expert": self.per_expert,
             "combined": self.combined,
-            "MLX form": self.stacked,
+            "stacked": self.stacked,
         }
         return tuple(word for word, names in found.items() if names)
 
     def names(self) -> list[str]:
-        """Return the weights of the block, in whichever form."""
+        """Return the names of all weights of the block."""
         return [
             *(name for experts in self.per_expert.values() for name in experts.values()),
             *self.combined.values(),
             *self.stacked.values(),
             *self.packed,
-            *self.other,
+            *self.unrecognized,
         ]
 
 
 def find_experts(names: Iterable[str]) -> list[ExpertBlock]:
     """Sort the names of routed experts into blocks, in the order of the names.
 
-    Scales belong to their weights and are left to ``quantization``.
+    Scales are skipped; ``checkpoint.numbers`` pairs them with their weights.
     """
     blocks: dict[str, ExpertBlock] = {}
     for name in names:
@@ -104,34 +104,34 @@ def find_experts(names: Iterable[str]) -> list[ExpertBlock]:
         block = blocks.get(path)
         if block is None:
             block = blocks[path] = ExpertBlock(path)
-        form, part, index, spelling = _parse(rest)
-        if form == "per-expert":
+        layout, part, index, spelling = _parse(rest)
+        if layout == "per-expert":
             experts = block.per_expert.get(part)
             if experts is None:
                 experts = block.per_expert[part] = {}
                 block.spelling.add(spelling)
             experts[index] = name
-        elif form == "3-D":
+        elif layout == "3-D":
             stacked = not spelling.endswith("_linear") and (
                 path.endswith(".switch_mlp") or (part[:7] != "gate_up" and "." in rest)
             )
             (block.stacked if stacked else block.combined)[part] = name
             block.spelling.add(spelling)
-        elif form == "packed":
+        elif layout == "packed":
             block.packed.append(name)
-        elif form == "other":
-            block.other.append(name)
-    return [block for block in blocks.values() if block.forms or block.other]
+        elif layout == "unrecognized":
+            block.unrecognized.append(name)
+    return [block for block in blocks.values() if block.layouts or block.unrecognized]
 
 
 @lru_cache(maxsize=1 << 16)
 def _parse(rest: str) -> tuple[str, str, int, str]:
-    """Return form, part, expert index and spelling of what follows a block's path.
+    """Return layout, part, expert index and spelling for the rest of a name after its block's path.
 
-    Forms are ``per-expert``, ``3-D``, ``packed``, ``scale`` and ``other``. The same
-    few thousand endings recur in every layer, hence the cache.
+    The layout is ``per-expert``, ``3-D`` (combined or stacked), ``packed``, ``scale`` or
+    ``unrecognized``. The cache pays because every layer has the same few thousand endings.
     """
-    nothing = ("other", "", -1, "")
+    nothing = ("unrecognized", "", -1, "")
     if rest.endswith(_PACKED) or rest.endswith(("_scale_2", "_global_scale", "weight_shape")):
         return "packed", "", -1, ""
     if rest.endswith((*SCALES, *UNUSED_SCALES)) or rest in _BESIDE:
@@ -154,10 +154,15 @@ def _parse(rest: str) -> tuple[str, str, int, str]:
 
 
 def is_transposed(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool | None:
-    """Tell ``[E, H, 2I]`` beside ``[E, I, H]`` from ``[E, 2I, H]`` beside ``[E, H, I]``.
+    """Whether combined experts are stored as ``[E, H, 2I]``, judged by their shapes.
 
-    The two shapes together never allow both readings, not even where ``H = 2I``
-    makes the first of them square. None where they allow neither.
+    Args:
+        gate_up: ``[E, 2I, H]``, or ``[E, H, 2I]`` if transposed.
+        down: ``[E, H, I]``, or ``[E, I, H]`` if transposed.
+
+    Returns:
+        The two shapes together never fit both orientations, not even if ``H = 2I`` makes
+        ``gate_up`` square. None if they fit neither.
     """
     if len(gate_up) != 3 or len(down) != 3 or gate_up[0] != down[0]:
         return None

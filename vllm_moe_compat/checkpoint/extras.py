@@ -1,8 +1,7 @@
-"""Tensors that a checkpoint carries and mlx-lm does not load.
+"""Extra tensors of a checkpoint that the mlx-lm module does not load.
 
-Multi-token-prediction heads and vision towers are dropped by the families' own
-``sanitize``. They may hold experts and FP8 weights too, and be incomplete, so
-they are set aside before anything else is looked at.
+Most modules' ``sanitize`` drops multi-token-prediction heads and vision towers. These may hold
+experts and FP8 weights and may be incomplete, so they are removed before any other check.
 """
 
 from __future__ import annotations
@@ -20,51 +19,51 @@ _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """How to know a name that upstream ignores.
+    """Patterns for the names of extra tensors.
 
     Attributes:
         prefixes: beginnings of names.
         parts: text anywhere in a name.
-        beyond: whether decoder layers beyond the config's count are extras: some
-            families append their prediction heads as such.
-        surplus: whether experts beyond the config's count are: LongCat's router knows
-            experts that do nothing, and transformers writes weights for them.
+        beyond_layers: whether decoder layers beyond the config's count are extra. Some families
+            append their prediction head as further layers.
+        beyond_experts: whether experts beyond the config's count are extra. LongCat's router
+            has identity experts, for which transformers writes weights.
     """
 
     prefixes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    beyond: bool = False
-    surplus: bool = False
+    beyond_layers: bool = False
+    beyond_experts: bool = False
 
     def __or__(self, other: Extras) -> Extras:
         return Extras(
             self.prefixes + other.prefixes,
             self.parts + other.parts,
-            self.beyond or other.beyond,
-            self.surplus or other.surplus,
+            self.beyond_layers or other.beyond_layers,
+            self.beyond_experts or other.beyond_experts,
         )
 
     def of(self, config: Mapping[str, Any]) -> Ignored:
-        """Return what the extras are in a checkpoint with this config.
+        """Return the patterns with the counts of this config.
 
         Raises:
-            LayoutError: a number in the config that is needed means nothing.
+            LayoutError: a count in the config is not a valid value.
         """
         return Ignored(
             self,
-            layers=layer_count(config) if self.beyond else None,
-            experts=expert_count(config) if self.surplus else None,
+            layers=layer_count(config) if self.beyond_layers else None,
+            experts=expert_count(config) if self.beyond_experts else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Extras, with the counts of one config.
+    """Patterns for extra tensors, with the counts of one config.
 
     Attributes:
-        extras: what to look for.
-        layers: how many decoder layers there are; None where that does not matter.
-        experts: how many routed experts; likewise.
+        extras: the patterns.
+        layers: number of decoder layers; None if the count does not matter.
+        experts: number of routed experts; None if the count does not matter.
     """
 
     extras: Extras
@@ -72,7 +71,7 @@ class Ignored:
     experts: int | None = None
 
     def select(self, names: Collection[str]) -> frozenset[str]:
-        """Return those of the names that upstream ignores."""
+        """Return the names of extra tensors among ``names``."""
         words = self.extras.parts
         parts = re.compile("|".join(map(re.escape, words))) if words else None
         found = {
@@ -96,8 +95,6 @@ class Ignored:
 DEFAULT_EXTRAS = Extras(
     prefixes=("vision_tower", "model.vision_tower", "model.visual", "visual."),
     parts=("mtp.", ".visual."),
-    beyond=True,
+    beyond_layers=True,
 )
-"""Every spelling in use, for models without a row."""
-EVERY_SPELLING = Ignored(DEFAULT_EXTRAS)
-"""The same, whatever the counts."""
+"""All patterns in use, for models without a row."""

@@ -1,9 +1,8 @@
-"""Files of a checkpoint, which may be anything: what is no regular file is not opened.
+"""Read files of an untrusted checkpoint in bounded time and memory.
 
-A folder from elsewhere may hold a pipe, on which a read would wait for ever, a device
-without end, a link to itself, or a gigabyte of JSON. Everything here answers in bounded
-time and memory, and what it cannot read is a ``FileFault``, not an exception of the
-operating system's.
+A downloaded folder may hold a pipe, on which a read waits for ever, an endless device, a link
+to itself, or a gigabyte of JSON. Only regular files are opened, sizes are limited, and an
+unreadable file becomes a ``FileFault`` or an ``UnreadableError``, never an ``OSError``.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from vllm_moe_compat.errors import CheckpointFileError
 
 AGAIN = "download the checkpoint again"
 MAX_DEPTH = 100
-"""How deep JSON may be nested; that of real checkpoints is below 10."""
+"""Limit for the nesting of JSON; real checkpoints stay below 10."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileFault:
-    """What is wrong with one file.
+    """A fault of one file.
 
     Attributes:
         id: the kind of fault, for programs.
-        message: which file, and what was found in place of what.
-        remedy: what to do about it.
+        message: the file, the finding and the expectation.
+        remedy: the way to repair it.
     """
 
     id: str
@@ -43,7 +42,7 @@ class FileFault:
 
 
 Report: TypeAlias = Callable[[FileFault], None]
-"""What takes a fault: raises it, or puts it on a list and lets the caller go on."""
+"""Receives a fault: raises it, or records it so that the caller continues."""
 
 
 def refuse(fault: FileFault) -> None:
@@ -56,14 +55,14 @@ def refuse(fault: FileFault) -> None:
 
 
 class UnreadableError(Exception):
-    """Why a file cannot be read, in words that follow its name."""
+    """A file cannot be read; the message continues a sentence that names the file."""
 
 
 def opened(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor; never waits.
+    """Open a regular file for reading without blocking; return its descriptor.
 
     Raises:
-        UnreadableError: it is something else, or may not be read.
+        UnreadableError: the path is not a regular file, or access is denied.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for someone to write to it.
@@ -81,7 +80,7 @@ def opened(path: Path) -> int:
         stat.S_IFBLK: "a device",
     }
     raise UnreadableError(
-        f"it is {names.get(stat.S_IFMT(kind), 'something else')}, no regular file"
+        f"it is {names.get(stat.S_IFMT(kind), 'something else')}, not a regular file"
     )
 
 
@@ -89,7 +88,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        UnreadableError: it cannot be read, or has more than ``limit`` bytes.
+        UnreadableError: the file cannot be read, or has more than ``limit`` bytes.
     """
     descriptor = opened(path)
     with os.fdopen(descriptor, "rb") as file:
@@ -103,10 +102,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int) -> tuple[Any, list[str]]:
-    """Return what a JSON file holds, and the keys that one of its objects has twice.
+    """Return the value of a JSON file, and the keys that occur twice in one object.
 
     Raises:
-        UnreadableError: no UTF-8, no JSON, or JSON of a size or depth that nothing real has.
+        UnreadableError: the file is not UTF-8 or not JSON, or exceeds a limit of size or depth.
     """
     content = read_bytes(path, limit)
     try:
@@ -119,7 +118,7 @@ def read_json(path: Path, limit: int) -> tuple[Any, list[str]]:
 
 
 def parse_json(text: str) -> tuple[Any, list[str]]:
-    """Return the value of a JSON text, and the keys that one of its objects has twice."""
+    """Return the value of a JSON text, and the keys that occur twice in one object."""
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
 
 
 def too_deep(value: Any) -> bool:
-    """Whether the value is nested deeper than what copies and compares it can follow."""
+    """Whether the nesting exceeds ``MAX_DEPTH``, beyond which copying would fail."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

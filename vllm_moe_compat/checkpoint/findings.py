@@ -1,7 +1,7 @@
-"""What can be wrong with a checkpoint, told in one sentence.
+"""Findings: faults of a checkpoint's tensors, reported in one sentence.
 
-The planner collects ``Finding``s over the whole checkpoint and raises once, so
-that the same fault in forty layers is one message with folded names.
+The planner collects findings over the whole checkpoint and raises once, so the same fault in
+forty layers is one message with folded names.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ CONVERT = "load a bf16 or FP8 release of the model instead"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault of one tensor; equal faults are told together.
+    """One fault of one tensor.
 
     Attributes:
-        name: the tensor, or the place where it should be.
-        found: what is there, as the rest of a clause that begins with the name.
-        expected: what should be.
-        remedy: what to do about it.
-        error: the exception that it becomes.
-        rank: which of several faults is told, the lowest first: 0 for what a layer
-            holds at all, 1 for what is missing, 2 for what does not belong, 3 for
-            one tensor among many.
-        topic: what the fault is about: ``experts``, or the name of a number form.
+        name: the tensor, or the name that a missing tensor should have.
+        found: the finding, as the rest of a clause that begins with the name.
+        expected: the expectation.
+        remedy: the way to repair it.
+        error: the exception that a load raises.
+        rank: order of reporting, the lowest first: 0 for the content of a layer as a whole, 1
+            for missing tensors, 2 for contradictions, 3 for one tensor that differs from many.
+        topic: the subject: ``experts``, or the name of a number form.
     """
 
     name: str
@@ -42,17 +41,17 @@ class Finding:
     topic: str = "experts"
 
     def of(self, name: str) -> Finding:
-        """Return the same fault of another tensor."""
+        """Return the same fault for another tensor."""
         return replace(self, name=name)
 
 
 def grouped(
     findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[Finding, str, int]]:
-    """Yield equal faults as one, the gravest first.
+    """Group findings that differ only in the tensor, the lowest rank first.
 
     Yields:
-        The first of them, what it says of all their tensors, and how many they are.
+        The first finding of a group, a message that names all its tensors, and their number.
     """
     alike: dict[tuple[str, str, type[CompatError]], list[Finding]] = {}
     for finding in sorted(findings, key=lambda finding: finding.rank):
@@ -68,7 +67,11 @@ def grouped(
 
 
 def refuse(findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise for the gravest fault, naming all the tensors that share it."""
+    """Raise for the fault of the lowest rank, naming all tensors that share it.
+
+    Raises:
+        CompatError: there is a fault.
+    """
     groups = list(grouped(findings, tensors))
     if not groups:
         return

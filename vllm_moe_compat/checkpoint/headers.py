@@ -1,13 +1,13 @@
-"""Names, shapes and dtypes of every tensor, from the safetensors headers alone.
+"""Read name, shape and dtype of every tensor from the safetensors headers.
 
-Exactly the files that mlx-lm loads are read (``model*.safetensors``), by
-safetensors' own reader, which validates them: a truncated or corrupt shard stops
-here, by name, before a tensor is touched. MLX cannot stand in for it, since it
-calls E4M3, E8M0 and plain bytes all ``uint8``.
+The files are those that mlx-lm loads (``model*.safetensors``). The reader is that of the
+safetensors library, which validates them: a truncated or corrupt shard is refused by name
+before a tensor is read. MLX's reader would not do, since it reports E4M3, E8M0 and plain
+bytes all as ``uint8``.
 
-Three things are looked at before and after it, since headers may be made to harm: what
-is no regular file is not opened, all headers together are bounded, and a name that a
-header has twice, which safetensors takes once, is refused.
+Three checks are added, since a header may be malicious: only regular files are opened, the
+size of all headers together is limited, and a name that occurs twice in a header, which
+safetensors reads as one, is refused.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from vllm_moe_compat.checkpoint.files import (
 from vllm_moe_compat.checkpoint.names import fold
 
 MAX_HEADERS = 128 * 2**20
-"""Bytes of all headers together; 61,000 tensors have 10 million. One may have 100 million."""
+"""Limit for all headers together, in bytes; those of 61,000 tensors have 10 million.
+safetensors itself allows 100 million per file."""
 MAX_TENSORS = 500_000
-"""The most tensors of a checkpoint; 384 experts in 60 layers, packed, are 280,000."""
+"""Limit for the tensors of a checkpoint; 384 packed experts in 60 layers are 280,000."""
 MAX_AXES = 16
-"""The most axes that a tensor may have; MLX's own functions know eight or so."""
+"""Limit for the axes of a tensor; real weights have at most five."""
 _ENTRY = b'"data_offsets"'
 
 
@@ -43,9 +44,9 @@ class TensorInfo:
     """One tensor as its header describes it.
 
     Attributes:
-        dtype: safetensors' name for it: ``F8_E4M3``, ``BF16``, ``U8``, …
-        shape: as stored.
-        file: the shard's file name; empty for a tensor that came without a file.
+        dtype: safetensors' name: ``F8_E4M3``, ``BF16``, ``U8``, …
+        shape: stored shape.
+        file: file name of the shard; empty for a tensor without a file.
     """
 
     dtype: str
@@ -54,21 +55,21 @@ class TensorInfo:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Return the files that mlx-lm will load, found as it finds them."""
+    """Return the files that mlx-lm loads, by the pattern that mlx-lm uses."""
     return sorted(Path(name) for name in glob.glob(str(model_dir / "model*.safetensors")))
 
 
 def read_headers(model_dir: Path) -> dict[str, TensorInfo]:
-    """Read the headers of all shards; no shard at all gives an empty dict.
+    """Read the headers of all shards; without a shard the result is empty.
 
     Raises:
-        CheckpointFileError: a shard cannot be read, or a tensor is in two.
+        CheckpointFileError: a shard cannot be read, or a tensor is in two shards.
     """
     return scan_headers(weight_files(model_dir), refuse)
 
 
 def scan_headers(files: Sequence[Path], report: Report) -> dict[str, TensorInfo]:
-    """Read the headers of these files, and go on after a fault if ``report`` returns."""
+    """Read the headers of these files; continue after a fault if ``report`` returns."""
     tensors: dict[str, TensorInfo] = {}
     room = MAX_HEADERS
     for path in files:
@@ -80,7 +81,7 @@ def scan_headers(files: Sequence[Path], report: Report) -> dict[str, TensorInfo]
         try:
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
             size = os.fstat(descriptor).st_size
-            # A length beyond the file's is for safetensors to name.
+            # safetensors reports a length beyond the end of the file.
             room -= min(length, size)
             if room < 0:
                 report(_too_large(path.name, f"{MAX_HEADERS:,} bytes"))
@@ -97,10 +98,10 @@ def scan_headers(files: Sequence[Path], report: Report) -> dict[str, TensorInfo]
 def _scan(
     path: Path, descriptor: int, length: int, tensors: dict[str, TensorInfo], report: Report
 ) -> bool:
-    """Read one header into ``tensors``; a tensor that is there already stays what it was.
+    """Read one header into ``tensors``, without replacing entries.
 
     Returns:
-        Whether there is room for more.
+        Whether the limit on tensors allows another header.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -108,7 +109,7 @@ def _scan(
     twins: dict[str, list[str]] = {}
     try:
         with safe_open(path, framework="numpy") as shard:
-            # In the file's order: the names' order is that of the messages.
+            # Names in the file's order, which is also their order in messages.
             names = shard.offset_keys()
             if before + len(names) > MAX_TENSORS:
                 report(_too_large(file, f"{MAX_TENSORS:,} tensors"))
@@ -133,7 +134,7 @@ def _scan(
                 "remove the file that is not part of the checkpoint",
             )
         )
-    # Counting takes a moment, parsing a second: so it is done only where the count is off.
+    # Counting is fast and parsing takes a second, so parse only if the count differs.
     header = os.pread(descriptor, length, 8)
     if header.count(_ENTRY) != len(tensors) - before + again:
         _, twice = parse_json(header.decode("utf-8"))

@@ -1,6 +1,6 @@
-"""The index file against the shards: a contradiction means an incomplete download.
+"""Compare the index file with the shards: a contradiction means an incomplete download.
 
-mlx-lm ignores the index, so it is no source here either; it is only compared.
+mlx-lm ignores the index, so it is no source of names here either.
 """
 
 from __future__ import annotations
@@ -9,39 +9,21 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vllm_moe_compat.checkpoint.extras import EVERY_SPELLING, Ignored
+from vllm_moe_compat.checkpoint.extras import Ignored
 from vllm_moe_compat.checkpoint.files import (
     AGAIN,
     FileFault,
     Report,
     UnreadableError,
     read_json,
-    refuse,
 )
 from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
 from vllm_moe_compat.checkpoint.names import fold
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 128 * 2**20
-"""Bytes of the largest index that is read; one of 61,000 tensors has 8 million."""
+"""Limit for the index, in bytes; that of 61,000 tensors has 8 million."""
 _STALE = f"{AGAIN}, or delete a stale index"
-
-
-def check_index(
-    model_dir: Path,
-    tensors: Mapping[str, TensorInfo],
-    extras: Ignored = EVERY_SPELLING,
-) -> None:
-    """Compare the index, where there is one, with what the shards hold.
-
-    Tensors that upstream ignores may be missing, files and all.
-
-    Raises:
-        CheckpointFileError: the index is unreadable or contradicts the shards.
-    """
-    index = read_index(model_dir, refuse) or {}
-    for fault in contradictions(model_dir, index, tensors, extras):
-        refuse(fault)
 
 
 def contradictions(
@@ -50,7 +32,10 @@ def contradictions(
     tensors: Mapping[str, TensorInfo],
     extras: Ignored,
 ) -> Iterator[FileFault]:
-    """Yield where the shards do not hold what the index says; see ``check_index``."""
+    """Yield a fault for each file of the index whose tensors the shards do not hold.
+
+    Extra tensors may be missing, together with their files.
+    """
     missing: dict[str, str] = {}
     for name, file in index.items():
         info = tensors.get(name)
@@ -64,9 +49,9 @@ def contradictions(
 
 
 def read_index(model_dir: Path, report: Report) -> dict[str, str] | None:
-    """Return the index's map from tensor to file, without what must not be followed.
+    """Return tensor → file by the index, without paths that leave the folder.
 
-    None where there is no index, or none that can be read.
+    None if there is no readable index.
     """
     path = model_dir / INDEX
     if not os.path.lexists(path):

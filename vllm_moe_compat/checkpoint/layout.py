@@ -1,7 +1,7 @@
-"""From names, shapes, dtypes and config to one description of the checkpoint.
+"""Describe a checkpoint by its tensors' names, shapes and dtypes and its config.
 
-``detect`` is pure: the loader, the tools and the tests share it. Tensors that upstream
-ignores are set aside first and never looked at again.
+``detect`` is a pure function that the loader, the commands and the tests share. Extra tensors,
+which the module does not load, are removed first and not checked.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vllm_moe_compat.checkpoint.numbers import Numbers, find_numbers
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        tensors: everything that is loaded, by name, without the ignored.
-        weights: the same as a float checkpoint would have it: a weight in a stored number
-            form under its own name, with the shape of its floats, and none of its parts.
-        ignored: names that upstream drops (prediction heads, vision towers).
+        tensors: name → tensor that is loaded; extra tensors are left out.
+        weights: the tensors of the same checkpoint in floats: a weight in a stored number form
+            has its own name and the shape of its floats, and its parts are left out.
+        ignored: names of extra tensors (prediction heads, vision towers).
         experts: one entry per MoE layer.
         numbers: the stored number forms.
-        num_experts: routed experts of a layer by the config, or None.
+        num_experts: routed experts per layer by the config, or None.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -42,7 +42,7 @@ class Layout:
     @property
     def words(self) -> str:
         """The layout in a few words, for logs: ``per-expert experts, block FP8``."""
-        layouts = Counter(layout for block in self.experts for layout in block.forms)
+        layouts = Counter(layout for block in self.experts for layout in block.layouts)
         parts = [" and ".join(layouts) + " experts" if layouts else "dense"]
         if details := [d for d in self.numbers.details if d.weights]:
             parts += [form.words for form in details]
@@ -71,7 +71,7 @@ def detect(
     """Describe the checkpoint that has these tensors and this config.
 
     Raises:
-        LayoutError: a number in the config that is needed is not a valid value.
+        LayoutError: a count in the config is not a valid value.
     """
     ignored = extras.of(config).select(tensors)
     loaded = {name: info for name, info in tensors.items() if name not in ignored}
@@ -89,7 +89,7 @@ def detect(
 
 
 def _weights(tensors: Mapping[str, TensorInfo], numbers: Numbers) -> Mapping[str, TensorInfo]:
-    """Return the tensors with every stored weight under its own name, in the same order."""
+    """Return the tensors with every stored weight under its float name, in the same order."""
     if not numbers.found:
         return tensors
     weight_of = {

@@ -1,7 +1,7 @@
-"""Tensor names for human eyes: runs of layers and experts folded into one name.
+"""Find layers in tensor names, and fold many names into one for messages.
 
-``fold`` turns thirty thousand names into ``layers.0…39.mlp.experts.0…255.*``, so
-that a message about them stays one line.
+``fold`` turns thirty thousand names into ``layers.0…39.mlp.experts.0…255.*``, so a message about
+them stays one line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Layer:
 
     Attributes:
         path: the name up to the layer's number: ``model.layers.3``.
-        number: the layer's.
+        number: the layer's number.
     """
 
     path: str
@@ -30,9 +30,9 @@ class Layer:
 
 
 def layer_of(name: str) -> Layer | None:
-    """Return the layer that a tensor or module belongs to, the outermost; None for none.
+    """Return the outermost layer of a tensor or module; None outside of layers.
 
-    Layers are numbered under ``layers``, ``blocks`` or ``h``; ``sublayers`` are none.
+    Layers are numbered under ``layers``, ``blocks`` or ``h``, not under ``sublayers``.
     """
     match = _LAYER.search(name)
     return Layer(name[: match.end()], int(match[1])) if match else None
@@ -50,11 +50,11 @@ def fold_numbers(numbers: Iterable[int]) -> str:
 
 
 def fold(names: Iterable[str]) -> str:
-    """Write tensor names as few patterns; the numbers between dots become runs.
+    """Write tensor names as a few patterns, with the numbers between dots as runs.
 
-    A pattern stands for exactly the names given: where their numbers do not form
-    a full grid (layer 0 lacks expert 3, layer 1 expert 5), the names are listed.
-    At most three patterns are shown, the rest are counted.
+    A pattern stands for exactly the given names. If their numbers do not form a full grid
+    (layer 0 lacks expert 3, layer 1 lacks expert 5), the names are listed. At most three
+    patterns are shown; the others are counted.
     """
     patterns: dict[str, list[tuple[int, ...]]] = {}
     for name in dict.fromkeys(names):
@@ -78,7 +78,7 @@ def fold(names: Iterable[str]) -> str:
 
 
 def _fill(pattern: str, parts: Iterable[str]) -> str:
-    """Put the parts into the pattern's holes; odd characters become question marks."""
+    """Fill the pattern's holes; unprintable characters become question marks."""
     filled = ""
     rest = iter(parts)
     for character in pattern:

@@ -1,9 +1,8 @@
-"""Operands and operations: the vocabulary in which plans are written.
+"""Operands and operations: the vocabulary of plans.
 
-An operation takes an ``Operand`` and gives one. It knows what it does to shapes and
-dtypes (``result``) and the operation that undoes it (``inverse``); ``execute`` knows how
-to carry it out. Operations that move values are in ``plan/ops``; those that belong to a
-stored number form are in that form's file.
+An operation turns one ``Operand`` into another. It defines its effect on shapes and dtypes
+(``result``) and the operation that undoes it (``inverse``); ``execute`` runs it. Operations
+that move values are in ``plan/ops``, those of a stored number form in that form's file.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Weights, with the further tensors of each while they are quantised.
+    """Weights, with their further tensors while they are in a stored number form.
 
     Attributes:
-        weights: the tensors that hold the weights' numbers.
+        weights: the tensors with the weights' numbers.
         parts: role (``scale``, ``scales``, ``biases``, …) → one tensor for each weight.
     """
 
@@ -41,11 +40,11 @@ class Op(ABC):
 
     @abstractmethod
     def result(self, given: Operand, target: str) -> Operand:
-        """Return what the operation makes of ``given``.
+        """Return the dtypes and shapes of the operation's result.
 
         Args:
-            given: its operand.
-            target: safetensors' name of the dtype that dequantised weights get.
+            given: the operand.
+            target: dtype of dequantised weights (safetensors' name).
 
         Raises:
             ValueError: the operation does not apply to this operand.
@@ -58,21 +57,21 @@ class Op(ABC):
     @property
     @abstractmethod
     def words(self) -> str:
-        """The operation for people: ``stack 256 experts``."""
+        """The operation in a message: ``stack 256 experts``."""
 
 
 class Dequantize(Op):
     """An operation that turns a stored number form into floats ``[…, O, I]``.
 
-    The shape stays and the parts go. Each part may also be moved together with its weight,
-    without being multiplied: then every layout operation applies to both.
+    The shape stays and the parts are dropped. Alternatively a weight stays in its form and
+    moves together with its parts; then every operation that moves values applies to both.
     """
 
     __slots__ = ()
 
     @abstractmethod
     def parts_follow(self, weight: Spec, parts: Mapping[str, Spec]) -> bool:
-        """Whether layout operations on the weight have a counterpart on its parts."""
+        """Whether operations that move values apply to the parts as to the weight."""
 
     @abstractmethod
     def transposed(self) -> Dequantize:

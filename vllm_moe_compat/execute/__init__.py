@@ -1,1 +1,1 @@
-"""A plan carried out on MLX arrays."""
+"""Run plans on MLX arrays."""

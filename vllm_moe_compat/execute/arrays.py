@@ -1,8 +1,8 @@
-"""The operations of a plan on MLX arrays.
+"""Run the operations of a plan on MLX arrays.
 
-``run`` carries one out on whole tensors. ``bands`` is the way of large ones: it yields a
-tensor a few experts, or a band of rows, at a time, dequantised where it is in a stored
-number form, so that no more than a few megabytes are ever held twice.
+``run`` runs an operation on whole tensors. ``bands`` is for large tensors: it yields a few
+experts, or a band of rows, at a time, dequantised if they are in a stored number form, so at
+most a few megabytes are held twice.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vllm_moe_compat.plan import ops as op_types
 from vllm_moe_compat.plan.packing import Requantize, Unpack
 
 Band = tuple[slice, slice, mx.array]
-"""Which of the leading axes (flattened), which rows, and ``[n, o, I]``."""
+"""Slice of the flattened leading axes, slice of the rows, and the array ``[n, o, I]``."""
 
 
 def run(op: Op, given: Arrays, dtype: str) -> Arrays:
-    """Carry out one operation; ``dtype`` is the one that dequantising gives."""
+    """Run one operation; dequantised weights get ``dtype``."""
     match op:
         case op_types.StackExperts():
             parts = {role: [mx.stack(arrays)] for role, arrays in given.parts.items()}
@@ -57,9 +57,9 @@ def run(op: Op, given: Arrays, dtype: str) -> Arrays:
 
 
 def _moved(op: Op, weights: list[mx.array], dtype: str) -> list[mx.array] | None:
-    """Carry out an operation that moves values, or adds a number; None for any other.
+    """Run an operation that moves values or adds a number; return None for any other.
 
-    Results are copies: a view would keep the tensor alive that it is a part of.
+    Results are copies, since a view would keep its parent tensor alive.
     """
     first = weights[0]
     match op:
@@ -100,13 +100,13 @@ def _moved(op: Op, weights: list[mx.array], dtype: str) -> list[mx.array] | None
 
 
 def dequantize(weight: mx.array | Stack, op: Dequantize, parts: Parts, dtype: str) -> mx.array:
-    """Turn a stored weight ``[…, O, I]`` into floats, as a whole.
+    """Return a whole stored weight ``[…, O, I]`` as floats.
 
     Args:
-        weight: the tensor that holds its numbers.
-        op: the operation of its form.
-        parts: role → the further tensor that the form needs.
-        dtype: of the result.
+        weight: the tensor with the stored numbers.
+        op: the dequantising operation of its form.
+        parts: role → further tensor of the form.
+        dtype: dtype of the result.
     """
     *lead, rows, columns = weight.shape
     out = mx.zeros((math.prod(lead), rows, columns), dtype=DTYPES[dtype])
@@ -121,14 +121,14 @@ def bands(
     """Yield a tensor ``[…, O, I]`` a few experts, or a band of rows, at a time.
 
     Args:
-        weight: an array or a ``Stack``; members of a stack are released as they are used.
-        op: how its form is dequantised; None for floats, which stay as they are.
-        parts: the form's further tensors.
-        dtype: the one that dequantising gives.
-        whole: whether each expert is wanted with all of its rows.
+        weight: an array or a ``Stack``, whose members are released as they are used.
+        op: the dequantising operation; None for floats, which stay as they are.
+        parts: role → further tensor of the form.
+        dtype: dtype of dequantised weights.
+        whole: whether a band must hold all rows of its experts.
 
     Yields:
-        Bands, not yet evaluated.
+        Bands; lazy.
     """
     *lead, rows, columns = weight.shape
     count = math.prod(lead)
@@ -142,7 +142,7 @@ def bands(
     at_once = max(1, stack.TEMPORARY_BYTES // max(rows * row_bytes, 1))
     height = rows
     if rows * row_bytes > stack.TEMPORARY_BYTES and not whole:
-        # A part that covers all rows fits any band; others need whole blocks.
+        # Bands hold whole blocks, unless one block has all rows.
         block = 1 if op is None or op.rows_per_part >= rows else op.rows_per_part
         height = max(1, stack.TEMPORARY_BYTES // row_bytes // block) * block
     for start in range(0, count, at_once):

@@ -1,8 +1,8 @@
-"""One build of a plan becomes arrays, packed at once where they are to be quantised.
+"""Make the tensors of one build, packed where they are to be quantised.
 
-Large tensors pass a few experts at a time from their sources into the targets' buffers,
-through dequantising, transposing, splitting and packing, so neither a bfloat16 copy nor a
-fused tensor is ever held whole besides its result.
+Large tensors go from their sources into the targets' buffers a few experts at a time, through
+dequantising, transposing, splitting and packing. Neither a bfloat16 copy nor a combined tensor
+is ever held as a whole beside the result.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def make_build(
     names: Sequence[str] = (),
     formats: Sequence[Requantize | None] = (),
 ) -> dict[str, mx.array]:
-    """Carry out a build; its sources leave ``weights``.
+    """Run a build; its sources are removed from ``weights``.
 
     Args:
         build: of a plan for these tensors.
-        weights: name → array, unread for the most part.
-        dtype: the one that dequantising gives.
-        names: of the results; the build's targets by default.
-        formats: how each of them is packed; None, or no entry, for not at all.
+        weights: name → array, mostly unread.
+        dtype: dtype of dequantised weights.
+        names: names of the results; the build's targets by default.
+        formats: packed format of each result; None, or no entry, for floats.
 
     Returns:
-        The targets under their names, evaluated; packed ones as ``….weight``, ``….scales``
-        and, if their format has them, ``….biases``.
+        Name → target, evaluated; a packed target gives ``….weight``, ``….scales`` and, in
+        affine formats, ``….biases``.
     """
     names = names or build.targets
     operand = take(build, weights)
@@ -54,7 +54,7 @@ def make_build(
 
 
 def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:
-    """Take the build's sources out of ``weights``, cut to the region that it reads."""
+    """Remove the build's sources from ``weights`` and return their region that is read."""
     operand = Arrays(
         [weights.pop(name) for name in build.weights],
         {role: [weights.pop(name) for name in names] for role, names in build.parts},
@@ -82,7 +82,7 @@ def _cut(array: mx.array, region: Restriction) -> mx.array:
 
 
 def _trimmed(array: mx.array, build: Build) -> mx.array:
-    """Cut off a target what was read beyond the restriction, to get whole blocks."""
+    """Cut a target down to the restriction; whole blocks were read around it."""
     wanted, region = build.restriction, build.region
     assert wanted is not None
     rows, columns = region.rows, region.columns
@@ -95,7 +95,7 @@ def _trimmed(array: mx.array, build: Build) -> mx.array:
 
 
 def _within(span: Span | None, read: Span | None) -> Span | None:
-    """Return where a span lies in the one that was read; None was read whole."""
+    """Return a span relative to the span that was read; None means the whole axis."""
     return span if span is None or read is None else (span[0] - read[0], span[1] - read[0])
 
 
@@ -106,14 +106,14 @@ def make(
     dtype: str,
     formats: Sequence[Requantize | None] = (),
 ) -> dict[str, mx.array]:
-    """Carry out operations on ``operand``, which is emptied; see ``make_build``."""
-    # The caller's reference would keep every source alive to the end.
+    """Run operations on ``operand``, which is emptied; see ``make_build``."""
+    # The caller still refers to the operand, which would keep every source alive to the end.
     operand, spent = Arrays(list(operand.weights), dict(operand.parts)), operand
     spent.weights.clear()
     spent.parts.clear()
     packings = [*formats, *[None] * (len(names) - len(formats))]
     if not ops and not any(packings):
-        return dict(zip(names, operand.weights, strict=True))  # Another name only; stays unread.
+        return dict(zip(names, operand.weights, strict=True))  # Only a new name; still unread.
     if not _streams(ops, operand, packed=any(packings)):
         for op in ops:
             operand = run(op, operand, dtype)
@@ -163,10 +163,10 @@ def make(
 
 
 def _streams(ops: Sequence[Op], operand: Arrays, *, packed: bool) -> bool:
-    """Whether the operations can be carried out a few experts at a time.
+    """Whether the operations run on a few experts at a time.
 
-    Stacking alone is one call of MLX, which no loop improves on; vectors and the few
-    tensors that need other operations are small.
+    Not for stacking alone, which is a single call of MLX; nor for vectors and for the
+    operations on a few tensors per layer, which are small.
     """
     if ops and not packed and all(isinstance(op, StackExperts) for op in ops):
         return False
@@ -224,33 +224,33 @@ class _Target:
 
     @property
     def packed(self) -> bool:
-        """Whether it is quantised."""
+        """Whether the target is quantised."""
         return self._packing is not None
 
     def put(self, experts: slice, rows: slice, piece: mx.array) -> None:
-        """Write ``[n, o, I]``, packed, into its place; not evaluated."""
-        found = [piece]
+        """Write ``[n, o, I]``, packed if the target is; lazy."""
+        parts = [piece]
         if self._packing is not None:
             bits, group, mode = self._packing.bits, self._packing.group, self._packing.mode
-            found = list(mx.quantize(piece, group, bits, mode=mode))
+            parts = list(mx.quantize(piece, group, bits, mode=mode))
         *lead, height, _ = self._shape
         count = math.prod(lead)
         if piece.shape[:2] == (count, height):
-            # All at once: a copy, since a slice would keep what it is a part of alive.
-            self.buffers = [mx.contiguous(part) for part in found]
+            # The whole target at once: copied, since a view would keep its parent alive.
+            self.buffers = [mx.contiguous(part) for part in parts]
             return
         if not self.buffers:
-            # Writing into one buffer, each step evaluated, keeps one copy: MLX
-            # updates a buffer in place while nothing else refers to it.
+            # MLX updates a buffer in place while nothing else refers to it. The caller
+            # evaluates after each piece, so there is never a second copy.
             self.buffers = [
-                mx.zeros((count, height, part.shape[-1]), dtype=part.dtype) for part in found
+                mx.zeros((count, height, part.shape[-1]), dtype=part.dtype) for part in parts
             ]
             mx.eval(self.buffers)
-        for buffer, part in zip(self.buffers, found, strict=True):
+        for buffer, part in zip(self.buffers, parts, strict=True):
             buffer[experts, rows] = part
 
     def arrays(self) -> dict[str, mx.array]:
-        """Return the finished parameters by their name in the module."""
+        """Return parameter of the module (``weight``, ``scales``, ``biases``) → array."""
         lead = self._shape[:-1]
         kinds = ("weight", "scales", "biases")
         return {

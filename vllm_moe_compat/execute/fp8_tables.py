@@ -1,11 +1,12 @@
-"""FP8 bytes times their scales, by table, on MLX's CPU device.
+"""Multiply FP8 bytes by their scales with lookup tables, on MLX's CPU device.
 
-A byte has 256 values and a block one scale, so a block has no more than 256 different
-products, however many weights it holds. MLX forms and rounds those; each weight is then
-looked up, which takes a quarter of the time of converting, multiplying and rounding it.
-The result is the same bit for bit, since it is MLX's own.
+A byte has 256 values and a block has one scale, so a block has at most 256 different
+products, whatever its size. MLX computes and rounds those 256; each weight is then a lookup,
+which takes a quarter of the time of converting, multiplying and rounding it. The result is
+bit for bit that of MLX's own operations.
 
-Axes: ``N`` experts, ``O`` and ``I`` rows and columns, ``o`` and ``i`` those of the blocks.
+Axes: ``N`` experts, ``O`` and ``I`` rows and columns, ``o`` and ``i`` rows and columns of
+blocks.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ Bits: TypeAlias = "np.ndarray[Any, Any]"
 
 VALUES = 256
 _ENTRIES = 2**21
-"""How many products are made at once; as float32 they take 8 MiB."""
+"""Products computed at once; 8 MiB as float32."""
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 _INDICES = 2**17
-"""How many indices are computed at once: they should stay in the processor's cache."""
+"""Indices computed at once: few enough to stay in the processor's cache."""
 
 
 def pays(rows: int, columns: int, block: tuple[int, int]) -> bool:
@@ -33,23 +34,23 @@ def pays(rows: int, columns: int, block: tuple[int, int]) -> bool:
 
 
 def bits(array: mx.array) -> Bits:
-    """Return the memory of an array as unsigned integers of its item size, to be written.
+    """Return a writable view of an array's memory, as unsigned integers of its item size.
 
-    The array is evaluated first. While the view lives, so does the memory; nothing of
-    MLX's may be under way that reads or writes it.
+    The array is evaluated first. The view keeps the memory alive. No pending operation of MLX
+    may read or write the array meanwhile.
     """
     unsigned = array.view(_UNSIGNED[array.dtype.size])
-    # numpy would evaluate it as well, but not raise what reading a file raised.
+    # numpy would evaluate it too, but would lose an exception raised while reading a file.
     mx.eval(unsigned)
     return np.array(unsigned, copy=False)
 
 
 Multiply = Callable[[mx.array, mx.array], mx.array]
-"""E4M3 bytes and float32 scales that broadcast → rounded products."""
+"""E4M3 bytes and float32 scales that broadcast with them → rounded products."""
 
 
 class Tables:
-    """The tables of ``N`` experts, made for a few of them at a time."""
+    """The tables of ``N`` experts, computed for a few experts at a time."""
 
     def __init__(
         self, scale: mx.array, block: tuple[int, int], columns: int, multiply: Multiply
@@ -61,7 +62,7 @@ class Tables:
         self._first, self._made = 0, np.empty(0)
         fitting = max(1, _INDICES // columns)
         self._height = fitting if fitting < block[0] else fitting // block[0] * block[0]
-        # Where each weight's table begins, counted from that of the first one of its band.
+        # Offset of each weight's table from the table of the first weight of its band.
         rows = np.arange(self._height) // block[0] * across
         self._begins = (rows[:, None] + np.arange(columns) // block[1]) * VALUES
         self._indices = np.empty_like(self._begins)
@@ -73,13 +74,13 @@ class Tables:
         top = 0
         while top < len(source):
             block, within = divmod(first + top, self._block)
-            # Several blocks' rows only from the beginning of one, as ``_begins`` has them.
+            # ``_begins`` starts at a block's first row, so only there may rows span blocks.
             rows = self._height if within == 0 else min(self._height, self._block - within)
             here = source[top : top + rows]
             if not (self._one and within + len(here) <= self._block):
                 begins, indices = self._begins[: len(here)], self._indices[: len(here)]
                 here = np.add(here, begins if within == 0 else begins[0], out=indices)
-            # No index is out of range; other modes would check each.
+            # No index is out of range; the other modes would check each one.
             np.take(table[block:], here, out=target[top : top + rows], mode="wrap")
             top += rows
 
@@ -96,14 +97,14 @@ class Tables:
 def product(
     weight: mx.array, scale: mx.array, block: tuple[int, int], multiply: Multiply, dtype: mx.Dtype
 ) -> mx.array:
-    """Return what ``multiply`` would make of all the weights, evaluated.
+    """Return ``multiply`` of all weights with their scales, evaluated.
 
     Args:
         weight: E4M3 bytes, uint8 ``[N, O, I]``.
         scale: float32 ``[N, o, i]``.
         block: rows and columns under one scale.
-        multiply: forms the products.
-        dtype: theirs.
+        multiply: computes the products.
+        dtype: dtype of the products.
 
     Returns:
         ``[N, O, I]``.

@@ -1,7 +1,7 @@
-"""Which modules are packed, and how; and what that saves.
+"""Decide which modules are quantised and in which format, and count the bytes it saves.
 
-The decision is mlx-lm's own, as in ``mlx_lm.utils.quantize_model``: modules that have a
-packed form and whole groups, as the class's ``quant_predicate`` says.
+The decision is mlx-lm's own, as in ``mlx_lm.utils.quantize_model``: a module is quantised if
+it has a packed form and rows of whole groups, and if the class's ``quant_predicate`` agrees.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vllm_moe_compat.plan.packing import Requantize
 
 
 @dataclass(slots=True)
-class Choices:
-    """Which modules are packed, and how.
+class QuantizationPolicy:
+    """The format of every module that is quantised, and the modules that are not.
 
     Attributes:
         formats: module path → its format.
-        overrides: those whose format is not the setting's own.
-        odd: modules that stay as they are because a row is no whole number of groups.
-        spared: modules that stay as they are because the checkpoint lists them.
+        overrides: the entries of ``formats`` that differ from the setting's own format.
+        odd: modules left as floats because their rows are not whole groups.
+        spared: modules left as floats because the checkpoint lists them.
     """
 
     formats: dict[str, Requantize] = field(default_factory=dict)
@@ -33,15 +33,16 @@ class Choices:
     spared: list[str] = field(default_factory=list)
 
 
-def choose(model: Any, setting: Requantize, listed: Callable[[str], bool]) -> Choices:
+def decide(model: Any, setting: Requantize, is_spared: Callable[[str], bool]) -> QuantizationPolicy:
     """Decide for every module of the model.
 
     Args:
         model: the instance, its weights still unread.
-        setting: the format wanted.
-        listed: whether the checkpoint asks for a module, by its path, to be spared.
+        setting: the format of modules for which ``quant_predicate`` names none.
+        is_spared: whether the checkpoint lists a module, given by its path, as not to be
+            quantised.
     """
-    choices = Choices()
+    policy = QuantizationPolicy()
     predicate = getattr(model, "quant_predicate", None)
     for path, module in model.named_modules():
         if not hasattr(module, "to_quantized"):
@@ -57,35 +58,35 @@ def choose(model: Any, setting: Requantize, listed: Callable[[str], bool]) -> Ch
             )
         if not verdict:
             continue
-        if listed(path):
-            choices.spared.append(path)
+        if is_spared(path):
+            policy.spared.append(path)
         elif not (setting.fits(shape) and chosen.fits(shape)):
-            choices.odd.append(path)
+            policy.odd.append(path)
         else:
-            choices.formats[path] = chosen
+            policy.formats[path] = chosen
             if chosen != setting:
-                choices.overrides[path] = chosen
-    return choices
+                policy.overrides[path] = chosen
+    return policy
 
 
-def held(weights: Mapping[str, mx.array], choices: Choices) -> dict[str, int]:
-    """Return the bytes held in each format, the largest share first."""
+def bytes_by_format(weights: Mapping[str, mx.array], policy: QuantizationPolicy) -> dict[str, int]:
+    """Return format or dtype → bytes in memory, the largest first."""
     count: Counter[str] = Counter()
     for name, array in weights.items():
         path = name.rpartition(".")[0]
-        packing = choices.formats.get(path)
-        form = str(packing) if packing else str(array.dtype).rpartition(".")[2]
-        count[form] += array.nbytes
+        packing = policy.formats.get(path)
+        kind = str(packing) if packing else str(array.dtype).rpartition(".")[2]
+        count[kind] += array.nbytes
     return dict(count.most_common())
 
 
-def saved(weights: Mapping[str, mx.array], choices: Choices) -> int:
-    """Return how many bytes fewer the packed modules take than their values would."""
-    bytes_saved = 0
-    for path, packing in choices.formats.items():
+def bytes_saved(weights: Mapping[str, mx.array], policy: QuantizationPolicy) -> int:
+    """Return the bytes of the quantised modules' float values, less those of their packed form."""
+    saved = 0
+    for path, packing in policy.formats.items():
         parts = [weights.get(f"{path}.{kind}") for kind in ("weight", "scales", "biases")]
         if parts[0] is not None and parts[1] is not None:
             item = parts[1].dtype.size if packing.mode == "affine" else 2
             values = parts[0].size * 32 // packing.bits * item
-            bytes_saved += values - sum(part.nbytes for part in parts if part is not None)
-    return bytes_saved
+            saved += values - sum(part.nbytes for part in parts if part is not None)
+    return saved

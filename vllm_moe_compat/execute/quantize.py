@@ -1,16 +1,17 @@
-"""Weights go straight from the checkpoint's form to MLX's packed ones, tensor by tensor.
+"""Quantise while loading: from stored tensors to MLX's packed formats, one build at a time.
 
-mlx-lm's ``sanitize`` renames tensors and reshapes some, and only the names that come
-out of it say which module a tensor is for. So ``sanitize`` runs first, over
-*stand-ins*: arrays of the right shape and of no size, one for each tensor that the plan
-makes, beside the tensors that are still unread. A stand-in that comes out as it went in
-is known by identity, and the name that it came out under is the tensor's module.
-Then each tensor is read, dequantised and packed, a few experts at a time. The few that
-``sanitize`` computes with (latent attention's ``kv_b_proj``) do not come out as they
-went in; they are made before, and ``sanitize`` runs once more.
+mlx-lm's ``sanitize`` renames tensors and reshapes some, and only the names in its result tell
+which module a tensor belongs to. Therefore ``sanitize`` runs first, over *stand-ins*: arrays
+of the right shape that take no memory, one for each target of the plan, beside the tensors
+that no build makes, which are still unread. A stand-in that ``sanitize`` passes through
+unchanged is recognised by identity, and its name in the result names the module. Then each
+build is read, dequantised and packed, a few experts at a time.
 
-Which module is packed how, ``choices`` says. The result is bit for bit what mlx-lm's
-``quantize_model`` would make of the dequantised model, without ever holding that.
+``sanitize`` computes with a few tensors (latent attention's ``kv_b_proj``). Their stand-ins do
+not come back; those builds are made in advance, and ``sanitize`` runs a second time.
+
+``quantization_policy`` decides the format of each module. The result is bit for bit that of
+mlx-lm's ``quantize_model`` on the dequantised model, which never exists as a whole.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.errors import CompatError
-from vllm_moe_compat.execute import run_plan as ex
 from vllm_moe_compat.execute.build_tensor import make, make_build
-from vllm_moe_compat.execute.quantization_policy import Choices, choose
+from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, decide
+from vllm_moe_compat.execute.run_plan import failure, widen_and_drop
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.packing import Requantize
@@ -34,21 +35,21 @@ from vllm_moe_compat.plan.planner import Plan
 from vllm_moe_compat.plan.quantization import is_listed
 
 Weights = MutableMapping[str, mx.array]
-Executor: TypeAlias = Callable[..., tuple[dict[str, mx.array], Choices]]
-"""The signature of ``execute``."""
+LoadExecutor: TypeAlias = Callable[..., tuple[dict[str, mx.array], QuantizationPolicy]]
+"""The signature of ``load_quantized``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What to do to one checkpoint's tensors.
+class QuantizedLoad:
+    """How one checkpoint is loaded and quantised.
 
     Attributes:
-        plan: how its tensors are made, combined FP8 experts split.
-        tensors: their descriptions, FP8 by its name.
-        setting: the format wanted; None for floats.
-        spare: modules, by the checkpoint's names, that are to stay as they are.
-        float_dtype: of tensors that are dequantised and not packed.
-        packed_dtype: of the values that are packed, and so of their scales.
+        plan: the builds, with the gate and up of combined experts split.
+        tensors: the checkpoint's tensors, with the dtypes of their headers.
+        setting: the format of quantised modules; None leaves all of them floats.
+        spare: modules, by the checkpoint's names, that are not quantised.
+        float_dtype: dtype of tensors that are dequantised and not quantised.
+        packed_dtype: dtype of the values that are quantised, and of affine scales.
     """
 
     plan: Plan
@@ -60,14 +61,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What is made at once: a build's targets, or one tensor that is only packed.
+class PackedBuild:
+    """A build with the formats of its targets, or one float tensor that is only packed.
 
     Attributes:
-        build: how; the first of its weights says where a packed tensor comes from.
-        names: what ``sanitize`` calls the targets.
-        formats: how each is packed; None for not at all.
-        dtype: of what is dequantised; empty where nothing is.
+        build: the build; of a tensor that is only packed, its source and the packing.
+        names: the targets' names in the result of ``sanitize``.
+        formats: the format of each target; None for floats.
+        dtype: dtype of dequantised values; empty for a tensor that is only packed.
     """
 
     build: Build
@@ -77,141 +78,151 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Pending:
-    """Tensors that ``sanitize`` has named and nobody has read yet.
+class SanitizedLoad:
+    """A load after ``sanitize`` has named its tensors and before they are read.
 
     Attributes:
-        job: what they are made by.
-        pieces: what is to be made.
-        rest: what ``sanitize`` gave back ready, unread too.
-        choices: what is packed how.
-        sources: what pieces with operations are made of.
-        waiting: what the others pack, by name.
+        load: how the checkpoint is loaded.
+        builds: the tensors to make.
+        finished: tensors that need no build, as ``sanitize`` returned them; lazy.
+        policy: the format of each module.
+        sources: name → source of ``builds`` that have operations.
+        floats: name → float tensor that a build only packs.
     """
 
-    job: Job
-    pieces: list[Piece]
-    rest: dict[str, mx.array]
-    choices: Choices
+    load: QuantizedLoad
+    builds: list[PackedBuild]
+    finished: dict[str, mx.array]
+    policy: QuantizationPolicy
     sources: dict[str, mx.array]
-    waiting: dict[str, mx.array]
+    floats: dict[str, mx.array]
 
-    def make(self, piece: Piece) -> dict[str, mx.array]:
-        """Read a piece's sources, which are gone then, and return its tensors, evaluated.
+    def make(self, packed: PackedBuild) -> dict[str, mx.array]:
+        """Read and release a build's sources; return its tensors, evaluated.
 
         Raises:
-            CheckpointFileError: it could not be made; nothing is held any more.
-            InsufficientMemoryError: likewise, for want of memory.
+            CheckpointFileError: a source cannot be read; every tensor is released.
+            InsufficientMemoryError: memory ran out; every tensor is released.
         """
         try:
-            if piece.names[0] in self.waiting:
-                operand = Arrays([self.waiting.pop(piece.names[0])])
-                return make((), operand, piece.names, "", piece.formats)
+            if packed.names[0] in self.floats:
+                operand = Arrays([self.floats.pop(packed.names[0])])
+                return make((), operand, packed.names, "", packed.formats)
             return make_build(
-                piece.build, self.sources, piece.dtype, names=piece.names, formats=piece.formats
+                packed.build,
+                self.sources,
+                packed.dtype,
+                names=packed.names,
+                formats=packed.formats,
             )
         except (RuntimeError, ValueError, MemoryError) as error:
             self.clear()
-            files = {name: info.file for name, info in self.job.tensors.items()}
-            raise ex.failure(piece.build, error.with_traceback(None), files) from error
+            files = {name: info.file for name, info in self.load.tensors.items()}
+            raise failure(packed.build, error.with_traceback(None), files) from error
 
     def clear(self) -> None:
-        """Let go of everything."""
-        for held in (self.rest, self.sources, self.waiting):
-            held.clear()
+        """Release every tensor."""
+        for tensors in (self.finished, self.sources, self.floats):
+            tensors.clear()
 
 
-def prepare(
-    job: Job,
+def sanitize_stand_ins(
+    load: QuantizedLoad,
     weights: Weights,
     sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
     model: Any,
-) -> Pending:
-    """Sanitize, and say what has to be made, reading only what ``sanitize`` computes with.
+) -> SanitizedLoad:
+    """Run ``sanitize`` over stand-ins and name the tensors to make.
+
+    Only tensors that ``sanitize`` computes with are read.
 
     Args:
-        job: what to do.
+        load: how the checkpoint is loaded.
         weights: the loader's dict; emptied.
-        sanitize: upstream's, of ``model``.
+        sanitize: upstream's, bound to ``model``.
         model: the instance.
     """
-    real: tuple[Build, ...] = ()
-    # Twice at most: what sanitize computes with is no stand-in the second time.
+    made_early: tuple[Build, ...] = ()
+    # Two runs are enough: in the second, sanitize computes with tensors that are made.
     for _ in range(2):
-        show = _show(job, weights, real)
-        sanitized = dict(sanitize(show.given))
+        shown = _show(load, weights, made_early)
+        sanitized = dict(sanitize(shown.given))
         places = {
-            show.stand_ins[id(a)]: n
+            shown.stand_ins[id(a)]: n
             for n, a in sanitized.items()
-            if id(a) in show.stand_ins and not _computed(a)
+            if id(a) in shown.stand_ins and not _is_computed(a)
         }
-        lost = [b for b in job.plan.builds if b not in real and not _all_out(b, places)]
-        if not lost:
+        consumed = [
+            build
+            for build in load.plan.builds
+            if build not in made_early and not _all_named(build, places)
+        ]
+        if not consumed:
             break
-        real += tuple(lost)
-    came_from = {n: show.origin[id(a)] for n, a in sanitized.items() if id(a) in show.origin}
-    sources = show.sources
+        made_early += tuple(consumed)
+    came_from = {n: shown.origin[id(a)] for n, a in sanitized.items() if id(a) in shown.origin}
+    sources = shown.sources
     weights.clear()
-    del show
+    del shown
 
-    choices = Choices()
-    if job.setting is not None:
-        choices = choose(model, job.setting, _spared(job, came_from))
-    pieces: list[Piece] = []
-    for build in (b for b in job.plan.builds if b not in real):
+    policy = QuantizationPolicy()
+    if load.setting is not None:
+        policy = decide(model, load.setting, _spared(load, came_from))
+    builds: list[PackedBuild] = []
+    for build in (b for b in load.plan.builds if b not in made_early):
         names = tuple(places[build, index] for index in range(len(build.targets)))
-        formats = tuple(choices.formats.get(_module(name)) for name in names)
-        dtype = job.packed_dtype if any(formats) else job.float_dtype
-        pieces.append(Piece(build, names, formats, dtype))
+        formats = tuple(policy.formats.get(_module(name)) for name in names)
+        dtype = load.packed_dtype if any(formats) else load.float_dtype
+        builds.append(PackedBuild(build, names, formats, dtype))
     for name in places.values():
         del sanitized[name]
-    waiting: dict[str, mx.array] = {}
+    floats: dict[str, mx.array] = {}
     for name in list(sanitized):
-        packing = choices.formats.get(_module(name))
+        packing = policy.formats.get(_module(name))
         if packing is not None and name.endswith(".weight"):
-            waiting[name] = sanitized.pop(name)
+            floats[name] = sanitized.pop(name)
             build = Build(name, (came_from.get(name, name),), (), (packing,))
-            pieces.append(Piece(build, (name,), (packing,)))
-    return Pending(job, pieces, sanitized, choices, sources, waiting)
+            builds.append(PackedBuild(build, (name,), (packing,)))
+    return SanitizedLoad(load, builds, sanitized, policy, sources, floats)
 
 
-def execute(
-    job: Job,
+def load_quantized(
+    load: QuantizedLoad,
     weights: Weights,
     sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
     model: Any,
     done: Callable[[int], object] = lambda count: None,
-) -> tuple[dict[str, mx.array], Choices]:
-    """Sanitize, then make and pack every tensor.
+) -> tuple[dict[str, mx.array], QuantizationPolicy]:
+    """Run ``sanitize``, then make and pack every tensor.
 
     Args:
-        job: what to do.
+        load: how the checkpoint is loaded.
         weights: the loader's dict; emptied.
-        sanitize: upstream's, of ``model``.
+        sanitize: upstream's, bound to ``model``.
         model: the instance.
-        done: told how many of the checkpoint's tensors each step took.
+        done: called after each build with the number of source tensors it consumed.
 
     Returns:
-        What ``sanitize`` would have returned, packed, and what was packed how.
+        The result of ``sanitize``, quantised, and the format of each module.
 
     Raises:
-        CheckpointFileError: a tensor could not be made; ``weights`` is empty then.
-        InsufficientMemoryError: likewise, for want of memory.
+        CheckpointFileError: a source cannot be read; ``weights`` is empty.
+        InsufficientMemoryError: memory ran out; ``weights`` is empty.
     """
-    pending = prepare(job, weights, sanitize, model)
+    sanitized = sanitize_stand_ins(load, weights, sanitize, model)
     result: dict[str, mx.array] = {}
     try:
-        for piece in pending.pieces:
-            result |= pending.make(piece)
+        for packed in sanitized.builds:
+            result |= sanitized.make(packed)
             mx.clear_cache()
-            done(len(piece.build.sources))
+            done(len(packed.build.sources))
     except CompatError:
         result.clear()
         raise
     finally:
         mx.clear_cache()
-    done(len(pending.rest))
-    return result | pending.rest, pending.choices
+    done(len(sanitized.finished))
+    return result | sanitized.finished, sanitized.policy
 
 
 def _module(name: str) -> str:
@@ -219,15 +230,15 @@ def _module(name: str) -> str:
 
 
 @dataclass(slots=True)
-class _Show:
-    """What ``sanitize`` is shown, and how to know its parts again: by identity.
+class _Shown:
+    """The argument of ``sanitize``, with the means to recognise its arrays by identity.
 
     Attributes:
-        given: its argument.
-        stand_ins: id of a stand-in → its build and which of the build's targets it is.
-        origin: id of any array → the name that it was given under.
-        sources: what the builds with stand-ins are made of.
-        keep: the arrays themselves: an id is theirs only while they live.
+        given: the argument.
+        stand_ins: id of a stand-in → its build, and the index among the build's targets.
+        origin: id of any array → its name in ``given``.
+        sources: name → source of the builds that have stand-ins.
+        keep: the arrays themselves, since an id is unique only while its object lives.
     """
 
     given: dict[str, mx.array]
@@ -237,48 +248,50 @@ class _Show:
     keep: list[mx.array]
 
 
-def _show(job: Job, weights: Mapping[str, mx.array], real: Collection[Build]) -> _Show:
-    """Put stand-ins for all that the plan makes, and the tensors themselves for ``real``."""
-    # Handles of their own: `param *= x` in a sanitize changes the very array that it is given.
+def _show(
+    load: QuantizedLoad, weights: Mapping[str, mx.array], made_early: Collection[Build]
+) -> _Shown:
+    """Replace the plan's sources by stand-ins, or by the targets of ``made_early``."""
+    # New handles: `param *= x` in a sanitize would change the array that the loader holds.
     given = {name: array.astype(array.dtype) for name, array in weights.items()}
-    ex.widen_and_drop(job.plan, given, job.float_dtype)
+    widen_and_drop(load.plan, given, load.float_dtype)
     stand_ins: dict[int, tuple[Build, int]] = {}
     sources: dict[str, mx.array] = {}
-    for build in job.plan.builds:
-        if build in real:
-            given |= make_build(build, given, job.packed_dtype)
+    for build in load.plan.builds:
+        if build in made_early:
+            given |= make_build(build, given, load.packed_dtype)
             continue
         for name in build.sources:
             sources[name] = given.pop(name)
-        for index, spec in enumerate(build.results(job.tensors, "BF16")):
-            # Of one number that is there: an operation on it would show.
+        for index, spec in enumerate(build.results(load.tensors, "BF16")):
+            # One evaluated number, broadcast: an operation on it shows in the graph.
             stand_in = mx.broadcast_to(mx.array(0, dtype=mx.bfloat16), spec.shape)
             mx.eval(stand_in)
             given[build.targets[index]] = stand_in
             stand_ins[id(stand_in)] = build, index
     origin = {id(array): name for name, array in given.items()}
-    return _Show(given, stand_ins, origin, sources, list(given.values()))
+    return _Shown(given, stand_ins, origin, sources, list(given.values()))
 
 
-def _computed(array: mx.array) -> bool:
-    """Whether something is still to be done to an array that was evaluated once."""
+def _is_computed(array: mx.array) -> bool:
+    """Whether an in-place operation is pending on an array that was evaluated before."""
     graph = io.StringIO()
     mx.export_to_dot(graph, array)
     return "label" in graph.getvalue()
 
 
-def _all_out(build: Build, places: Mapping[tuple[Build, int], str]) -> bool:
+def _all_named(build: Build, places: Mapping[tuple[Build, int], str]) -> bool:
     return all((build, index) in places for index in range(len(build.targets)))
 
 
-def _spared(job: Job, came_from: Mapping[str, str]) -> Callable[[str], bool]:
-    """Return whether a module's tensor, or one that it is made of, is of a spared module."""
-    if not job.spare:
+def _spared(load: QuantizedLoad, came_from: Mapping[str, str]) -> Callable[[str], bool]:
+    """Return a test for modules whose tensor, or its first source, is in a spared module."""
+    if not load.spare:
         return lambda path: False
-    made_of = {target: build.weights for build in job.plan.builds for target in build.targets}
+    made_of = {target: build.weights for build in load.plan.builds for target in build.targets}
 
-    def listed(path: str) -> bool:
+    def is_spared(path: str) -> bool:
         name = came_from.get(f"{path}.weight", "")
-        return any(is_listed(_module(n), job.spare) for n in (name, *made_of.get(name, ())[:1]))
+        return any(is_listed(_module(n), load.spare) for n in (name, *made_of.get(name, ())[:1]))
 
-    return listed
+    return is_spared

@@ -1,9 +1,9 @@
-"""A plan carried out on MLX arrays.
+"""Run a plan on MLX arrays.
 
-It works on the very dict that mlx-lm's loader holds, still unread from disk for the most
-part; sources are taken *out* of it as they are consumed, since that dict is what keeps them
-in memory. Each target is evaluated on its own, a few experts at a time
-(``build_tensor``), so the peak is the final size plus a fraction of one layer.
+The plan runs on the dict that mlx-lm's loader holds, whose arrays are mostly unread. Each
+build removes its sources from the dict, which holds the only reference to them, so they are
+freed. Each target is evaluated on its own, a few experts at a time (``build_tensor``), so the
+peak is the final size plus a fraction of one layer.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ def describe(weights: Mapping[str, Any]) -> dict[str, TensorInfo]:
     }
 
 
-def execute(
+def run_plan(
     plan: Plan,
     weights: MutableMapping[str, mx.array],
     dtype: str,
     files: Mapping[str, str] | None = None,
     done: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Carry out the plan on ``weights``, in place.
+    """Run the plan on ``weights``, in place.
 
     Args:
         plan: made for exactly these tensors.
-        weights: the loader's dict; sources go, targets come.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` for what is dequantised.
-            ``float32`` also widens what ``sanitize`` computes with.
-        files: where the sources come from, for messages.
-        done: told after each build how many sources it took.
+        weights: the loader's dict; targets replace sources.
+        dtype: ``bfloat16``, ``float16`` or ``float32``: the dtype of dequantised weights.
+            ``float32`` also widens the tensors of ``plan.widen``.
+        files: source → file, for messages.
+        done: called after each build with the number of weights it consumed.
 
     Raises:
-        CheckpointFileError: a build failed; nothing is left in ``weights`` then.
-        InsufficientMemoryError: likewise, for want of memory.
+        CheckpointFileError: a source cannot be read; ``weights`` is empty.
+        InsufficientMemoryError: memory ran out; ``weights`` is empty.
     """
     widen_and_drop(plan, weights, dtype)
     layer = ""
@@ -69,7 +69,7 @@ def execute(
 
 
 def widen_and_drop(plan: Plan, weights: MutableMapping[str, mx.array], dtype: str) -> None:
-    """Widen and drop the tensors that the plan lists; reads nothing."""
+    """Widen and drop the tensors that the plan lists, without reading them."""
     if dtype == "float32":
         for name in plan.widen:
             weights[name] = weights[name].astype(mx.float32)
@@ -78,19 +78,19 @@ def widen_and_drop(plan: Plan, weights: MutableMapping[str, mx.array], dtype: st
 
 
 def failure(build: Build, error: BaseException, files: Mapping[str, str]) -> CompatError:
-    """Return what to raise for a build that failed with ``error``.
+    """Return the exception for a build that failed with ``error``.
 
-    The error's traceback is dropped by the caller: its frames hold tensors.
+    The caller drops the traceback of ``error``, whose frames hold tensors.
     """
     known = sorted({files[n] for n in build.sources if files.get(n)})
     where = known[0] + (f" and {len(known) - 1} more" if len(known) > 1 else "") if known else ""
-    what = f"{where + ': ' if where else ''}{' and '.join(build.targets)} could not be built"
+    head = f"{where + ': ' if where else ''}{' and '.join(build.targets)} could not be built"
     if isinstance(error, MemoryError) or "alloc" in str(error):
         return InsufficientMemoryError(
-            f"{what} ({error}), where memory for it was expected; free some, or set "
+            f"{head} ({error}), where enough free memory was expected; free some, or set "
             f"{QUANTIZE.name} to a smaller format."
         )
     return CheckpointFileError(
-        f"{what} ({error}), expected its {len(build.weights):,} sources to be readable; see "
-        "whether the file is complete, and download it again if not."
+        f"{head} ({error}), where {len(build.weights):,} readable sources were expected; "
+        "check that the file is complete, and download it again if not."
     )

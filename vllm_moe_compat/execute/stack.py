@@ -1,4 +1,4 @@
-"""Arrays with their parts, and experts that are stacked without being copied."""
+"""Weights with their parts as arrays, and a stack of experts that is not a copy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import mlx.core as mx
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 TEMPORARY_BYTES = 16 * 2**20
-"""The most bytes that the float32 intermediates of one step may take."""
+"""Limit for the float32 intermediates of one band, in bytes."""
 
 
 class Stack:
-    """``E`` equal arrays seen as one ``[E, …]`` that is never built as a whole."""
+    """``E`` arrays of equal shape that stand for one ``[E, …]`` without being copied."""
 
     def __init__(self, members: list[mx.array]) -> None:
         self._members: list[Any] = list(members)
         self.shape = (len(members), *members[0].shape)
 
     def all(self) -> mx.array:
-        """Return the whole as an array and release the members."""
+        """Return the whole stack as one array and release the members."""
         return self.take(0, self.shape[0])
 
     def pop(self, expert: int) -> mx.array:
@@ -37,7 +37,7 @@ class Stack:
 
 @dataclass(slots=True)
 class Arrays:
-    """An ``Operand`` with its values; a weight may be a ``Stack``."""
+    """The arrays of an ``Operand``; a weight may be a ``Stack``."""
 
     weights: list[Any]
     parts: dict[str, list[Any]] = field(default_factory=dict)

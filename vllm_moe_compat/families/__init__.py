@@ -1,1 +1,1 @@
-"""What each mlx-lm module expects, as data."""
+"""The expectations of each mlx-lm module, as data."""

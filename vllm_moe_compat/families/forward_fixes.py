@@ -1,9 +1,9 @@
-"""What is called in place of a module's ``sanitize``, where tensors alone are no cure.
+"""Wrappers of a module's ``sanitize`` for defects that a plan cannot correct.
 
-Each function gets upstream's ``sanitize`` (to be called with the weights only), the
-model, the weights and the checkpoint's config as it was read (empty where only weights
-were given), and returns what ``sanitize`` would. Some give single instances of a block
-a corrected forward pass; mlx-lm's classes themselves stay as they are.
+Each wrapper takes upstream's ``sanitize`` (a function of the weights alone), the model, the
+weights and the checkpoint's original config (empty if only weights were given), and returns
+the sanitized weights. Some wrappers give the blocks of this model a corrected forward pass;
+mlx-lm's classes are not changed.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _BIAS = "e_score_correction_bias"
 
 
 def layer_61(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
-    """Keep decoder layer 61, which upstream takes for DeepSeek-V3's prediction head.
+    """Keep decoder layer 61, which upstream drops as DeepSeek-V3's prediction head.
 
-    Models of more than 61 layers have their layer 61 sanitised apart, as a layer 0:
-    what upstream does to a layer does not depend on its number.
+    In models of more than 61 layers, layer 61 is sanitized on its own under the name of layer
+    0, since upstream treats all other layers alike.
     """
-    apart = {name: array for name, array in weights.items() if _LAYER_61.search(name)}
-    if not apart:
+    layer = {name: array for name, array in weights.items() if _LAYER_61.search(name)}
+    if not layer:
         return sanitize(weights)
-    for name in apart:
+    for name in layer:
         del weights[name]
     result = dict(sanitize(weights))
-    first = {_LAYER_61.sub("model.layers.0.", name): array for name, array in apart.items()}
-    apart.clear()
+    first = {_LAYER_61.sub("model.layers.0.", name): array for name, array in layer.items()}
+    layer.clear()
     for name, array in sanitize(first).items():
         result[name.replace("model.layers.0.", "model.layers.61.")] = array
     return result
 
 
 def jamba_router(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
-    """Take the routers' softmax over all experts; upstream's is over the chosen ones."""
+    """Take the router's softmax over all experts; upstream takes it over the chosen ones."""
     for layer in model.layers:
         block = layer.feed_forward
         if type(block).__name__ == "JambaSparseMoeBlock":
@@ -55,10 +55,10 @@ def _jamba_block(original: Any) -> type:
     import mlx.core as mx
 
     class Block(original):  # type: ignore[misc]
-        """``JambaSparseMoeBlock`` as AI21 trained it."""
+        """``JambaSparseMoeBlock`` with the router that the model was trained with."""
 
         def __call__(self, x: Any) -> Any:
-            """``[…, H]`` to ``[…, H]``: the chosen experts, weighed by the full softmax."""
+            """``[…, H]`` to ``[…, H]``: chosen experts, weighted by the softmax over all."""
             k = self.num_experts_per_tok
             scores = mx.softmax(self.router(x), axis=-1, precise=True)
             chosen = mx.stop_gradient(mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k])
@@ -69,9 +69,9 @@ def _jamba_block(original: Any) -> type:
 
 
 def ernie_bias(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
-    """Route by the correction bias ``[1, E]``, which upstream deletes.
+    """Route with the correction bias ``[1, E]``, which upstream deletes.
 
-    It decides which experts are chosen; their weights are those without it.
+    The bias takes part in the choice of experts, not in their weights.
     """
     biases = {
         name: weights.pop(name)
@@ -111,9 +111,10 @@ def _ernie_block(original: Any) -> type:
 
 
 def hunyuan_weights(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
-    """Have HunYuan-MoE-V1's chosen experts weigh 1 together; upstream is of another model.
+    """Normalise the weights of the chosen experts for HunYuan-MoE-V1.
 
-    Both share a module; which one it is only the config says.
+    mlx-lm's module is that of an earlier model, which does not normalise. The config tells the
+    two models apart.
     """
     if config.get("model_type") == "hunyuan_v1_moe":
         for layer in model.layers:
@@ -144,9 +145,9 @@ def _hunyuan_block(original: Any) -> type:
 
 
 def tied_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
-    """Show Qwen3-VL-MoE's ``sanitize`` the output head that it asks for by name.
+    """Give Qwen3-VL-MoE's ``sanitize`` an output head, which it requires.
 
-    A tied checkpoint leaves it out, and a tied model has no place for it.
+    A tied checkpoint has none, and a tied model has no parameter for it.
     """
     absent = not any(name.endswith("lm_head.weight") for name in weights)
     if absent:
@@ -163,20 +164,20 @@ def tied_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) 
 
 
 def scale_rope(model: Any, config: Mapping[str, Any]) -> bool:
-    """Give every layer the scaled rotary embedding that the config asks for.
+    """Replace each layer's rotary embedding by the scaled one that the config requires.
 
-    Several modules make a plain one whatever ``rope_scaling`` says. One that is not
-    plain, or whose scale is not 1, was made with the config in mind and stays.
+    Several modules build an unscaled ``nn.RoPE`` whatever ``rope_scaling`` is. An embedding of
+    another class, or with a scale other than 1, already follows the config and is kept.
 
     Args:
         model: the instance.
-        config: of the language model.
+        config: the language model's config.
 
     Returns:
-        Whether anything was replaced.
+        Whether embeddings were replaced.
 
     Raises:
-        UnsupportedCheckpointError: mlx-lm does not know what the config asks for.
+        UnsupportedCheckpointError: mlx-lm cannot build the embedding.
     """
     scaling = config.get("rope_scaling")
     if not isinstance(scaling, Mapping):
@@ -201,20 +202,20 @@ def scale_rope(model: Any, config: Mapping[str, Any]) -> bool:
             )
         except (ValueError, TypeError, LookupError, AssertionError, ArithmeticError) as error:
             raise UnsupportedCheckpointError(
-                f"config.json: rope_scaling is {dict(scaling)!r}, of which mlx-lm makes no rotary "
-                f"embedding ({type(error).__name__}: {error}); correct the config."
+                f"config.json: rope_scaling is {dict(scaling)!r}, where a scaling that mlx-lm "
+                f"knows was expected ({type(error).__name__}: {error}); correct the config."
             ) from error
     return True
 
 
 def _become(block: Any, corrected: Callable[[Any], type]) -> None:
-    """Give one instance the corrected class; a second time changes nothing."""
+    """Give one instance the corrected class; idempotent."""
     if not getattr(type(block), "corrected", False):
         block.__class__ = corrected(type(block))
 
 
 def _named(block: type, original: type) -> type:
-    """Have the corrected block look like the original in messages and to other code."""
+    """Give the corrected class the original's name and module."""
     block.__name__, block.__qualname__ = original.__name__, original.__qualname__
     block.__module__ = original.__module__
     block.corrected = True  # type: ignore[attr-defined]

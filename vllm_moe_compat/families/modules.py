@@ -1,8 +1,8 @@
 """Find the mlx-lm module that loads a config, and its registry row.
 
-mlx-lm's own tables answer. They are read from its source, since importing mlx-lm imports
-MLX; where mlx-lm is imported already, its live tables count. Without mlx-lm the registry
-answers alone.
+The answer follows mlx-lm's own tables. They are read from its source, since importing mlx-lm
+imports MLX; if mlx-lm is imported already, its live tables are used. Without mlx-lm the
+registry's model types are used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class FoundModule:
     """The module that loads a checkpoint.
 
     Attributes:
-        path: its import path; empty where mlx-lm has none.
-        row: of the registry; None where there is none.
-        reason: why there is no row; else empty.
+        path: import path; empty if mlx-lm has no such module.
+        row: registry row, or None.
+        reason: the reason for a missing row; else empty.
     """
 
     path: str
@@ -45,9 +45,9 @@ class MlxLm:
     """The tables of the installed mlx-lm.
 
     Attributes:
-        version: the one installed; None where there is none.
-        folder: of its models.
-        by_type: model type → module, where they differ.
+        version: installed version, or None.
+        folder: folder of its model modules, or None.
+        by_type: model type → module, if their names differ.
         by_architecture: model type and architecture → module.
     """
 
@@ -57,10 +57,7 @@ class MlxLm:
     by_architecture: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def module_of(self, config: Mapping[str, Any]) -> str | None:
-        """Return the module that mlx-lm picks, as ``mlx_lm.utils._get_classes`` does.
-
-        None where there is no such module.
-        """
+        """Return the module that ``mlx_lm.utils._get_classes`` picks, or None."""
         kind = config.get("model_type")
         if not isinstance(kind, str):
             return None
@@ -81,8 +78,8 @@ class MlxLm:
     def row_of(self, module: str) -> Row | None:
         """Return the row that covers the ``sanitize`` of a module's ``Model``.
 
-        A class that inherits its ``sanitize`` is covered by its parent's row; one that
-        overrides it is covered by a row of its own or not at all.
+        A class that inherits ``sanitize`` is covered by its parent's row; a class that overrides
+        it needs a row of its own.
         """
         live = getattr(sys.modules.get(f"{PACKAGE}.{module}"), "Model", None)
         if isinstance(live, type):
@@ -98,10 +95,10 @@ class MlxLm:
 
 @cache
 def _model_of(source: Path) -> tuple[bool, str | None]:
-    """Return whether a module defines its ``Model``, and where that has ``sanitize`` from.
+    """Return whether a module defines ``Model``, and the module that it takes ``sanitize`` from.
 
-    The second is the sibling module that the class, or its base, is imported from; None
-    where the class has a ``sanitize`` of its own, or none.
+    The latter is the sibling module of the imported class or base class; None if the class
+    defines ``sanitize`` or inherits none.
     """
     imported: dict[str, str] = {}
     base: ast.expr | None = ast.Name("Model")
@@ -120,12 +117,12 @@ def _model_of(source: Path) -> tuple[bool, str | None]:
 
 
 def _is_name(name: str) -> bool:
-    """Whether it can be a module's: no path out of the folder."""
+    """Whether the string can be a module's name; a path out of the folder cannot."""
     return 0 < len(name) < 100 and all(c.isalnum() or c in "_-" for c in name)
 
 
 def mlx_lm() -> MlxLm:
-    """Return the tables of the mlx-lm that is installed; empty ones where none is."""
+    """Return the tables of the installed mlx-lm; empty without mlx-lm."""
     source = _from_source()
     utils = sys.modules.get("mlx_lm.utils")
     if utils is None:
@@ -162,7 +159,7 @@ def _from_source() -> MlxLm:
 
 
 def row_of_config(config: Mapping[str, Any]) -> Row | None:
-    """Return the row whose module a config asks for, before any key of it is translated."""
+    """Return the row for a config whose keys are not translated yet, or None."""
     if config.get("model_file") is not None:
         return None
     return registry.row_of_config(config, mlx_lm().by_type)

@@ -1,9 +1,7 @@
-"""Which mlx-lm modules the package serves, and what each of them expects.
+"""The mlx-lm modules that the package serves.
 
-``TRANSFORMS_BY_MODULE`` is explicit: a module that is not in it is never touched. A
-row says in the field's words where the module's experts live, what they are called
-and what it ignores. Dense rows get FP8 only; MoE rows get FP8 plus stacking. What
-upstream gets right by itself is what ``Moe.reads`` and ``Row.digests`` say.
+``TRANSFORMS_BY_MODULE`` is explicit: a module without a row is never touched. Rows of MoE
+modules are in ``moe`` and ``deepseek``, those of dense modules in ``dense``.
 """
 
 from __future__ import annotations
@@ -11,434 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_moe_compat.checkpoint.extras import Extras
-from vllm_moe_compat.families import forward_fixes as repairs
-from vllm_moe_compat.families import settings as cfg
-from vllm_moe_compat.families import settings_by_family as own
-from vllm_moe_compat.families import workarounds as w
-from vllm_moe_compat.families.row import (
-    COMBINED,
-    GLU,
-    PER_EXPERT,
-    TRANSPOSED,
-    W123,
-    Arithmetic,
-    Cache,
-    Moe,
-    Row,
-    Workaround,
-)
+from vllm_moe_compat.families.deepseek import DEEPSEEK_ROWS
+from vllm_moe_compat.families.dense import DENSE_ROWS
+from vllm_moe_compat.families.moe import MOE_ROWS
+from vllm_moe_compat.families.row import Row
 
-_MOE = (w.FP8, w.OTHER_LAYOUTS)
-_FP8_128 = (w.FP8_FORMS, w.OTHER_LAYOUTS)
-_ROPE = (cfg.ROPE,)
-_INT4 = ("compressed-tensors int4",)
-
-STANDARD = Moe()
-PLAIN = Moe(target="mlp.experts")
-COMBINED_ONLY = Moe(reads=(COMBINED,))
-BLOCK_SPARSE = Moe(
-    sources=("block_sparse_moe.experts", "mlp.experts"),
-    target="block_sparse_moe.switch_mlp",
-    spelling=W123,
-)
-GRANITE = Moe(
-    sources=("block_sparse_moe", "block_sparse_moe.experts"),
-    target="block_sparse_moe.switch_mlp",
-    reads=(COMBINED,),
-    spelling=("input_linear", "output_linear"),
-)
-MISTRAL_4 = Moe(reads=(PER_EXPERT, COMBINED))
-GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", reads=(COMBINED,))
-
-BEYOND = Extras(beyond=True)
-QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
-NESTED_VISION = Extras(prefixes=("model.language_model.visual.", "language_model.visual."))
-KIMI_VISION = Extras(
-    prefixes=("vision_tower", "vision_model", "multi_modal_projector", "mm_projector")
-)
-GEMMA_VISION = Extras(
-    prefixes=tuple(
-        prefix + tower
-        for prefix in ("", "model.")
-        for tower in (
-            "vision_tower",
-            "multi_modal_projector",
-            "audio_tower",
-            "embed_audio",
-            "embed_vision",
-            "vision_embedder",
-        )
-    )
-)
-MISTRAL_VISION = Extras(parts=("vision_tower", "multi_modal_projector"))
-LLAMA_VISION = Extras(parts=("vision_model", "multi_modal_projector"))
-QWEN_NORMS = (
-    ".input_layernorm.weight",
-    ".post_attention_layernorm.weight",
-    "model.norm.weight",
-    ".q_norm.weight",
-    ".k_norm.weight",
-)
-LIFTED = (
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.language_model\.", "language_model.model."),
-)
-BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
-
-
-def _row(module: str, *workarounds: Workaround, **fields: Any) -> Row:
-    if fields.get("config"):
-        workarounds += (w.CONFIG,)
-    if fields.get("renames") or fields.get("splits"):
-        workarounds += (w.NAMES,)
-    return Row(f"mlx_lm.models.{module}", workarounds=workarounds, **fields)
-
-
-def _moe(module: str, moe: Moe = STANDARD, *more: Workaround, **fields: Any) -> Row:
-    """A family whose own ``sanitize`` takes the release's layout, unquantised."""
-    return _row(module, *_MOE, *more, moe=moe, **fields)
-
-
-def _deepseek(module: str, moe: Moe = STANDARD, *more: Workaround, **fields: Any) -> Row:
-    """A family whose own ``sanitize`` multiplies 128x128 blocks out."""
-    fields.setdefault("digests", ("fp8 block 128",))
-    return _row(module, *_FP8_128, *more, moe=moe, **fields)
-
-
-_MOE_ROWS = (
-    _row(
-        "qwen3_5",
-        w.FP8,
-        w.NESTED_VISION,
-        w.NORM_SHIFT,
-        w.NORM_MARK,
-        extras=QWEN_VISION,
-        drops=NESTED_VISION,
-        arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
-        model_types=("qwen3_5_text",),
-        config=(cfg.ATTENTION_INTERVAL,),
-    ),
-    _row(
-        "qwen3_5_moe",
-        w.FP8,
-        w.STACK_EXPERTS,
-        w.NESTED_VISION,
-        w.NORM_SHIFT,
-        w.NORM_MARK,
-        moe=COMBINED_ONLY,
-        extras=QWEN_VISION,
-        drops=NESTED_VISION,
-        arithmetic=Arithmetic(QWEN_NORMS, "conv1d"),
-        model_types=("qwen3_5_moe_text",),
-        config=(cfg.ATTENTION_INTERVAL,),
-    ),
-    _moe(
-        "qwen3_next",
-        STANDARD,
-        w.NORM_SHIFT,
-        w.EARLY_RETURN,
-        extras=Extras(parts=("mtp.",)),
-        arithmetic=Arithmetic(QWEN_NORMS, "per-expert"),
-        config=(cfg.ROPE, cfg.ATTENTION_INTERVAL),
-    ),
-    _moe("qwen2_moe", config=(cfg.ALL_SPARSE, cfg.ROPE)),
-    _moe("qwen3_moe", config=(cfg.ROPE, cfg.NUM_EXPERTS)),
-    _moe(
-        "qwen3_vl_moe",
-        Moe(reads=(TRANSPOSED,), transposed=True),
-        w.TIED_HEAD,
-        extras=Extras(prefixes=("visual", "model.visual", "vision_tower")),
-        config=(cfg.ROPE, cfg.NUM_EXPERTS, cfg.NORM_TOPK),
-        sanitize_wrapper=repairs.tied_head,
-    ),
-    _moe("olmoe", config=_ROPE),
-    _moe("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, config=_ROPE),
-    _moe(
-        "phimoe",
-        BLOCK_SPARSE,
-        renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
-        config=_ROPE,
-    ),
-    _row(
-        "gpt_oss",
-        w.FP8,
-        w.GPT_OSS_BF16,
-        moe=Moe(target="mlp.experts", reads=(), transposed=True, interleaved=True),
-        keeps=("mxfp4 blocks",),
-        config=_ROPE,
-    ),
-    _moe(
-        "llama4",
-        Moe(
-            sources=("feed_forward.experts",),
-            target="feed_forward.experts",
-            reads=(TRANSPOSED,),
-            transposed=True,
-        ),
-        extras=LLAMA_VISION,
-        config=_ROPE,
-    ),
-    _moe("gemma4", GEMMA_4, extras=GEMMA_VISION, config=(own.GEMMA4_HEADS, cfg.VOCAB_SIZE)),
-    _moe("gemma4_text", GEMMA_4, config=(own.GEMMA4_HEADS,)),
-    _moe(
-        "granitemoe",
-        GRANITE,
-        renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
-        config=_ROPE,
-    ),
-    _moe(
-        "granitemoehybrid",
-        GRANITE,
-        renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
-        config=(own.GRANITE_LAYERS,),
-    ),
-    _moe(
-        "jamba",
-        Moe(sources=("feed_forward.experts",), target="feed_forward.switch_mlp"),
-        w.JAMBA_ROUTER,
-        config=(own.JAMBA_OFFSET,),
-        sanitize_wrapper=repairs.jamba_router,
-    ),
-    _moe(
-        "lfm2_moe",
-        Moe(
-            sources=("feed_forward.experts",),
-            target="feed_forward.switch_mlp",
-            spelling=(*W123, *GLU),
-        ),
-    ),
-    _moe(
-        "nemotron_h",
-        Moe(
-            sources=("mixer.experts",),
-            target="mixer.switch_mlp",
-            into=(("up", "fc1"), ("down", "fc2")),
-        ),
-        extras=Extras(prefixes=("mtp.",)),
-        renames=((r"^model\.", "backbone."),),
-    ),
-    _moe("deepseek"),
-    _moe(
-        "deepseek_v2",
-        config=(cfg.ROPE, cfg.DEEPSEEK_V2_YARN),
-        cache=Cache(expands_latent=True),
-    ),
-    _deepseek(
-        "deepseek_v3",
-        STANDARD,
-        w.LAYER_61,
-        keeps=_INT4,
-        drops=BEYOND,
-        config=_ROPE,
-        sanitize_wrapper=repairs.layer_61,
-    ),
-    _deepseek("deepseek_v32", extras=BEYOND, config=(cfg.ROPE, cfg.FIRST_DENSE)),
-    _deepseek("glm_moe_dsa", extras=BEYOND, config=(cfg.GLM_DSA, cfg.FIRST_DENSE)),
-    _row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
-    _deepseek(
-        "kimi_k25",
-        STANDARD,
-        w.LAYER_61,
-        keeps=_INT4,
-        extras=KIMI_VISION,
-        drops=BEYOND | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
-        renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
-        config=_ROPE,
-        sanitize_wrapper=repairs.layer_61,
-    ),
-    _moe(
-        "kimi_vl",
-        STANDARD,
-        w.LATENT,
-        extras=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
-        latent=True,
-        config=_ROPE,
-    ),
-    _moe(
-        "kimi_linear",
-        Moe(sources=("block_sparse_moe.experts", "mlp.experts"), spelling=W123),
-        extras=Extras(prefixes=("model.mtp",)),
-        renames=(
-            (r"\.self_attn\.forget_gate\.", ".self_attn."),
-            (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),
-            (r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r".mlp.\1."),
-        ),
-        splits=(
-            (
-                ".self_attn.conv1d.weight",
-                tuple(f".self_attn.{p}_conv1d.weight" for p in "qkv"),
-            ),
-        ),
-        config=(cfg.FIRST_DENSE, own.KIMI_LINEAR),
-    ),
-    _moe(
-        "kimi_k3",
-        Moe(sources=("block_sparse_moe.experts",), spelling=W123),
-        keeps=("compressed-tensors",),
-        extras=KIMI_VISION | BEYOND | Extras(prefixes=("model.mtp", "mtp")),
-    ),
-    _moe("glm4_moe", extras=BEYOND, config=_ROPE),
-    _moe("solar_open", extras=BEYOND, config=(cfg.ROPE, cfg.SOLAR)),
-    _moe("glm4_moe_lite", extras=BEYOND, config=(cfg.ROPE, cfg.FIRST_DENSE)),
-    _moe("dots1", PLAIN, config=_ROPE),
-    _moe(
-        "ernie4_5_moe",
-        STANDARD,
-        w.ERNIE_BIAS,
-        extras=Extras(
-            parts=("mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm.")
-        ),
-        renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
-        config=_ROPE,
-        sanitize_wrapper=repairs.ernie_bias,
-    ),
-    _deepseek("minimax", BLOCK_SPARSE, renames=BLOCK_NAMES, config=(cfg.ROPE, *cfg.MINIMAX)),
-    _moe(
-        "minimax_m3_vl",
-        BLOCK_SPARSE,
-        keeps=("fp8 mx",),
-        extras=Extras(prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")),
-        drops=Extras(prefixes=("model.vision_tower.", "model.multi_modal_projector.")),
-        renames=(
-            *LIFTED,
-            (r"\.mlp\.gate\.e_score_correction_bias$", ".block_sparse_moe.e_score_correction_bias"),
-            (r"\.mlp\.(gate|shared_experts)\.", r".block_sparse_moe.\1."),
-            (r"\.indexer\.([qk])_", r".index_\1_"),
-        ),
-        splits=(
-            (
-                ".mlp.gate_up_proj.weight",
-                (".mlp.gate_proj.weight", ".mlp.up_proj.weight"),
-            ),
-            (
-                ".shared_experts.gate_up_proj.weight",
-                (".shared_experts.gate_proj.weight", ".shared_experts.up_proj.weight"),
-            ),
-        ),
-    ),
-    *(
-        _moe(
-            module,
-            extras=Extras(prefixes=("model.mtp",)),
-            drops=Extras(surplus=True),
-            config=(cfg.ROPE, cfg.LONGCAT),
-            cache=Cache(attentions=2),
-        )
-        for module in ("longcat_flash", "longcat_flash_ngram")
-    ),
-    _moe("afmoe", PLAIN, config=_ROPE),
-    _moe("Klear", PLAIN),
-    _moe("exaone_moe", extras=Extras(prefixes=("mtp.",)), config=(cfg.IS_MOE_LAYER,)),
-    _moe(
-        "hunyuan",
-        STANDARD,
-        w.HUNYUAN_ROUTER,
-        config=(own.HUNYUAN_MOE, cfg.ROPE, own.HUNYUAN_ROPE),
-        sanitize_wrapper=repairs.hunyuan_weights,
-    ),
-    _moe("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
-    _moe("mellum", config=(cfg.NUM_EXPERTS,)),
-    _deepseek("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), keeps=_INT4),
-    _deepseek(
-        "mimo_v2_flash",
-        drops=Extras(prefixes=("model.mtp",)),
-        renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
-        config=(own.MIMO,),
-    ),
-    _moe("bailing_hybrid", extras=BEYOND),
-    _moe("bailing_moe"),
-    _moe("bailing_moe_linear"),
-    _moe("bailing_moe_v3", extras=BEYOND | Extras(parts=("mtp.",))),
-    _moe("muse_spark", Moe(target="mlp.experts", reads=(COMBINED,)), keeps=("nvfp4",)),
-    _moe(
-        "phixtral",
-        Moe(
-            sources=("moe.mlp",),
-            target="moe.switch_mlp",
-            spelling=("fc1", "fc2"),
-            into=(("up", "fc1"), ("down", "fc2")),
-        ),
-    ),
-    _moe(
-        "step3p5",
-        Moe(sources=("moe", "moe.experts", "mlp.experts"), reads=()),
-        w.NORM_SHIFT,
-        extras=BEYOND | Extras(parts=(".mtp",)),
-        drops=Extras(
-            prefixes=tuple(
-                prefix + tower
-                for prefix in ("", "model.")
-                for tower in ("vision_model.", "vit_large_projector.", "multi_modal_projector.")
-            )
-        ),
-        renames=(
-            (r"^model\.language_model\.", "model."),
-            (r"\.mlp\.gate\.weight$", ".moe.gate.weight"),
-            (r"\.mlp\.gate\.e_score_correction_bias$", ".moe.router_bias"),
-            (r"\.mlp\.shared_experts\.", ".share_expert."),
-        ),
-        arithmetic=Arithmetic(("norm.weight",), "router"),
-        model_types=("step3p7",),
-        config=(own.STEP3,),
-    ),
-)
-
-_DENSE_ROWS = (
-    *(_row(m, w.FP8, config=_ROPE) for m in ("llama", "qwen2", "olmo2", "phi3", "seed_oss")),
-    *(_row(m, w.FP8, config=_ROPE) for m in ("smollm3", "nemotron", "granite", "glm4")),
-    *(_row(m, w.FP8, config=_ROPE) for m in ("stablelm", "ernie4_5", "starcoder2")),
-    _row("gemma2", w.FP8, config=_ROPE, cache=Cache(ignores_window=True)),
-    *(_row(m, w.FP8) for m in ("qwen3", "youtu_llm")),
-    _row("qwen3_vl", w.FP8, extras=Extras(prefixes=("visual", "model.visual", "vision_tower"))),
-    _row("olmo3", w.FP8, config=(own.OLMO3_ROPE,)),
-    _row(
-        "minicpm3",
-        w.FP8,
-        config=(cfg.ROPE, own.MINICPM_ROPE),
-        cache=Cache(expands_latent=True),
-    ),
-    _row(
-        "muse_glimmer",
-        w.FP8,
-        drops=Extras(
-            prefixes=("model.vision_tower.", "model.vision_adapter.", "model.vision_projection.")
-        ),
-    ),
-    _row("ministral3", w.MINISTRAL_FP8),
-    _row("mistral3", w.MINISTRAL_FP8, w.OTHER_LAYOUTS, moe=MISTRAL_4, extras=MISTRAL_VISION),
-    _row("exaone4", w.FP8, config=(cfg.ROPE, cfg.HEAD_DIM, own.EXAONE4_PATTERN)),
-    _row("cohere2", w.FP8, config=(cfg.ROPE, cfg.WINDOW_PATTERN)),
-    _row("hunyuan_v1_dense", w.FP8, config=(cfg.ROPE, own.HUNYUAN_ROPE)),
-    _row("lfm2", w.FP8, config=(cfg.BLOCK_DIM,)),
-    _row("falcon_h1", w.FP8, config=(cfg.ROPE, cfg.HEAD_DIM)),
-    _row("apertus", w.FP8, config=(cfg.ROPE, cfg.APERTUS)),
-    _row("gemma3_text", w.FP8, config=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN)),
-    _row(
-        "gemma3",
-        w.FP8,
-        extras=Extras(prefixes=("vision_tower", "multi_modal_projector")),
-        drops=Extras(prefixes=("model.vision_tower", "model.multi_modal_projector")),
-        renames=LIFTED,
-        config=(own.GEMMA3_ROPE, cfg.WINDOW_PATTERN, cfg.VOCAB_SIZE),
-    ),
-    _row(
-        "olmo_hybrid",
-        w.FP8,
-        renames=(
-            (r"\.attention_layer_norm\.", ".input_layernorm."),
-            (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
-        ),
-        splits=(
-            (
-                ".linear_attn.conv1d.weight",
-                tuple(f".linear_attn.{p}_conv1d.weight" for p in "qkv"),
-            ),
-        ),
-    ),
-)
-
-TRANSFORMS_BY_MODULE: dict[str, Row] = {row.module: row for row in (*_MOE_ROWS, *_DENSE_ROWS)}
+TRANSFORMS_BY_MODULE: dict[str, Row] = {
+    row.module: row for row in (*MOE_ROWS, *DEEPSEEK_ROWS, *DENSE_ROWS)
+}
+"""Import path of an mlx-lm module → its row."""
 
 _BY_MODEL_TYPE = {name: row for row in TRANSFORMS_BY_MODULE.values() for name in row.model_types}
 _BY_MODEL_TYPE["hunyuan_v1_moe"] = TRANSFORMS_BY_MODULE["mlx_lm.models.hunyuan"]
@@ -447,8 +26,8 @@ _BY_MODEL_TYPE["hunyuan_v1_moe"] = TRANSFORMS_BY_MODULE["mlx_lm.models.hunyuan"]
 def row_for(model_class: type) -> Row | None:
     """Return the row that covers the class's ``sanitize``, or None.
 
-    A class that inherits its ``sanitize`` is covered by its parent's row; one
-    that overrides it is covered by a row of its own or not at all.
+    A class that inherits ``sanitize`` is covered by its parent's row; a class that overrides it
+    needs a row of its own.
     """
     for ancestor in model_class.__mro__:
         row = TRANSFORMS_BY_MODULE.get(ancestor.__module__)
@@ -460,11 +39,11 @@ def row_for(model_class: type) -> Row | None:
 
 
 def row_of_config(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Row | None:
-    """Return the row whose module a config asks for, or None.
+    """Return the row for a config's ``model_type``, or None.
 
     Args:
         config: the checkpoint's.
-        remapping: mlx-lm's own table of model types that share a module.
+        remapping: mlx-lm's table of model types whose module has another name.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -474,14 +53,21 @@ def row_of_config(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Ro
     return TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{remapping.get(kind, kind)}")
 
 
-def fix_config(row: Row, config: dict[str, Any]) -> list[str]:
-    """Put the config into the words of the row's module, in place; name what was changed."""
+def translate_config(row: Row, config: dict[str, Any]) -> list[str]:
+    """Translate a config's settings for the row's module, in place.
+
+    Returns:
+        The ids of the translations that changed the config.
+
+    Raises:
+        UnsupportedCheckpointError: the module cannot represent a setting.
+    """
     changed = []
     if config.get("model_type") in row.model_types:
         changed.append("model_type")
         config["model_type"] = row.module.rpartition(".")[2]
-    for fix in row.config:
+    for translation in row.translations:
         text = config.get("text_config")
-        if fix.apply(config, text if isinstance(text, dict) else config):
-            changed.append(fix.id)
+        if translation.apply(config, text if isinstance(text, dict) else config):
+            changed.append(translation.id)
     return changed

@@ -1,6 +1,6 @@
-"""What is written down about one mlx-lm module: the form of a registry row.
+"""The fields of a registry row: the facts about one mlx-lm module that plans depend on.
 
-The rows themselves are data, in ``registry``; the planner reads them.
+The rows themselves are in ``moe``, ``deepseek`` and ``dense``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Symptom:
     Attributes:
         refuses: whether mlx-lm refuses the checkpoint; else it loads and computes something
             else.
-        occurs: whether the effect occurs, by the layout and the config as it was read.
+        occurs: whether the effect occurs, by the layout and the original config.
     """
 
     refuses: bool
@@ -34,17 +34,18 @@ class Symptom:
 
 @dataclass(frozen=True, slots=True)
 class Workaround:
-    """One thing that upstream does not do yet, shared by the rows that need it.
+    """A compensation for one gap in mlx-lm, shared by the rows that need it.
 
     Attributes:
         id: short name, for tables and messages.
-        why: what goes wrong without it.
-        upstream: where upstream discusses it, or where its code is.
-        remove_when: the condition on which the workaround goes.
-        form: the checkpoint form that it serves.
-        proofs: forms of ``upstream.forms`` in which upstream fails while it is needed.
-        families: the recorded families that show it; the row's own where there are none.
-        symptom: its effect where the plan does not show it; None where the plan does.
+        why: the failure without it.
+        upstream: URL of upstream's discussion, or path of upstream's code.
+        remove_when: the condition for its removal.
+        form: the checkpoints that need it.
+        proofs: checkpoint variants of ``probes.variants`` that fail in mlx-lm as long as the
+            workaround is needed.
+        families: recorded families that show the failure; those of the row if empty.
+        symptom: the failure on a given checkpoint; None if the plan shows it.
     """
 
     id: str
@@ -58,15 +59,15 @@ class Workaround:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigFix:
-    """One thing in ``config.json`` that a module's arguments do not understand.
+class SettingTranslation:
+    """A translation of settings in ``config.json`` into those that a module reads.
 
     Attributes:
         id: short name, for messages.
-        why: what upstream reads wrongly.
-        apply: changes the config and the dict in it that describes the language
-            model (the same one where nothing is nested), in place and only where
-            it has to; says whether it did.
+        why: the setting that upstream misreads.
+        apply: takes the config and its section for the language model (the same dict if nothing
+            is nested), translates in place where needed, and returns whether it changed
+            anything.
     """
 
     id: str
@@ -75,30 +76,32 @@ class ConfigFix:
 
 
 def _is_layer(prefix: str) -> bool:
-    """Whether names with this prefix are right below a layer: ``model.layers.3.``."""
+    """Whether the prefix ends with a layer: ``model.layers.3.``."""
     layer = layer_of(prefix.removesuffix("."))
     return prefix.endswith(".") and layer is not None and f"{layer.path}." == prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """Where a module's routed experts are in checkpoints, and where it wants them.
+    """The routed experts of a module: their names in releases and in the module.
 
     Attributes:
-        sources: paths of the experts in a checkpoint's layer; empty for the layer itself.
-        target: path of the stacked experts in the module's layer.
-        reads: the forms that its ``sanitize`` brings there by itself.
-        spelling: what the projections are called where it does: gate, up, down.
-        into: part → name of the stacked projection.
-        transposed: how combined experts lie where the shapes allow both readings.
-        interleaved: whether gate and up take turns in combined experts.
+        sources: paths of the experts within a layer of a release, ``mlp.experts``; empty for
+            the layer itself. The first is the path in the original release.
+        target: path of the stacked experts within the module's layer, ``mlp.switch_mlp``.
+        stacks: layouts of unquantised experts that the module's ``sanitize`` stacks.
+        spelling: names of gate, up and down in the release that ``sanitize`` stacks.
+        projections: pairs of part and name of the stacked projection.
+        transposed: whether combined experts are ``[E, H, 2I]`` if their shapes fit both
+            orientations.
+        interleaved: whether rows of gate and up alternate in combined experts.
     """
 
     sources: tuple[str, ...] = ("mlp.experts",)
     target: str = "mlp.switch_mlp"
-    reads: tuple[str, ...] = (PER_EXPERT,)
+    stacks: tuple[str, ...] = (PER_EXPERT,)
     spelling: tuple[str, ...] = GLU
-    into: tuple[tuple[str, str], ...] = (
+    projections: tuple[tuple[str, str], ...] = (
         ("gate", "gate_proj"),
         ("up", "up_proj"),
         ("down", "down_proj"),
@@ -107,7 +110,7 @@ class Moe:
     interleaved: bool = False
 
     def source_of(self, path: str) -> str | None:
-        """Return which of ``sources`` a path is, right below a layer; None where it is none."""
+        """Return the entry of ``sources`` that a path has within its layer, or None."""
         return next(
             (
                 source
@@ -120,21 +123,21 @@ class Moe:
 
     @property
     def gated(self) -> bool:
-        """Whether experts have a gate projection besides up and down."""
-        return len(self.into) == 3
+        """Whether experts have a gate projection in addition to up and down."""
+        return len(self.projections) == 3
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """Norms that checkpoints store less 1 and ``sanitize`` adds 1 to.
+class NormShift:
+    """Norm weights that releases store minus 1 and to which ``sanitize`` adds 1.
 
-    It does so in the checkpoint's dtype, and only if it finds what it takes for the
-    mark of a checkpoint that it has not seen yet.
+    ``sanitize`` adds in the checkpoint's dtype, and only if it finds a sign that the checkpoint
+    is a release, not one that mlx-lm has saved.
 
     Attributes:
-        suffixes: how the norms' names end.
-        mark: ``conv1d``: a convolution in torch's order; ``per-expert``: a layer
-            whose experts are not stacked; ``router``: a router under ``.moe.``.
+        suffixes: endings of the norms' names.
+        mark: the sign: ``conv1d``, a convolution in torch's axis order; ``per-expert``, a layer
+            with per-expert weights; ``router``, a router under ``.moe.``.
     """
 
     suffixes: tuple[str, ...]
@@ -143,13 +146,13 @@ class Arithmetic:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The differences between a module's cache and the one that its config implies.
+    """Differences between a module's cache and the cache that its config implies.
 
     Attributes:
         expands_latent: whether latent attention (MLA) keeps the expanded keys and values
             instead of the latent.
-        ignores_window: whether layers with a sliding window keep every token.
-        attentions: how many attentions, each with keys and values, a layer has.
+        ignores_window: whether layers with a sliding window keep all tokens.
+        attentions: number of attentions per layer, each with keys and values.
     """
 
     expands_latent: bool = False
@@ -159,46 +162,47 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is known about one mlx-lm module.
+    """The facts about one mlx-lm module.
 
     Attributes:
-        module: its import path; the class is its ``Model``.
-        workarounds: what is done for it, and until when.
-        moe: its experts' convention; None for a dense module.
-        extras: names that its ``sanitize`` drops.
-        drops: extras that it does not drop and the executor must.
-        arithmetic: what it computes with.
-        renames: patterns of names that it does not know, and what it calls them.
-        splits: ends of fused tensors' names → the ends of their equal parts.
-        digests: kinds of stored numbers that its ``sanitize`` turns into floats, in
-            bfloat16: ``fp8 block 128``, ``fp8 tensor``.
-        keeps: kinds of stored numbers, and packed forms of ``plan.check_packed``, that it
-            reads and keeps packed: they are none of our business.
-        latent: where ``kv_b_proj`` is left whole that the module wants split.
-        model_types: further ``model_type`` s that are this module's.
-        config: what its arguments do not understand.
-        sanitize_wrapper: called in place of ``sanitize`` with it, the model, the tensors and the
-            config as it was read.
-        cache: how its cache differs from the one that the config implies.
+        module: import path; its class ``Model`` is wrapped.
+        workarounds: the gaps of mlx-lm that the row compensates for.
+        moe: names and layouts of the routed experts; None for a dense module.
+        dropped_upstream: extra tensors that the module's ``sanitize`` drops.
+        dropped_here: extra tensors that ``sanitize`` does not drop, so that the plan does.
+        norm_shift: norms that ``sanitize`` shifts by 1; None for none.
+        renames: pairs of pattern and replacement that turn a name of some releases into the
+            module's name.
+        splits: pairs of the ending of a joined tensor and the endings of its equal parts.
+        digests: kinds of stored numbers that ``sanitize`` dequantises, in bfloat16:
+            ``fp8 block 128``, ``fp8 tensor``.
+        keeps: kinds of stored numbers, and packed forms of ``plan.check_packed``, that the
+            module computes with as they are; the plan leaves them alone.
+        latent: whether the plan splits ``kv_b_proj`` because ``sanitize`` does not.
+        model_types: further values of ``model_type`` that the module loads.
+        translations: settings of config.json that the module's arguments misread.
+        sanitize_wrapper: called in place of ``sanitize``, with upstream's ``sanitize``, the
+            model, the tensors and the original config.
+        cache: differences between the module's cache and the one that the config implies.
     """
 
     module: str
     workarounds: tuple[Workaround, ...] = ()
     moe: Moe | None = None
-    extras: Extras = field(default_factory=Extras)
-    drops: Extras = field(default_factory=Extras)
-    arithmetic: Arithmetic | None = None
+    dropped_upstream: Extras = field(default_factory=Extras)
+    dropped_here: Extras = field(default_factory=Extras)
+    norm_shift: NormShift | None = None
     renames: tuple[tuple[str, str], ...] = ()
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
     digests: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()
-    config: tuple[ConfigFix, ...] = ()
+    translations: tuple[SettingTranslation, ...] = ()
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
 
     @property
     def ignored(self) -> Extras:
-        """All names that play no part in the model, whoever drops them."""
-        return self.extras | self.drops
+        """All extra tensors of the module's releases."""
+        return self.dropped_upstream | self.dropped_here

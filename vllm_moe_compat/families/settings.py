@@ -1,10 +1,10 @@
-"""What a ``config.json`` says in words that a module of mlx-lm does not understand.
+"""Translations of ``config.json`` settings that several mlx-lm modules misread.
 
-transformers 5 writes configs anew: rotary settings under ``rope_parameters``, other
-names for counts, no key whose value is the default. mlx-lm then fails with a
-``TypeError``, or takes a default of its own and generates nonsense. Each function here
-puts one such thing into mlx-lm's words, in place, only where it has to, and says
-whether it did. ``config`` is the whole, ``text`` the part on the language model.
+transformers 5 writes configs differently: rotary settings under ``rope_parameters``, other
+names for counts, no key whose value is the default. mlx-lm then raises a ``TypeError``, or
+uses a default of its own and generates nonsense. Each translation changes the config in place
+where needed and returns whether it did. ``config`` is the whole config, ``text`` its section
+for the language model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
-from vllm_moe_compat.families.row import ConfigFix
+from vllm_moe_compat.families.row import SettingTranslation
 
 Section = dict[str, Any]
 
@@ -24,13 +24,13 @@ def section(value: Any) -> Section:
 
 
 def kinds_of(text: Section, key: str) -> list[Any]:
-    """Return a list of the config, empty where it has none."""
+    """Return the list under a key; empty if there is none."""
     value = text.get(key)
     return value if isinstance(value, list) else []
 
 
 def flat_rope(config: Section, text: Section) -> bool:
-    """Put ``rope_parameters`` into ``rope_theta`` and ``rope_scaling``."""
+    """Translate ``rope_parameters`` into ``rope_theta`` and ``rope_scaling``."""
     rope = text.get("rope_parameters")
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         return False
@@ -52,23 +52,23 @@ def flat_rope(config: Section, text: Section) -> bool:
     return text != before
 
 
-ROPE = ConfigFix(
+ROPE = SettingTranslation(
     "rope",
-    "rope_parameters is not read: rope_theta and rope_scaling fall back to defaults or miss",
+    "rope_parameters is not read: rope_theta and rope_scaling are missing or have defaults",
     flat_rope,
 )
 
 
-def _default(**values: Any) -> ConfigFix:
+def _default(**values: Any) -> SettingTranslation:
     def apply(config: Section, text: Section) -> bool:
         missing = {k: v for k, v in values.items() if text.get(k) is None}
         text.update(missing)
         return bool(missing)
 
-    return ConfigFix("defaults", f"{', '.join(values)} must be there", apply)
+    return SettingTranslation("defaults", f"{', '.join(values)} must be present", apply)
 
 
-def _copied(target: str, *sources: str) -> ConfigFix:
+def _copied(target: str, *sources: str) -> SettingTranslation:
     def apply(config: Section, text: Section) -> bool:
         value = next((text[s] for s in sources if text.get(s) is not None), None)
         if text.get(target) is not None or value is None:
@@ -76,13 +76,23 @@ def _copied(target: str, *sources: str) -> ConfigFix:
         text[target] = value
         return True
 
-    return ConfigFix(target, f"{target} is wanted where {' or '.join(sources)} is written", apply)
+    return SettingTranslation(
+        target, f"{target} is read, and the config has {' or '.join(sources)}", apply
+    )
 
 
 def computed(
     target: str, why: str, value: Callable[[Section], Any], *, always: bool = False
-) -> ConfigFix:
-    """Have a key hold what a function makes of the others; None says that it cannot."""
+) -> SettingTranslation:
+    """Return a translation that computes a key from the others.
+
+    Args:
+        target: the key.
+        why: the setting that upstream misreads.
+        value: takes the section for the language model; returns the key's value, or None if
+            it cannot be computed.
+        always: whether an existing value is replaced.
+    """
 
     def apply(config: Section, text: Section) -> bool:
         if text.get(target) is not None and not always:
@@ -93,12 +103,12 @@ def computed(
         text[target] = found
         return True
 
-    return ConfigFix(target, why, apply)
+    return SettingTranslation(target, why, apply)
 
 
-def renamed_layers(names: dict[str, str]) -> ConfigFix:
-    """Have the kinds of layers called what the module calls them."""
-    known = list(names)  # a list: what the config has instead of names may not be hashable
+def renamed_layers(names: dict[str, str]) -> SettingTranslation:
+    """Return a translation of the entries of ``layer_types``."""
+    known = list(names)  # Not a set: entries of an untrusted config may be unhashable.
 
     def apply(config: Section, text: Section) -> bool:
         kinds = text.get("layer_types")
@@ -107,7 +117,9 @@ def renamed_layers(names: dict[str, str]) -> ConfigFix:
         text["layer_types"] = [names[kind] if kind in known else kind for kind in kinds]
         return True
 
-    return ConfigFix("layer_types", "layers are called " + ", ".join(names.values()), apply)
+    return SettingTranslation(
+        "layer_types", "kinds of layers are named " + ", ".join(names.values()), apply
+    )
 
 
 def _first_dense(text: Section) -> int | None:
@@ -119,7 +131,7 @@ def _first_dense(text: Section) -> int | None:
 
 
 def _position(text: Section, kind: str = "full_attention") -> int | None:
-    """Return the period of a pattern of layers that ends with ``kind``; None if it is none."""
+    """Return the period of ``layer_types`` if ``kind`` ends each period, else None."""
     kinds = text.get("layer_types")
     if not isinstance(kinds, list) or kind not in kinds:
         return None
@@ -158,7 +170,7 @@ WINDOW_PATTERN = computed(
 )
 DEEPSEEK_V2_YARN = computed(
     "rope_scaling",
-    "a yarn dict is read even where the rotary embedding is not scaled; factor 1 scales nothing",
+    "a yarn dict is required even if the rotary embedding is not scaled; factor 1 is neutral",
     lambda text: {"type": "yarn", "factor": 1.0},
 )
 MINIMAX = (
@@ -197,7 +209,9 @@ def _all_sparse(config: Section, text: Section) -> bool:
     return False
 
 
-ALL_SPARSE = ConfigFix("all-sparse", "dense layers in between cannot be represented", _all_sparse)
+ALL_SPARSE = SettingTranslation(
+    "all-sparse", "dense layers between MoE layers cannot be represented", _all_sparse
+)
 
 
 def _vocab_size(config: Section, text: Section) -> bool:
@@ -208,4 +222,6 @@ def _vocab_size(config: Section, text: Section) -> bool:
     return True
 
 
-VOCAB_SIZE = ConfigFix("vocab_size", "a default is put over text_config's vocab_size", _vocab_size)
+VOCAB_SIZE = SettingTranslation(
+    "vocab_size", "a default replaces the vocab_size of text_config", _vocab_size
+)

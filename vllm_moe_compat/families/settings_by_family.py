@@ -1,8 +1,8 @@
-"""What single families' configs say in words of their own; see ``configs``."""
+"""Translations of ``config.json`` settings that a single family needs; see ``settings``."""
 
 from __future__ import annotations
 
-from vllm_moe_compat.families.row import ConfigFix
+from vllm_moe_compat.families.row import SettingTranslation
 from vllm_moe_compat.families.settings import (
     Section,
     computed,
@@ -19,13 +19,13 @@ def _jamba_offset(config: Section, text: Section) -> bool:
         return False
     if offset < 1 or 2 * offset % period == 0:
         return False
-    text["expert_layer_offset"] = -offset  # less than nothing: never to be turned again
+    text["expert_layer_offset"] = -offset  # Negative, so that it is not translated twice.
     return True
 
 
-JAMBA_OFFSET = ConfigFix(
+JAMBA_OFFSET = SettingTranslation(
     "expert_layer_offset",
-    "layers with experts are counted from the other end of the period",
+    "the offset of MoE layers is counted from the end of the period",
     _jamba_offset,
 )
 
@@ -38,7 +38,7 @@ def _exaone4_pattern(text: Section) -> str | None:
 
 
 EXAONE4_PATTERN = computed(
-    "sliding_window_pattern", "a string of L and G is wanted", _exaone4_pattern, always=True
+    "sliding_window_pattern", "a string of L and G is read", _exaone4_pattern, always=True
 )
 
 
@@ -62,7 +62,7 @@ def _gemma3(config: Section, text: Section) -> bool:
     return True
 
 
-GEMMA3_ROPE = ConfigFix("rope", "rope_parameters per kind of layer is not read", _gemma3)
+GEMMA3_ROPE = SettingTranslation("rope", "rope_parameters per kind of layer are not read", _gemma3)
 
 
 def _gemma4_heads(config: Section, text: Section) -> bool:
@@ -84,7 +84,7 @@ def _gemma4_heads(config: Section, text: Section) -> bool:
     return changed
 
 
-GEMMA4_HEADS = ConfigFix("global_head_dim", "per_layer_config is not read", _gemma4_heads)
+GEMMA4_HEADS = SettingTranslation("global_head_dim", "per_layer_config is not read", _gemma4_heads)
 
 
 def _kimi_linear(config: Section, text: Section) -> bool:
@@ -104,8 +104,10 @@ def _kimi_linear(config: Section, text: Section) -> bool:
     return True
 
 
-KIMI_LINEAR = ConfigFix(
-    "linear_attn_config", "which layers are linear is wanted as lists, counted from 1", _kimi_linear
+KIMI_LINEAR = SettingTranslation(
+    "linear_attn_config",
+    "linear layers are read as a list of numbers that starts at 1",
+    _kimi_linear,
 )
 
 
@@ -131,7 +133,9 @@ def _hunyuan_moe(config: Section, text: Section) -> bool:
     return True
 
 
-HUNYUAN_MOE = ConfigFix("hunyuan_v1_moe", "the module is another model's too", _hunyuan_moe)
+HUNYUAN_MOE = SettingTranslation(
+    "hunyuan_v1_moe", "the module is shared with another model", _hunyuan_moe
+)
 
 
 def _minicpm_rope(config: Section, text: Section) -> bool:
@@ -141,7 +145,7 @@ def _minicpm_rope(config: Section, text: Section) -> bool:
     return True
 
 
-MINICPM_ROPE = ConfigFix("rope_scaling", "a dict is read even where there is none", _minicpm_rope)
+MINICPM_ROPE = SettingTranslation("rope_scaling", "a dict is required", _minicpm_rope)
 
 
 def _full_rope(config: Section, text: Section) -> bool:
@@ -152,7 +156,9 @@ def _full_rope(config: Section, text: Section) -> bool:
     return flat_rope(config, text)
 
 
-OLMO3_ROPE = ConfigFix("rope", "rope_parameters per kind of layer is not read", _full_rope)
+OLMO3_ROPE = SettingTranslation(
+    "rope", "rope_parameters per kind of layer are not read", _full_rope
+)
 
 
 def _mimo(config: Section, text: Section) -> bool:
@@ -183,12 +189,16 @@ def _mimo(config: Section, text: Section) -> bool:
     return True
 
 
-MIMO = ConfigFix("mimo_v2_flash", "sliding layers' settings have keys of their own", _mimo)
-HUNYUAN_ROPE = ConfigFix("rope_scaling", "it must be there; factor 1 scales nothing", _hunyuan_rope)
+MIMO = SettingTranslation(
+    "mimo_v2_flash", "settings of sliding layers have keys of their own", _mimo
+)
+HUNYUAN_ROPE = SettingTranslation(
+    "rope_scaling", "a dict is required; factor 1 is neutral", _hunyuan_rope
+)
 
 
 def _step3(config: Section, text: Section) -> bool:
-    """Lift Step 3.5's text config to the top, in the words of its first release."""
+    """Replace Step 3.5's config by its text section, with the keys of the first release."""
     if config.get("model_type") == "step3p5" and "attention_other_setting" in config:
         return False
     inner = dict(text)
@@ -215,7 +225,7 @@ def _step3(config: Section, text: Section) -> bool:
 
 
 def _step3_lists(text: Section) -> Section:
-    """Return what is said layer by layer."""
+    """Return the settings that have one value per layer."""
     ropes = section(text.get("rope_parameters"))
     own = [
         section(ropes.get(kind) if isinstance(kind, str) else None) or ropes
@@ -231,4 +241,6 @@ def _step3_lists(text: Section) -> Section:
     return found
 
 
-STEP3 = ConfigFix("step3p5", "the text model's settings are read at the top", _step3)
+STEP3 = SettingTranslation(
+    "step3p5", "settings of the text model are read at the top level", _step3
+)

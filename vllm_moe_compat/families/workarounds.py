@@ -1,6 +1,6 @@
-"""What mlx-lm does not do yet: one ``Workaround`` each, shared by the rows that need it.
+"""Gaps of mlx-lm, one ``Workaround`` each, shared by the rows that need it.
 
-``proofs`` are the checkpoint forms in which mlx-lm fails while the workaround is needed.
+``proofs`` names checkpoint variants that fail in mlx-lm as long as the workaround is needed;
 ``vllm-moe-compat status`` and the tests marked ``compat`` try them.
 """
 
@@ -19,18 +19,18 @@ _PR = "https://github.com/ml-explore/mlx-lm/pull/1224 (closed unmerged)"
 
 FP8 = Workaround(
     id="fp8",
-    why="mlx-lm loads E4M3 bytes as uint8 and does not multiply their scales in",
+    why="mlx-lm loads E4M3 bytes as uint8 and does not multiply them by their scales",
     upstream=_PR,
-    remove_when="the module's own sanitize multiplies scales in, per block, channel and tensor",
+    remove_when="the module's own sanitize dequantises scales per block, channel and tensor",
     form="FP8",
     proofs=("block FP8 128", "block FP8", "per-channel FP8"),
 )
 FP8_FORMS = Workaround(
     id="fp8-forms",
-    why="sanitize multiplies out blocks of 128x128 only, in bfloat16, and drops or misreads "
+    why="sanitize dequantises blocks of 128x128 only, in bfloat16, and drops or misreads "
     "weight_scale and E8M0 scales",
     upstream="mlx_lm/models/deepseek_v3.py, Model.sanitize",
-    remove_when="the module's own sanitize takes every form of scale",
+    remove_when="the module's own sanitize reads every form of scale",
     form="FP8 other than blocks of 128x128",
     proofs=("block FP8", "per-channel FP8"),
 )
@@ -45,7 +45,7 @@ MINISTRAL_FP8 = Workaround(
 )
 STACK_EXPERTS = Workaround(
     id="stack-experts",
-    why="mlx-lm wants one tensor per projection; checkpoints have one per expert",
+    why="mlx-lm expects one tensor per projection; checkpoints have one per expert",
     upstream=_PR,
     remove_when="the module's own sanitize stacks per-expert tensors",
     form="per-expert",
@@ -53,9 +53,9 @@ STACK_EXPERTS = Workaround(
 )
 OTHER_LAYOUTS = Workaround(
     id="other-layouts",
-    why="sanitize stacks one layout of experts; re-saved and quantised checkpoints have another",
+    why="sanitize stacks one layout of experts; re-saved and quantised checkpoints have others",
     upstream="mlx_lm/models/*.py, Model.sanitize",
-    remove_when="the module's own sanitize takes per-expert and combined experts",
+    remove_when="the module's own sanitize stacks per-expert and combined experts",
     form="experts in another layout than the release's",
     proofs=("per-expert", "per-expert w1/w2/w3", "combined", "combined transposed"),
 )
@@ -70,7 +70,7 @@ NESTED_VISION = Workaround(
 NORM_SHIFT = Workaround(
     id="norm-shift",
     why="mlx-lm adds 1 to norm weights in the checkpoint's dtype, which rounds them to bfloat16 "
-    "even where float32 serves",
+    "even if the model is served in float32",
     upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
     remove_when="the module's own sanitize shifts norms in float32",
     form="bfloat16 norms, served in float32",
@@ -78,7 +78,7 @@ NORM_SHIFT = Workaround(
 )
 NORM_MARK = Workaround(
     id="norm-mark",
-    why="mlx-lm adds 1 to norm weights only if some layer has a convolution",
+    why="mlx-lm adds 1 to norm weights only if a layer has a convolution",
     upstream="mlx_lm/models/qwen3_5.py, TextModel.sanitize",
     remove_when="the shift no longer depends on conv1d",
     form="no linear attention",
@@ -87,8 +87,8 @@ NORM_MARK = Workaround(
 )
 EARLY_RETURN = Workaround(
     id="early-return",
-    why="sanitize shifts norms, turns convolutions and drops the prediction head only where "
-    "experts come one by one",
+    why="sanitize shifts norms, transposes convolutions and drops the prediction head only if "
+    "experts are per-expert",
     upstream="mlx_lm/models/qwen3_next.py, Model.sanitize",
     remove_when="the rest of sanitize no longer depends on the experts",
     form="combined or FP8 experts",
@@ -106,7 +106,7 @@ LAYER_61 = Workaround(
 )
 ERNIE_BIAS = Workaround(
     id="ernie-bias",
-    why="sanitize deletes e_score_correction_bias, by which experts are chosen",
+    why="sanitize deletes e_score_correction_bias, which takes part in the choice of experts",
     upstream="mlx_lm/models/ernie4_5_moe.py, Model.sanitize and Ernie4_5_MoeMLP",
     remove_when="Ernie4_5_MoeMLP has the bias",
     form="every form",
@@ -126,8 +126,8 @@ JAMBA_ROUTER = Workaround(
 )
 HUNYUAN_ROUTER = Workaround(
     id="hunyuan-router",
-    why="mlx-lm has no module for hunyuan_v1_moe; that of its elder does not normalise the "
-    "chosen experts' weights",
+    why="mlx-lm has no module for hunyuan_v1_moe; the module of the earlier model does not "
+    "normalise the chosen experts' weights",
     upstream="mlx_lm/models/hunyuan.py, MoeBlock",
     remove_when="mlx-lm has a module for hunyuan_v1_moe",
     form="model_type hunyuan_v1_moe",
@@ -139,7 +139,7 @@ HUNYUAN_ROUTER = Workaround(
 )
 TIED_HEAD = Workaround(
     id="tied-head",
-    why="sanitize asks for an output head that a tied checkpoint does not have",
+    why="sanitize requires an output head, which a tied checkpoint does not have",
     upstream="mlx_lm/models/qwen3_vl_moe.py, Model.sanitize",
     remove_when="the module's own sanitize loads tied checkpoints",
     form="tied embeddings",
@@ -149,7 +149,7 @@ TIED_HEAD = Workaround(
 )
 LATENT = Workaround(
     id="latent-split",
-    why="sanitize leaves kv_b_proj whole, which the attention wants as embed_q and unembed_out",
+    why="sanitize does not split kv_b_proj into the embed_q and unembed_out of the attention",
     upstream="mlx_lm/models/kimi_vl.py, Model.sanitize",
     remove_when="the module's own sanitize splits kv_b_proj",
     form="every published form",
@@ -157,7 +157,7 @@ LATENT = Workaround(
 )
 GPT_OSS_BF16 = Workaround(
     id="gpt-oss-bf16",
-    why="sanitize splits unquantised experts along the wrong axis and forgets `.weight`",
+    why="sanitize splits unquantised experts along the wrong axis and omits `.weight`",
     upstream="mlx_lm/models/gpt_oss.py, Model.sanitize",
     remove_when="the module's own sanitize loads what transformers saves",
     form="unquantised or FP8",
@@ -173,7 +173,7 @@ NAMES = Workaround(
 )
 CONFIG = Workaround(
     id="config",
-    why="transformers 5 writes config.json in words that the module's arguments do not know",
+    why="transformers 5 writes config.json with keys that the module's arguments do not have",
     upstream="https://github.com/huggingface/transformers (v5 configurations)",
     remove_when="the module's ModelArgs read them",
     form="config.json written by transformers 5",

@@ -1,9 +1,9 @@
 """State carried from the ``load_config`` hook to the ``sanitize`` hook.
 
-``load_config`` sees the checkpoint's folder and its config; ``sanitize`` sees neither. The
-first hook therefore plans the load and leaves the plan in a context variable, with a
-description of every tensor, by which the second hook knows that it was given that
-checkpoint and no other.
+``load_config`` receives the checkpoint's folder and returns its config; ``sanitize`` receives
+neither. The first hook therefore plans the load and stores the plan in a context variable,
+with a description of every tensor. By these descriptions the second hook verifies that it
+received the tensors of that checkpoint.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _BYTES = ("U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 @dataclass(frozen=True, slots=True)
 class LoadContext:
-    """A load under way.
+    """A load between its two hooks.
 
     Attributes:
         model_dir: the checkpoint's folder.
-        planned: what will be done to its tensors.
-        row: of the class that is being loaded.
-        plan: its builds.
-        config: the dict that ``load_model`` goes on with.
-        sizes: bytes of each shard when its header was read.
+        planned: the planned load.
+        row: row of the class that is loaded.
+        plan: the plan.
+        config: the dict that ``load_config`` returned and ``load_model`` uses.
+        sizes: shard → its bytes when its header was read.
     """
 
     model_dir: Path
@@ -44,10 +44,10 @@ class LoadContext:
     sizes: Mapping[str, int]
 
     def check_files(self) -> None:
-        """See that the shards are as they were when their headers were read.
+        """Check that no shard has changed since its header was read.
 
         Raises:
-            CheckpointFileError: one was cut, replaced or removed since.
+            CheckpointFileError: a shard was truncated, replaced or added.
         """
         for path in weight_files(self.model_dir):
             size, was = path.stat().st_size, self.sizes.get(path.name)
@@ -59,9 +59,9 @@ class LoadContext:
                 )
 
     def matches(self, given: Mapping[str, TensorInfo]) -> bool:
-        """Whether ``given``, described by MLX, are this checkpoint's tensors.
+        """Whether ``given``, as described by MLX, are this checkpoint's tensors.
 
-        MLX calls FP8 ``U8``, so dtypes are compared only as far as it tells them apart.
+        MLX reports FP8 as ``U8``, so the comparison only distinguishes bytes from other dtypes.
         """
         tensors = self.planned.headers.tensors
         if tensors.keys() != given.keys():

@@ -1,8 +1,8 @@
-"""What upstream's ``sanitize`` gave back is looked at once more before it is loaded.
+"""Check the result of upstream's ``sanitize`` before it is loaded.
 
-MLX stores any array under any parameter's name, whatever its dtype: E4M3 bytes that
-nobody multiplied out would become small integers, and the model would talk nonsense.
-Missing and unexpected names are left to mlx-lm's strict load, which refuses them.
+MLX assigns an array of any dtype to a parameter: E4M3 bytes that were not dequantised would
+become small integers, and the model would generate nonsense. Missing and unexpected names are
+left to mlx-lm's strict load, which refuses them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from vllm_moe_compat.plan.quantization import DEQUANTIZED
 
 
 def check(model: Any, weights: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
-    """Refuse integers and bytes on their way into floating-point parameters.
+    """Refuse integer tensors for floating-point parameters.
 
     Args:
-        model: the instance, its own weights still those it was made with.
-        weights: what is about to be loaded.
-        config: the checkpoint's; a quantised form that mlx-lm knows is its own business.
-        where: for the message.
+        model: the instance, with its initial weights.
+        weights: the tensors to load.
+        config: the original config; checkpoints in quantised forms of mlx-lm are not checked.
+        where: the checkpoint, for the message.
 
     Raises:
-        UnsupportedCheckpointError: naming the tensors.
+        UnsupportedCheckpointError: a tensor is of an integer dtype.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten

@@ -1,8 +1,8 @@
-"""What the two hooks do; ``patching`` puts them in place.
+"""The two hooks, which ``patching`` installs.
 
-A load passes ``load_config`` first and the class's ``sanitize`` second. Where a ``sanitize``
-is called with tensors that no ``load_config`` announced (other loaders and tests do that),
-the plan is made from the dict alone.
+A load calls ``load_config`` first and the class's ``sanitize`` second. If ``sanitize`` is called
+without a preceding ``load_config``, as by other loaders and tests, the plan is made from the
+tensors alone.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def load_config_hook(
     """Plan the load whose config is being read.
 
     Args:
-        ensure: sees that a row's class is wrapped; returns why it cannot be.
+        ensure: wraps a row's class if needed; returns None, or the reason if it cannot.
         utils: the module ``mlx_lm.utils``.
         original: its ``load_config(model_path)``.
-        *args: passed on.
-        **kwargs: passed on.
+        *args: arguments of ``original``.
+        **kwargs: keyword arguments of ``original``.
 
     Raises:
-        CompatError: the checkpoint cannot be loaded right.
+        CompatError: the checkpoint cannot be loaded correctly.
     """
     context.current.set(None)
     config = original(*args, **kwargs)
@@ -58,7 +58,7 @@ def load_config_hook(
         return config
     model_dir = Path(path)
     if not weight_files(model_dir):
-        return config  # A tokenizer's folder, or mlx-lm will say what is missing.
+        return config  # A tokenizer's folder, or mlx-lm reports missing files.
     if _is_for_tokenizer(utils):
         translate(config)
         return config
@@ -69,7 +69,7 @@ def load_config_hook(
         try:
             importlib.import_module(planned.row.module)
         except ImportError:
-            return config  # mlx-lm will say what is missing.
+            return config  # mlx-lm reports the missing module.
         if reason := ensure(planned.row):
             planned = planned.unpatched(reason)
     if planned.translated:
@@ -96,15 +96,15 @@ def load_config_hook(
 
 
 def _check_memory(load: context.LoadContext) -> None:
-    """Refuse or warn of a load that the machine has no memory for; reads nothing."""
+    """Refuse a load that the machine has no memory for, or warn of it, before reading."""
     serving = load.planned.serving
     if not load.plan.builds and serving.setting == NONE:
-        return  # mlx-lm reads it as it likes, lazily if asked.
+        return  # mlx-lm decides what is read, and when.
     from vllm_moe_compat.dtypes import STORED_NAMES
     from vllm_moe_compat.load.memory import check
 
     layout = load.planned.layout
-    assert layout is not None, "a plan was made of it"
+    assert layout is not None, "there is a plan"
     spare = {setting: load.planned.spared(setting) for setting in QUANTIZE_SETTINGS}
     needs = estimate(
         load.plan,
@@ -119,21 +119,21 @@ def _check_memory(load: context.LoadContext) -> None:
 def sanitize_hook(
     owner: type, original: Callable[..., Any], model: Any, weights: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Carry out the plan on the tensors, then let upstream's ``sanitize`` go on.
+    """Run the plan on the tensors, then call upstream's ``sanitize``.
 
-    Models nest; the outermost wrapped one owns the load, inner ones pass through.
+    Models nest: the outermost wrapped model owns the load, inner ones call their original.
 
     Args:
-        owner: the class that was patched.
+        owner: the patched class.
         original: its ``sanitize(self, weights)``.
         model: the instance.
         weights: the loader's dict, changed in place.
-        *args: passed on.
-        **kwargs: passed on.
+        *args: further arguments of ``original``.
+        **kwargs: keyword arguments of ``original``.
 
     Raises:
-        CompatError: before anything in ``weights`` was changed, or with nothing of it
-            kept; the guard's, with all of it made and nothing loaded.
+        CompatError: the checkpoint cannot be loaded correctly. ``weights`` is then unchanged or
+            empty, unless the guard raised: it checks the finished tensors.
     """
     row = registry.row_for(owner)
     passes = _inside.get() or not load_options().hooks or not _are_arrays(weights)
@@ -167,7 +167,7 @@ def sanitize_hook(
 
 
 def _are_arrays(weights: Any) -> bool:
-    """Whether these are tensors; names alone are for upstream to rename."""
+    """Whether the dict holds tensors; some callers only have upstream rename keys."""
     return isinstance(weights, dict) and all(hasattr(w, "dtype") for w in weights.values())
 
 
@@ -175,7 +175,7 @@ def _scale_rope(load: context.LoadContext, model: Any) -> None:
     text = load.config.get("text_config")
     if forward_fixes.scale_rope(model, text if isinstance(text, dict) else load.config):
         logger.info(
-            "%s: %s ignores rope_scaling; its rotary embeddings were scaled by the config",
+            "%s: %s ignores rope_scaling; its rotary embeddings were replaced by scaled ones",
             load.model_dir,
             load.row.module,
         )
@@ -184,9 +184,9 @@ def _scale_rope(load: context.LoadContext, model: Any) -> None:
 def _is_for_tokenizer(utils: Any) -> bool:
     """Whether mlx-lm reads the config for a tokenizer's defaults, not for a load.
 
-    One ``mlx_lm.load`` reads it once for each, and only the load has tensors to follow. The
-    nearest of the two callers on the stack tells; other libraries' wrappers may stand
-    between. A contract test sees that both functions exist.
+    ``mlx_lm.load`` reads the config once for each, and only the load passes tensors to
+    ``sanitize``. The nearer of the two callers on the stack decides; wrappers of other
+    libraries may be between. A contract test checks that both functions exist.
     """
     load_model = _code_of(getattr(utils, "load_model", None))
     defaults = _code_of(getattr(utils, "_tokenizer_defaults", None))

@@ -1,7 +1,7 @@
 """Options of the loads inside a ``with`` block.
 
-mlx-lm's ``load_model`` stands between the caller and our hooks and has no argument for
-them, so they travel in one context variable, per thread and task.
+mlx-lm's ``load_model`` is between the caller and the hooks and has no argument for options, so
+a context variable carries them, separately for each thread and task.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from typing import TYPE_CHECKING, Any
 from vllm_moe_compat.plan.serving import Serving, serving
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.execute.quantize import Executor
+    from vllm_moe_compat.execute.quantize import LoadExecutor
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How checkpoints are loaded.
+    """Options of a load.
 
     Attributes:
-        dtype: the dtype that serves: dequantised weights get it, unless the user has set
-            another; None where nothing serves.
-        hooks: whether our hooks do anything, or only call on.
-        executor: makes the tensors in place of ``execute.quantize.execute``; None for the
-            usual way.
-        progress: whether long loads show a bar.
-        record: whether the load counts as the process's last one.
+        dtype: serving dtype, which dequantised weights get unless the user has set another;
+            None outside of serving.
+        hooks: whether the hooks are active; inactive ones only call the original.
+        executor: replaces ``execute.quantize.load_quantized``; None for the default.
+        progress: whether long loads show a progress bar.
+        record: whether ``last_report`` returns the report of the load.
     """
 
     dtype: str | None = None
     hooks: bool = True
-    executor: Executor | None = None
+    executor: LoadExecutor | None = None
     progress: bool = True
     record: bool = True
 
@@ -46,12 +45,12 @@ _DEFAULT = LoadOptions()
 
 
 def load_options() -> LoadOptions:
-    """Return the options in force here."""
+    """Return the options of the current context."""
     return _current.get(_DEFAULT)
 
 
 def serving_here() -> Serving:
-    """Return the dtypes that a load in this process is for."""
+    """Return dtypes and quantisation setting of a load in the current context."""
     import mlx.core as mx
 
     options = load_options()
@@ -61,16 +60,17 @@ def serving_here() -> Serving:
 
 @contextmanager
 def loading_with(**changes: Any) -> Iterator[None]:
-    """Change options for the loads inside; arguments are fields of ``LoadOptions``.
+    """Change options for the loads inside the block.
+
+    Args:
+        **changes: fields of ``LoadOptions``.
 
     Raises:
-        ValueError: a dtype that nothing serves in.
+        ValueError: ``dtype`` is not a serving dtype.
     """
     options = replace(load_options(), **changes)
     if options.dtype not in (None, *DTYPES):
-        raise ValueError(
-            f"{options.dtype!r} is no dtype to serve in; use bfloat16, float16 or float32."
-        )
+        raise ValueError(f"dtype is {options.dtype!r}; use bfloat16, float16 or float32.")
     token = _current.set(options)
     try:
         yield

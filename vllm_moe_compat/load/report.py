@@ -1,4 +1,4 @@
-"""What one load did, for the log and for ``status()``: plain data."""
+"""The report of a load, for the log and for ``status()``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was done to one checkpoint.
+    """The report of one load.
 
     Attributes:
-        path: its folder, or None when ``sanitize`` was called with a bare dict.
-        module: the mlx-lm module that was loaded.
-        words: the layout that was found.
-        experts: routed experts per layer, where they were stacked; else 0.
-        layers: layers whose experts were stacked.
-        dequantized: FP8 tensors that were dequantised.
-        digested: FP8 tensors that upstream's ``sanitize`` dequantised.
-        dtype: what the others became, on the way or in the end; None if there were none.
-        seconds: how long it took.
-        setting: to what weights were quantised; ``none``, ``8bit``, …
-        quantized: modules that were quantised.
-        odd: modules that were not, since their rows are no whole number of groups.
-        spared: modules that were not, since the checkpoint lists them.
-        read: bytes of the tensors that are loaded, as stored.
-        held: format → bytes in memory, the largest first.
-        saved: bytes that quantising saved over the dtype of the values.
-        peak: the most that MLX held meanwhile, in bytes; 0 where nothing was done.
+        path: the checkpoint's folder; None if ``sanitize`` was called without ``load_config``.
+        module: import path of the mlx-lm module.
+        words: the layout in a message.
+        experts: routed experts per layer, if they were stacked; else 0.
+        layers: number of layers whose experts were stacked.
+        dequantized: number of weights that the plan dequantised.
+        dtype: dtype of dequantised weights, before they were quantised; None for none.
+        seconds: duration.
+        setting: quantisation setting: ``none``, ``8bit``, …
+        quantized: number of quantised modules.
+        odd: number of modules left as floats because their rows are not whole groups.
+        spared: number of modules left as floats because the checkpoint lists them.
+        read: bytes of the loaded tensors as stored.
+        held: format or dtype → bytes in memory, the largest first.
+        saved: bytes saved by quantising, compared with the dtype of the values.
+        peak: largest number of bytes that MLX held; 0 if the plan was empty.
+        digested: number of weights that upstream dequantised or keeps.
     """
 
     path: str | None
@@ -73,9 +73,9 @@ class LoadReport:
     def _exceptions(self) -> str:
         kept = []
         if self.odd:
-            kept.append(f"{self.odd:,} stay, whose rows are no multiple of the group")
+            kept.append(f"{self.odd:,} not, since their rows are not whole groups")
         if self.spared:
-            kept.append(f"{self.spared:,} stay, which the checkpoint lists")
+            kept.append(f"{self.spared:,} not, since the checkpoint lists them")
         return f" ({'; '.join(kept)})" if kept else ""
 
 
@@ -83,18 +83,18 @@ _last: LoadReport | None = None
 
 
 def last_report() -> LoadReport | None:
-    """Return the report of this process's last load, or None before the first."""
+    """Return the report of the last load in this process, or None before the first."""
     return _last
 
 
 def remember(report: LoadReport) -> None:
-    """Keep the report for ``last_report``."""
+    """Store the report for ``last_report``."""
     global _last
     _last = report
 
 
 def size(count: int) -> str:
-    """Write bytes for people."""
+    """Format a number of bytes as GiB, MiB or KiB."""
     for unit, width in (("GiB", 30), ("MiB", 20)):
         if count >= 2**width:
             return f"{count / 2**width:.1f} {unit}"

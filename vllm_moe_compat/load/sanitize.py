@@ -1,7 +1,7 @@
-"""One load, from the loader's dict to its report.
+"""Run one load, from the loader's dict to the report.
 
-The plan is carried out on the tensors and upstream's ``sanitize`` goes on; or, where weights
-are quantised while loading, ``sanitize`` runs on stand-ins first (``execute.quantize``).
+The plan runs on the tensors, then upstream's ``sanitize``. If weights are quantised while
+loading, ``sanitize`` runs first, on stand-ins (``execute.quantize``).
 """
 
 from __future__ import annotations
@@ -35,23 +35,27 @@ def run_load(
     weights: dict[str, Any],
     sanitize: Sanitize,
 ) -> tuple[Any, LoadReport]:
-    """Carry the plan out and sanitize; or both at once, packing tensors as they are made.
+    """Run the plan and ``sanitize``; return the sanitized weights and the report.
 
     Args:
-        row: of the class that is being loaded.
-        load: the context that ``load_config`` left; None where nobody called it.
+        row: row of the class that is loaded.
+        load: the context of the ``load_config`` hook; None if ``load_config`` was not called.
         model: the instance.
         weights: the loader's dict, changed in place.
-        sanitize: upstream's, corrected where the row says so.
+        sanitize: upstream's, with the row's ``sanitize_wrapper`` if it has one.
 
     Raises:
-        CompatError: before anything in ``weights`` was changed, or with all of it released.
+        CompatError: the load failed; ``weights`` is unchanged or empty.
     """
     import mlx.core as mx
 
-    from vllm_moe_compat.execute import quantize
-    from vllm_moe_compat.execute.quantization_policy import Choices, held, saved
-    from vllm_moe_compat.execute.run_plan import execute
+    from vllm_moe_compat.execute.quantization_policy import (
+        QuantizationPolicy,
+        bytes_by_format,
+        bytes_saved,
+    )
+    from vllm_moe_compat.execute.quantize import QuantizedLoad, load_quantized
+    from vllm_moe_compat.execute.run_plan import run_plan
 
     start = time.perf_counter()
     serving = serving_here() if load is None else load.planned.serving
@@ -65,25 +69,29 @@ def run_load(
     executor = load_options().executor
     dtype: str | None
     if load is None or (setting == NONE and executor is None):
-        # A checkpoint that is not dequantised keeps its dtype unless one was asked for.
+        # A checkpoint without dequantised weights keeps its dtype unless one was set.
         dtype = serving.dtype if plan.dequantized else serving.kept_dtype
         files = {name: info.file for name, info in tensors.items()}
         with bar(sum(len(build.weights) for build in plan.builds)) as done:
-            execute(plan, weights, dtype or "bfloat16", files, done)
+            run_plan(plan, weights, dtype or "bfloat16", files, done)
         seconds = time.perf_counter() - start
         sanitized = sanitize(weights)
-        choices = Choices()
+        policy = QuantizationPolicy()
         if not plan.dequantized:
             dtype = None
     else:
         spare = spared(load.planned.original, setting)
         packing = QUANTIZE_SETTINGS.get(setting)
-        job = quantize.Job(plan, tensors, packing, spare, serving.dtype, serving.packed_dtype)
+        quantized = QuantizedLoad(
+            plan, tensors, packing, spare, serving.dtype, serving.packed_dtype
+        )
         with bar(0 if executor else len(weights)) as done:
-            sanitized, choices = (executor or quantize.execute)(job, weights, sanitize, model, done)
+            sanitized, policy = (executor or load_quantized)(
+                quantized, weights, sanitize, model, done
+            )
         if packing is not None:
-            # ``load_model`` goes on with this very dict, and packs its modules by it.
-            load.config["quantization"].update({p: o.config for p, o in choices.overrides.items()})
+            # ``load_model`` uses this dict to quantise its modules.
+            load.config["quantization"].update({p: o.config for p, o in policy.overrides.items()})
         seconds = time.perf_counter() - start
         dtype = serving.packed_dtype
     return sanitized, LoadReport(
@@ -97,12 +105,12 @@ def run_load(
         dtype=dtype,
         seconds=seconds,
         setting=setting,
-        quantized=len(choices.formats),
-        odd=len(choices.odd),
-        spared=len(choices.spared),
+        quantized=len(policy.formats),
+        odd=len(policy.odd),
+        spared=len(policy.spared),
         read=read,
-        held=held(sanitized, choices),
-        saved=saved(sanitized, choices),
+        held=bytes_by_format(sanitized, policy),
+        saved=bytes_saved(sanitized, policy),
         peak=mx.get_peak_memory() - before if works else 0,
     )
 
@@ -110,7 +118,7 @@ def run_load(
 def _plan(
     row: Row, load: LoadContext | None, model: Any, weights: dict[str, Any], serving: Serving
 ) -> tuple[Plan, dict[str, TensorInfo], str | None]:
-    """Return the plan for these tensors, their descriptions, and the folder they are from."""
+    """Return the plan for these tensors, their descriptions, and their folder if known."""
     from vllm_moe_compat.execute.run_plan import describe
 
     given = describe(weights)
@@ -119,14 +127,14 @@ def _plan(
         return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
     tensors = infer_dtypes(given)
     if load is None:
-        # Nothing was announced: load_model cannot be told to quantise its modules.
+        # Without load_config, load_model would not quantise its modules.
         serving = dataclasses.replace(serving, setting=NONE)
     plan = make_from_tensors(tensors, row, _config_of(model), serving, direct=load is None)
     return plan, tensors, None
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    """Return the config as far as a model instance knows it."""
+    """Return the settings that a model instance has of its config."""
     args = getattr(model, "args", None)
     if dataclasses.is_dataclass(args) and not isinstance(args, type):
         return {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}

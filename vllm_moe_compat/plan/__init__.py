@@ -1,5 +1,5 @@
-"""How a checkpoint becomes what a model wants, as data.
+"""Plan how a checkpoint's tensors become the tensors of an mlx-lm module, as data.
 
-A plan lists every tensor that has to be made, with its sources and operations.
-It is complete before a byte is read: whatever cannot be right is refused here.
+A plan lists every tensor to make, with its sources and operations. It is complete before a
+tensor is read, so faulty checkpoints are refused before that.
 """

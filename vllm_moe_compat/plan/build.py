@@ -1,6 +1,6 @@
-"""A ``Build``: one tensor to make, as data, and the part of it that is wanted.
+"""A ``Build``: one tensor to make, as data, optionally restricted to a part.
 
-A build may be restricted to some experts, rows or columns of its targets ``[E, O, I]``:
+A build may be restricted to some experts, rows or columns of its targets ``[E, O, I]``, such as
 one expert that is read from disk, or the share of one rank. The restriction is part of the
 build, so the sources that are read, the memory estimate and the checks follow it.
 """
@@ -24,14 +24,14 @@ Span: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Restriction:
-    """The wanted part of a build's targets ``[E, O, I]``; None stands for a whole axis."""
+    """The part of a build's targets ``[E, O, I]`` to make; None stands for the whole axis."""
 
     experts: Span | None = None
     rows: Span | None = None
     columns: Span | None = None
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the wanted part of a tensor ``[…, O, I]``."""
+        """Return the shape of this part of a tensor ``[…, O, I]``."""
         lead, rows, columns = list(whole[:-2]), *whole[-2:]
         if self.experts is not None:
             lead[0] = _length(self.experts)
@@ -49,13 +49,13 @@ class Build:
     """One tensor to make.
 
     Attributes:
-        target: its name.
-        weights: the tensors that hold the numbers it is made of, in order.
-        parts: role → the further tensors of those weights, in the same order; empty where
-            they are stored as floats.
-        ops: the operations, first to last; none where the tensor only gets another name.
-        others: further targets, where the operations give more than one weight.
-        restriction: the wanted part of the targets.
+        target: name of the tensor.
+        weights: source tensors with the numbers, in order.
+        parts: pairs of role and the further source tensors of ``weights``, in the same order;
+            empty for floats.
+        ops: operations, first to last; empty for a tensor that is only renamed.
+        others: names of further targets, if the operations give more than one weight.
+        restriction: the part of the targets to make; None for all of it.
     """
 
     target: str
@@ -67,26 +67,29 @@ class Build:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """All tensors that come out, in the operations' order."""
+        """Names of all tensors that the build makes, in the operations' order."""
         return (self.target, *self.others)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All tensors that go in."""
+        """Names of all source tensors."""
         return (*self.weights, *(name for _, names in self.parts for name in names))
 
     @property
     def layer(self) -> str:
-        """The layer of the target, or the target itself."""
+        """Path of the target's layer, or the target's name outside of layers."""
         layer = layer_of(self.target)
         return layer.path if layer else self.target
 
     def results(self, tensors: Mapping[str, TensorInfo], dtype: str) -> tuple[Spec, ...]:
-        """Return what the targets will be, by the operations' own algebra.
+        """Return dtypes and shapes of the targets.
 
         Args:
-            tensors: the sources' descriptions.
-            dtype: safetensors' name of the dtype that dequantising gives.
+            tensors: descriptions of the sources.
+            dtype: dtype of dequantised weights (safetensors' name).
+
+        Raises:
+            ValueError: an operation does not apply to its operand.
         """
         parts = {role: _specs(names, tensors) for role, names in self.parts}
         operand = Operand(_specs(self.weights, tensors), parts)
@@ -101,8 +104,8 @@ class Build:
     def restricted(self, to: Restriction) -> Build:
         """Return the build of a part of the targets ``[…, O, I]``.
 
-        Experts that are tensors of their own are left out as sources; of other sources the
-        part is read that ``region`` gives.
+        Of per-expert sources only the restricted experts remain; of other sources ``region``
+        is read.
         """
         stack = next((op for op in self.ops if isinstance(op, StackExperts)), None)
         if stack is None or to.experts is None:
@@ -120,11 +123,10 @@ class Build:
 
     @property
     def region(self) -> Restriction:
-        """The part of each source weight that has to be read.
+        """The part of each source weight to read.
 
-        Rows and columns are widened to whole blocks of the parts. Gate and up in one tensor
-        are read with all of their rows, and so is any source of an operation that has no
-        rows and columns to follow.
+        Rows and columns are widened to whole blocks of the parts. Combined gate and up are read
+        with all rows. Operations that do not map rows to rows need their sources whole.
         """
         if self.restriction is None:
             return Restriction()
@@ -149,7 +151,7 @@ class Build:
         return Restriction(experts, rows, columns)
 
     def bytes_read(self, tensors: Mapping[str, TensorInfo]) -> int:
-        """Return the bytes of the sources' parts that have to be read."""
+        """Return the bytes of the sources' regions that are read."""
         region = self.region
         if region == Restriction():
             return sum(nbytes(tensors[name].dtype, tensors[name].shape) for name in self.sources)
@@ -178,10 +180,10 @@ def _clipped(region: Restriction, whole: tuple[int, ...]) -> Restriction:
 
 
 def _widened(span: Span | None, block: int) -> Span | None:
-    """Return the span of whole blocks; the last block may end behind the tensor."""
+    """Return the span of whole blocks; the last block may end beyond the tensor."""
     return None if span is None else (span[0] // block * block, -(-span[1] // block) * block)
 
 
 def _specs(names: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> tuple[Spec, ...]:
-    """Describe the sources of one build; several are alike, or there were no plan."""
+    """Describe the sources of one build; the checks have ensured that they are equal."""
     return tuple(Spec(tensors[n].dtype, tensors[n].shape) for n in names[:1]) * len(names)

@@ -1,7 +1,7 @@
-"""Whether the routed experts of every layer are all there and all alike.
+"""Check that the routed experts of every layer are complete and equal in shape and dtype.
 
-Upstream would truncate, overwrite or fail with a list of parameter names; here
-the layer, the expert and the projection are named, before anything is read.
+Upstream would truncate, overwrite or fail with a list of parameter names. These findings name
+the layer, the expert and the projection before any tensor is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_moe_compat.families.row import Moe, Row
 
 
 def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield what is wrong with the checkpoint's routed experts."""
+    """Yield the faults of the checkpoint's routed experts."""
     hidden = expert_width(config) if layout.experts else None
     places: dict[str, str] = {}
     for block in layout.experts:
@@ -37,9 +37,9 @@ def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterat
         if block.packed:
             yield from _packed(layout, block)
             continue
-        if len(block.forms) > 1:
-            forms = ", ".join(block.forms)
-            yield Finding(block.path, f"has its experts twice ({forms})", "one layout", rank=0)
+        if len(block.layouts) > 1:
+            layouts = ", ".join(block.layouts)
+            yield Finding(block.path, f"has its experts twice ({layouts})", "one layout", rank=0)
         elif (block.per_expert or block.combined) and row.moe.source_of(block.path) is None:
             homes = " or ".join(row.moe.sources)
             yield _unsupported(block.path, "holds experts", f"them under {homes}")
@@ -47,12 +47,12 @@ def check_experts(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterat
             yield from _per_expert(layout, row.moe, block, hidden)
         elif block.combined:
             yield from _combined(layout, row.moe, block, config)
-        for name in block.other:
-            yield _unsupported(name, "is in none of the known forms of experts", "an expert weight")
+        for name in block.unrecognized:
+            yield _unsupported(name, "is in no known layout of experts", "an expert weight")
 
 
 def _packed(layout: Layout, block: ExpertBlock) -> Iterator[Finding]:
-    """Packed experts are mlx-lm's to load, but not beside experts that are not."""
+    """Yield packed experts that are mixed with float experts; others are left to mlx-lm."""
     weights = [
         *(n for p, ns in block.per_expert.items() if not p.endswith(".bias") for n in ns.values()),
         *(name for part, name in block.combined.items() if not part.endswith(".bias")),
@@ -63,10 +63,10 @@ def _packed(layout: Layout, block: ExpertBlock) -> Iterator[Finding]:
 
 
 def _wanted(moe: Moe, found: Collection[str]) -> list[str]:
-    """Return the parts that there must be, gate and up together or apart as they are."""
-    apart = any(part in found for part in ("gate", "up"))
-    fused = moe.gated and ("gate_up" in found or not apart)
-    wanted = ["gate_up", "down"] if fused else [part for part, _ in moe.into]
+    """Return the required parts, with gate and up joined or separate as in ``found``."""
+    separate = any(part in found for part in ("gate", "up"))
+    joined = moe.gated and ("gate_up" in found or not separate)
+    wanted = ["gate_up", "down"] if joined else [part for part, _ in moe.projections]
     biases = {part.removesuffix(".bias") for part in found if part.endswith(".bias")}
     return wanted + [f"{part}.bias" for part in wanted if biases]
 
@@ -96,7 +96,7 @@ def _per_expert(
     shapes: dict[str, tuple[int, ...]] = {}
     for part in wanted:
         role, _, bias = part.partition(".")
-        projection = f"{words.get(role, dict(moe.into).get(role, role))}.{bias or 'weight'}"
+        projection = f"{words.get(role, dict(moe.projections).get(role, role))}.{bias or 'weight'}"
         names = block.per_expert.get(part, {})
         if not names:
             yield Finding(f"{block.path}.*.{projection}", "is missing for all experts", "one each")
@@ -106,38 +106,40 @@ def _per_expert(
             yield Finding(
                 f"{block.path}.{missing}.{projection}", "is missing", "one for every expert"
             )
-        yield from _alike(layout, projection.removesuffix(".weight"), list(names.values()))
+        yield from _unequal_experts(
+            layout, projection.removesuffix(".weight"), list(names.values())
+        )
         if not bias:
-            (_, shape), _ = _forms(layout.weights, names.values()).most_common(1)[0]
+            (_, shape), _ = _count_specs(layout.weights, names.values()).most_common(1)[0]
             shapes[f"{block.path}.*.{words.get(part, part)}.weight"] = shape
     if complete:
-        yield from _orientation(shapes, hidden, fused="gate_up" in wanted)
+        yield from _orientation(shapes, hidden, joined="gate_up" in wanted)
 
 
-def _alike(layout: Layout, projection: str, names: list[str]) -> Iterator[Finding]:
-    """Yield the experts whose shape or dtype, or whose parts' one, is not that of most."""
-    forms = _forms(layout.weights, names)
-    usual, _ = forms.most_common(1)[0]
+def _unequal_experts(layout: Layout, projection: str, names: list[str]) -> Iterator[Finding]:
+    """Yield the experts whose weight, or a part of it, differs in dtype or shape from most."""
+    specs = _count_specs(layout.weights, names)
+    usual, _ = specs.most_common(1)[0]
     if usual[0] not in FLOATS and layout.numbers.isdisjoint(names):
         for name in names:
             yield _unsupported(name, f"is {usual[0]}", "bf16, f16, f32 or block FP8")
         return
-    yield from _unlike(layout.weights, projection, names)
+    yield from _unequal_tensors(layout.weights, projection, names)
     parts: dict[str, list[str]] = {}
     for name in names:
         for role, part in layout.numbers.stored(name).parts:
             parts.setdefault(role, []).append(part)
     for each in parts.values():
-        yield from _unlike(layout.tensors, projection, each)
+        yield from _unequal_tensors(layout.tensors, projection, each)
 
 
-def _unlike(
+def _unequal_tensors(
     tensors: Mapping[str, TensorInfo], projection: str, names: list[str]
 ) -> Iterator[Finding]:
-    forms = _forms(tensors, names)
-    if len(forms) == 1:
+    specs = _count_specs(tensors, names)
+    if len(specs) == 1:
         return
-    usual, _ = forms.most_common(1)[0]
+    usual, _ = specs.most_common(1)[0]
     for name in names:
         info = tensors[name]
         if (info.dtype, info.shape) != usual:
@@ -149,15 +151,15 @@ def _unlike(
             )
 
 
-def _forms(
+def _count_specs(
     tensors: Mapping[str, TensorInfo], names: Iterable[str]
 ) -> Counter[tuple[str, tuple[int, ...]]]:
-    """Count dtypes and shapes."""
+    """Count the tensors of each dtype and shape."""
     return Counter([((info := tensors[name]).dtype, info.shape) for name in names])
 
 
 def _orientation(
-    shapes: Mapping[str, tuple[int, ...]], hidden: int | None, *, fused: bool
+    shapes: Mapping[str, tuple[int, ...]], hidden: int | None, *, joined: bool
 ) -> Iterator[Finding]:
     """Check gate ``[I, H]``, up ``[I, H]`` and down ``[H, I]`` against each other."""
     *into, out = shapes
@@ -169,7 +171,7 @@ def _orientation(
     for projection in into[1:]:
         if shapes[projection] != first:
             yield Finding(projection, f"is {list(shapes[projection])}", f"{list(first)}")
-    expected = (first[1], first[0] // 2 if fused else first[0])
+    expected = (first[1], first[0] // 2 if joined else first[0])
     if shapes[out] != expected:
         yield Finding(out, f"is {list(shapes[out])}", f"{list(expected)}")
 
@@ -182,15 +184,15 @@ def _combined(
         if part not in block.combined:
             role, _, bias = part.partition(".")
             spelled = next((s for s in sorted(block.spelling) if PROJECTIONS[s] == role), None)
-            name = spelled or {"gate_up": "gate_up_proj"}.get(role) or dict(moe.into)[role]
+            name = spelled or {"gate_up": "gate_up_proj"}.get(role) or dict(moe.projections)[role]
             name = f"{block.path}.{name}{'_bias' if bias else ''}"
-            yield Finding(name, "is missing", "it beside the other one")
+            yield Finding(name, "is missing", "all projections of the layer")
             return
     into = "gate_up" if "gate_up" in block.combined else "up"
     name, down = block.combined[into], block.combined["down"]
     shape, beside = layout.weights[name].shape, layout.weights[down].shape
     hidden = expert_width(config)
-    if lies_transposed(moe, block, layout, config) is not None:
+    if is_stored_transposed(moe, block, layout, config) is not None:
         if layout.num_experts and shape[0] != layout.num_experts:
             expected = f"{layout.num_experts} by the config"
             yield Finding(name, f"holds {shape[0]} experts", expected)
@@ -207,13 +209,15 @@ def _combined(
     yield Finding(down, f"is {list(beside)}", f"{fitting} beside a {into} of {list(shape)}")
 
 
-def lies_transposed(
+def is_stored_transposed(
     moe: Moe, block: ExpertBlock, layout: Layout, config: Mapping[str, Any]
 ) -> bool | None:
-    """Tell how combined experts lie: by their shapes, then the config, then convention.
+    """Whether combined experts are ``[E, H, 2I]``, by shapes, config and convention.
+
+    The row's convention decides if neither the shapes nor the config's width do.
 
     Returns:
-        Whether as ``[E, H, 2I]``; None where the shapes contradict each other.
+        None if the shapes contradict each other or the config.
     """
     hidden = expert_width(config)
     down = layout.weights[block.combined["down"]].shape

@@ -1,8 +1,8 @@
-"""Packed numbers that neither mlx-lm's module nor this package reads.
+"""Find packed numbers that neither the mlx-lm module nor this package reads.
 
-mlx-lm's strict load would refuse them with a list of parameter names, or take them for
-another packed form and answer nonsense. Its own packed form (``weight``, ``scales``,
-``biases``) and the published forms that a row's ``keeps`` names are left to it.
+mlx-lm's strict load would refuse them with a list of parameter names, or read them as another
+packed form and generate nonsense. MLX's own packed form (``weight``, ``scales``, ``biases``)
+and the published forms in the row's ``keeps`` are left to mlx-lm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENDINGS = {
     "_scale_2": "nvfp4",
     "_blocks": "mxfp4 blocks",
 }
-"""Ending of a name → the published form that alone has such tensors."""
+"""Ending of a tensor's name → the published form that it identifies."""
 INT4 = "compressed-tensors int4"
 _EXPECTED = "floats, FP8, or weights packed in MLX's own form"
 
@@ -39,7 +39,7 @@ def check_packed(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterato
         if ending is not None:
             forms.setdefault(_ENDINGS[ending], []).append(name)
     if "nvfp4" in forms:
-        # Both forms of NVFP4 have a second scale; one of them names its words otherwise.
+        # NVFP4 as compressed-tensors writes it has ``_global_scale`` beside ``_packed``.
         forms["nvfp4"] += forms.pop("compressed-tensors", [])
     for form, names in forms.items():
         if not _is_read(form, names, row, config):
@@ -61,13 +61,14 @@ def _is_read(form: str, names: list[str], row: Row, config: Mapping[str, Any]) -
     entry = next(iter(quantization_configs(config)), {})
     if form == "compressed-tensors":
         return INT4 in row.keeps and _bits(entry) == {4}
-    # load_model unpacks AWQ after sanitize: linear layers, but no experts to be stacked.
+    # load_model unpacks AWQ after sanitize: linear layers, but not experts, which sanitize
+    # would have to stack before.
     awq = form == "gptq" and entry.get("quant_method") == "awq" and entry.get("bits", 4) == 4
     return awq and not any(".experts." in name or name.endswith(".g_idx") for name in names)
 
 
 def _bits(entry: Mapping[str, Any]) -> set[Any]:
-    """Return the bits of all groups that a compressed-tensors config describes."""
+    """Return the bit widths of all groups in a compressed-tensors config."""
     groups = entry.get("config_groups")
     each = groups.values() if isinstance(groups, Mapping) else ()
     weights = [group.get("weights") for group in each if isinstance(group, Mapping)]

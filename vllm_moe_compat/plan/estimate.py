@@ -1,8 +1,8 @@
-"""What a load will take, worked out from the headers before a byte is read.
+"""Estimate the memory of a load from the headers, before a tensor is read.
 
-Final bytes are exact for what is not quantised, and for quantised tensors up to
-the few modules that a class keeps in a format of its own (routers). The peak adds
-the largest source that has to be read as one tensor, and the working buffers.
+Final bytes are exact for tensors that are not quantised. For quantised tensors they neglect the
+few modules (routers) for which a class has a format of its own. The peak adds the largest
+source that is read as one tensor, and working buffers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_moe_compat.plan.planner import Plan
 
 NONE = "none"
 WORKING_BYTES = 96 * 2**20
-"""What the steps of one build hold, whatever its size: see ``execute.TEMPORARY_BYTES``."""
+"""Working buffers of one build, whatever its size; see ``execute.stack.TEMPORARY_BYTES``."""
 
 _WEIGHTS = (".weight", ".experts.gate_up_proj", ".experts.down_proj")
 
@@ -39,12 +39,12 @@ def packed_bytes(spec: Spec, packing: Requantize, float_bytes: int = 2) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes on disk, and per setting (``none``, ``8bit``, …) in memory.
+    """Bytes read from disk, and bytes in memory per quantisation setting (``none``, ``8bit``, …).
 
     Attributes:
-        read: what is read from the files.
-        final: what the weights take.
-        peak: what loading them takes.
+        read: bytes read from the files.
+        final: setting → bytes of the weights after the load.
+        peak: setting → largest number of bytes during the load.
     """
 
     read: int
@@ -52,7 +52,7 @@ class Estimate:
     peak: Mapping[str, int]
 
     def fitting(self, limit: int) -> list[str]:
-        """Return the settings whose peak is within ``limit``, the largest first."""
+        """Return the settings whose peak is within ``limit`` bytes, the largest peak first."""
         return [
             s for s in sorted(self.peak, key=self.peak.__getitem__)[::-1] if self.peak[s] <= limit
         ]
@@ -65,14 +65,14 @@ def estimate(
     packed_dtype: str = "BF16",
     spare: Mapping[str, Collection[str]] | None = None,
 ) -> Estimate:
-    """Estimate a load for every setting.
+    """Estimate a load for every quantisation setting.
 
     Args:
-        plan: for these tensors.
-        tensors: what will be loaded; what the plan drops may be among them.
-        dtype: safetensors' name of what dequantised tensors become.
-        packed_dtype: the same for the scales of packed ones.
-        spare: setting → names of tensors that it leaves as they are.
+        plan: a plan for these tensors.
+        tensors: the tensors to load, with or without those that the plan drops.
+        dtype: dtype of dequantised weights (safetensors' name).
+        packed_dtype: dtype of the scales of quantised weights (safetensors' name).
+        spare: setting → names of tensors that it does not quantise.
     """
     spare = spare or {}
     gone = set(plan.drops).union(*(build.sources for build in plan.builds))
@@ -81,7 +81,7 @@ def estimate(
         for build in plan.builds
         for name, spec in zip(build.targets, build.results(tensors, dtype), strict=True)
     ]
-    # One build's weights are alike, or there were no plan.
+    # The checks have ensured that all weights of a build are equal in dtype and shape.
     largest = max((nbytes(tensors[b.weights[0]]) for b in plan.builds), default=0)
     left = [(n, n, Spec(i.dtype, i.shape)) for n, i in tensors.items() if n not in gone]
 
@@ -99,8 +99,8 @@ def estimate(
         )
         peak[setting] = final[setting] + whole + WORKING_BYTES
     dropped = sum(nbytes(tensors[name]) for name in plan.drops if name in tensors)
-    alike = Counter([(info.dtype, info.shape) for info in tensors.values()])
-    read = sum(nbytes(Spec(*form)) * count for form, count in alike.items()) - dropped
+    specs_count = Counter([(info.dtype, info.shape) for info in tensors.values()])
+    read = sum(nbytes(Spec(*spec)) * count for spec, count in specs_count.items()) - dropped
     for build in plan.builds:
         if build.restriction is not None:
             whole = sum(nbytes(tensors[name]) for name in build.sources)

@@ -1,63 +1,47 @@
 """The one road from a checkpoint to a plan.
 
-A folder, or headers, and a config give the registry row, the effective config, the layout,
-the plan, and every fault in the way. The load hook, ``inspect`` and ``convert`` call it,
-so what ``inspect`` says is what a load does.
+Headers and config give the registry row, the effective config, the layout, the plan, and every
+fault that prevents a load. The load hook, ``inspect`` and ``convert`` all call ``make``, so
+``inspect`` reports what a load does.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.files import FileFault
-from vllm_moe_compat.checkpoint.findings import Finding, grouped
+from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
 from vllm_moe_compat.checkpoint.index import contradictions, read_index
 from vllm_moe_compat.checkpoint.layout import Layout, detect
-from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import (
     CheckpointFileError,
-    CompatError,
     LayoutError,
     UnsupportedCheckpointError,
 )
 from vllm_moe_compat.families import modules, registry
-from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
+from vllm_moe_compat.plan.faults import (
+    Fault,
+    already_quantized,
+    faults_of,
+    needs_row,
+    of_error,
+    of_file,
+    unmapped,
+)
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planner import Plan, make_plan
 from vllm_moe_compat.plan.serving import NONE, Serving
 from vllm_moe_compat.plan.upstream import keeps_numbers
-
-_RANKS = {0: "experts-twice", 1: "experts-gap", 2: "experts-contradict", 3: "experts-unlike"}
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that keeps a checkpoint from being loaded right.
-
-    Attributes:
-        id: the kind of fault, for programs.
-        message: the file, tensor or setting, what was found, what was expected.
-        remedy: what to do about it.
-        error: the exception that a load raises.
-        count: how many tensors have it.
-    """
-
-    id: str
-    message: str
-    remedy: str
-    error: type[CompatError]
-    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +49,12 @@ class Headers:
     """The headers and the index of a checkpoint, as far as they can be read.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
         tensors: all tensors of the shards.
-        index: name → file, by the index; None where there is none that can be read.
-        sizes: bytes of each shard when it was read.
-        faults: what could not be read.
-        extern: whether there is an ``hf_quant_config.json``.
+        index: tensor → file by the index; None without a readable index.
+        sizes: shard → its bytes when its header was read.
+        faults: faults of shards and index.
+        extern: whether the folder has an ``hf_quant_config.json``.
     """
 
     folder: Path
@@ -83,21 +67,21 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class PlannedLoad:
-    """What is known of a load before a tensor is read.
+    """A load as planned before a tensor is read.
 
     Attributes:
         original: the config as it was read.
-        config: the effective config: the one that the module is built from.
+        config: the effective config, from which the module is built.
         translated: ids of the settings that were translated for mlx-lm.
-        module: import path of the mlx-lm module; empty where mlx-lm has none.
-        row: of the module; None where there is none.
-        reason: why there is no row.
-        headers: of the checkpoint; its ``tensors`` hold the ignored ones too.
-        layout: of the tensors; None where the config does not allow to tell.
-        plan: what is done to them; None where something is wrong or nothing is known.
-        serving: what the load is for.
-        faults: the gravest first; with any, the load is refused.
-        needs_row: tensors that mlx-lm may not load right without a row, in words.
+        module: import path of the mlx-lm module; empty if mlx-lm has none.
+        row: the module's row, or None.
+        reason: the reason for a missing row.
+        headers: the checkpoint's headers; their ``tensors`` include extra tensors.
+        layout: the checkpoint's layout; None if the config is invalid or has no module.
+        plan: the plan; None if there is a fault or no row.
+        serving: dtypes and quantisation setting of the load.
+        faults: the faults, those of files first; the load is refused if there is one.
+        needs_row: message about tensors that mlx-lm may not load correctly without a row.
     """
 
     original: Mapping[str, Any]
@@ -114,10 +98,10 @@ class PlannedLoad:
     needs_row: str = ""
 
     def refuse(self) -> None:
-        """Raise for the gravest fault.
+        """Raise for the first fault.
 
         Raises:
-            CompatError: there is one.
+            CompatError: there is a fault.
         """
         if not self.faults:
             return
@@ -127,39 +111,41 @@ class PlannedLoad:
         raise first.error(f"{first.message}{more}; {first.remedy}.")
 
     def spared(self, setting: str) -> set[str]:
-        """Return the tensors that a quantisation setting leaves as they are."""
+        """Return the names of tensors that a quantisation setting does not quantise."""
         stored = () if self.layout is None else self.layout.numbers.weights
         tensors = self.headers.tensors if self.layout is None else self.layout.tensors
         return quantization.spared_tensors(self.original, tensors, stored, setting)
 
     def unpatched(self, reason: str) -> PlannedLoad:
-        """Return the load as it is where the class of the row cannot be wrapped."""
+        """Return the load for a class that cannot be wrapped: without a row and a plan."""
         config = copy.deepcopy(dict(self.original))
         translate(config)
         assert self.layout is not None, "a row was found"
+        folder, layout, serving = self.headers.folder, self.layout, self.serving
         return replace(
             self,
             config=config,
             row=None,
             reason=reason,
             plan=None,
-            needs_row=_needs_row(self.layout),
-            faults=tuple(_unmapped(self.headers, self.layout, self.module, reason, self.serving)),
+            needs_row=needs_row(layout),
+            faults=tuple(unmapped(folder, layout, self.module, reason, serving)),
         )
 
     def plan_for(self, setting: str) -> Plan | None:
-        """Return the plan for another quantisation setting; None where it does not apply."""
+        """Return the plan for another quantisation setting; None if it does not apply."""
         if self.plan is None or self.row is None or self.layout is None:
             return None
         serving = replace(self.serving, setting=setting)
-        if any(_already_quantized(self.headers, self.original, self.layout, serving)):
+        folder, extern = self.headers.folder, self.headers.extern
+        if any(already_quantized(folder, self.original, self.layout, serving, extern=extern)):
             return None
         split, exact = setting != NONE, serving.exact
         return make_plan(self.layout, self.row, self.config, split=split, exact=exact)
 
 
 def read_headers_of(folder: Path) -> Headers:
-    """Read headers and index of a folder; faults are listed, not raised."""
+    """Read headers and index of a folder; faults are recorded, not raised."""
     faults: list[FileFault] = []
     files = weight_files(folder)
     tensors = scan_headers(files, faults.append)
@@ -170,47 +156,50 @@ def read_headers_of(folder: Path) -> Headers:
 
 
 def translate(config: dict[str, Any]) -> tuple[str, ...]:
-    """Translate a config's keys for its mlx-lm module, in place; return what was changed.
+    """Translate a config's settings for its mlx-lm module, in place.
+
+    Returns:
+        The ids of the translations that changed the config.
 
     Raises:
-        UnsupportedCheckpointError: a setting that the module cannot represent.
+        UnsupportedCheckpointError: the module cannot represent a setting.
     """
     row = modules.row_of_config(config)
-    return () if row is None else tuple(registry.fix_config(row, config))
+    return () if row is None else tuple(registry.translate_config(row, config))
 
 
 def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> PlannedLoad:
     """Plan a load.
 
     Args:
-        headers: of the checkpoint.
-        config: as it was read.
-        serving: what the load is for.
+        headers: the checkpoint's headers.
+        config: the config as it was read.
+        serving: dtypes and quantisation setting of the load.
     """
     effective = copy.deepcopy(dict(config))
-    faults = [_of_file(fault) for fault in headers.faults]
+    faults = [of_file(fault) for fault in headers.faults]
     translated: tuple[str, ...] = ()
-    layout, plan, needs_row = None, None, ""
+    layout, plan, unsafe = None, None, ""
     module, row, reason = "", None, ""
     try:
         translated = translate(effective)
         found = modules.find(effective)
         module, row, reason = found.path, found.row, found.reason
         if row is not None:
-            faults += map(_of_file, _index_faults(headers, effective, row))
+            faults += map(of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
         elif module:
-            faults.clear()  # Files are mlx-lm's to judge then.
+            faults.clear()  # Without a row, files are left to mlx-lm.
             layout = detect(headers.tensors, {})
     except UnsupportedCheckpointError as error:
-        faults.append(_of_error("config-unsupported", error))
+        faults.append(of_error("config-unsupported", error))
     except LayoutError as error:
-        faults.append(_of_error("config-number", error))
+        faults.append(of_error("config-number", error))
     if layout is not None and row is None:
-        needs_row = _needs_row(layout)
-        faults += _unmapped(headers, layout, module, reason, serving)
+        unsafe = needs_row(layout)
+        faults += unmapped(headers.folder, layout, module, reason, serving)
     elif layout is not None and row is not None:
-        faults += _already_quantized(headers, config, layout, serving)
+        faults += already_quantized(headers.folder, config, layout, serving, extern=headers.extern)
         plan, found_faults = _plan(layout, row, effective, serving, headers.tensors)
         faults += found_faults
         if plan is not None:
@@ -228,7 +217,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         plan=None if faults else plan,
         serving=serving,
         faults=tuple(faults),
-        needs_row=needs_row,
+        needs_row=unsafe,
     )
 
 
@@ -240,31 +229,21 @@ def make_from_tensors(
     *,
     direct: bool,
 ) -> Plan:
-    """Plan for tensors that ``sanitize`` was given and no ``load_config`` announced.
+    """Plan for tensors passed to ``sanitize`` without a preceding ``load_config``.
 
     Args:
-        tensors: their descriptions.
-        row: of the class.
-        config: as far as the model instance knows it.
-        serving: what the load is for.
+        tensors: descriptions of the tensors.
+        row: the class's row.
+        config: the settings that the model instance has.
+        serving: dtypes and quantisation setting of the load.
         direct: see ``make_plan``.
 
     Raises:
-        CompatError: they cannot be loaded right.
+        CompatError: the tensors cannot be loaded correctly.
     """
     layout = detect(tensors, config, row.ignored)
     split = serving.setting != NONE
     return make_plan(layout, row, config, split=split, exact=serving.exact, direct=direct)
-
-
-def faults_of(findings: Iterable[Finding], tensors: Mapping[str, TensorInfo]) -> Iterator[Fault]:
-    """Yield equal findings as one fault, the gravest first."""
-    for first, message, count in grouped(findings, tensors):
-        if first.error is UnsupportedCheckpointError:
-            id = f"{first.topic}-unsupported"
-        else:
-            id = _RANKS[first.rank] if first.topic == "experts" else f"{first.topic}-scales"
-        yield Fault(id, message, first.remedy, first.error, count)
 
 
 def _plan(
@@ -274,7 +253,7 @@ def _plan(
     serving: Serving,
     tensors: Mapping[str, TensorInfo],
 ) -> tuple[Plan | None, list[Fault]]:
-    """Return the plan, or the faults that keep it from being made."""
+    """Return the plan, or the faults that prevent it."""
     try:
         findings: list[Finding] = []
         if not keeps_numbers(row, layout):
@@ -286,13 +265,13 @@ def _plan(
         split = serving.setting != NONE
         return make_plan(layout, row, config, split=split, exact=serving.exact), []
     except LayoutError as error:
-        return None, [_of_error("config-number", error)]
+        return None, [of_error("config-number", error)]
 
 
 def _settle_quantization(
     config: dict[str, Any], layout: Layout, plan: Plan, serving: Serving
 ) -> None:
-    """Have the config describe the weights as they will be when ``load_model`` gets them."""
+    """Make the config describe the weights that ``load_model`` receives after the plan."""
     entry = next(iter(quantization_configs(config)), None)
     packed = any(name.endswith(".scales") for name in layout.tensors)
     if serving.setting != NONE:
@@ -301,78 +280,14 @@ def _settle_quantization(
         quantization.mark_dequantized(config)
     elif entry is not None and config.get("quantization") is None:
         if "quant_method" not in entry and {"bits", "group_size"} <= entry.keys():
-            config["quantization"] = dict(entry)  # MLX's own, as some uploads have it.
+            config["quantization"] = dict(entry)  # MLX's own settings, under the other key.
         elif entry.get("quant_method") == "modelopt" and not packed and not plan.digested:
-            quantization.mark_dequantized(config)  # Of the KV cache alone: weights are floats.
+            quantization.mark_dequantized(config)  # It concerns the KV cache alone.
 
 
 def _index_faults(headers: Headers, config: Mapping[str, Any], row: Row) -> Iterator[FileFault]:
-    """Yield where the shards do not hold what the index says."""
+    """Yield the contradictions between index and shards."""
     if headers.index is None:
         return
     ignored = row.ignored.of(config)
     yield from contradictions(headers.folder, headers.index, headers.tensors, ignored)
-
-
-def _already_quantized(
-    headers: Headers, config: Mapping[str, Any], layout: Layout, serving: Serving
-) -> Iterator[Fault]:
-    if serving.setting == NONE:
-        return
-    shown = quantization.already_quantized(config, layout, extern=headers.extern)
-    if shown is not None:
-        yield Fault(
-            "quantized-already",
-            f"{headers.folder}: the checkpoint is quantised already ({shown}), where bf16 or "
-            "block-FP8 weights were expected",
-            f"unset {QUANTIZE.name} to load it as it is",
-            UnsupportedCheckpointError,
-        )
-
-
-def _unmapped(
-    headers: Headers, layout: Layout, module: str, reason: str, serving: Serving
-) -> Iterator[Fault]:
-    """Yield why a module that is not wrapped cannot load the checkpoint right."""
-    if reason == OWN_CODE:
-        return
-    if serving.setting != NONE:
-        yield Fault(
-            "quantize-unmapped",
-            f"{headers.folder}: {module} cannot be quantised while loading, since {reason}",
-            f"unset {QUANTIZE.name}, or quantise the checkpoint with `mlx_lm.convert -q`",
-            UnsupportedCheckpointError,
-        )
-    weights = [*layout.numbers.weights, *layout.numbers.stray]
-    if weights:
-        forms = " and ".join(sorted({f.form.title for f in layout.numbers.found}))
-        verb = "are" if len(weights) > 1 else "is"
-        yield Fault(
-            f"{layout.numbers.found[0].form.name}-unmapped",
-            f"{layout.weights[weights[0]].file}: {fold(weights)} {verb} {forms}, which {module} "
-            f"takes for integers, and it cannot be patched, since {reason}",
-            "load a bf16 release of the model instead",
-            UnsupportedCheckpointError,
-            len(weights),
-        )
-
-
-def _needs_row(layout: Layout) -> str:
-    """Name the tensors that mlx-lm may not load right without a row; empty for none."""
-    parts = [
-        f"{len(found.weights) + len(found.stray()):,} {found.form.title} weights"
-        for found in layout.numbers.found
-        if found.weights or found.stray()
-    ]
-    if layout.per_expert:
-        parts.append(f"{len(layout.per_expert):,} per-expert weights")
-    return " and ".join(parts)
-
-
-def _of_file(fault: FileFault) -> Fault:
-    return Fault(fault.id, fault.message, fault.remedy, CheckpointFileError)
-
-
-def _of_error(id: str, error: CompatError) -> Fault:
-    message, _, remedy = str(error).removesuffix(".").rpartition("; ")
-    return Fault(id, message or remedy, remedy if message else "", type(error))

@@ -1,9 +1,11 @@
-"""Norms that a checkpoint stores less 1, and who adds it.
+"""Norm weights that a release stores minus 1: plan the addition, or leave it to upstream.
 
-Upstream does, if it takes the checkpoint for one that it has not seen yet. It tells
-by a mark that is not always there, or that stacking the experts removes; then the
-plan does it. Where upstream does, it computes in the checkpoint's dtype, so float32
-serving has the norms widened before.
+Upstream's ``sanitize`` adds 1 if it takes the checkpoint for a release rather than for one that
+mlx-lm has saved. It tells by a mark (``NormShift.mark``). A release may lack the mark, and
+stacking the experts removes one kind of mark; in both cases the plan adds 1.
+
+If upstream adds, it computes in the checkpoint's dtype. For float32 serving the plan therefore
+widens the norms first.
 """
 
 from __future__ import annotations
@@ -13,24 +15,25 @@ from vllm_moe_compat.checkpoint.operations import Op
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.ops import Add, Transpose
 
-_NARROW = ("BF16", "F16")
+_HALF = ("BF16", "F16")
 
 
 def norms(
     layout: Layout, row: Row, *, stacking: bool
 ) -> tuple[list[tuple[str, Op]], tuple[str, ...], bool]:
-    """Say what happens to the norms of this checkpoint.
+    """Return the operations on norms, and on the convolutions whose axes mark a release.
 
     Args:
-        layout: of the checkpoint.
-        row: of its module.
+        layout: the checkpoint's layout.
+        row: its module's row.
         stacking: whether the plan stacks the experts.
 
     Returns:
-        What the plan does to which tensor; which half-precision tensors upstream will
-        compute with; whether upstream does nothing at all beyond.
+        Pairs of tensor and operation; the half-precision tensors to widen because upstream
+        computes with them; whether upstream's ``sanitize`` returns early, without dropping
+        extra tensors.
     """
-    rule = row.arithmetic
+    rule = row.norm_shift
     if rule is None:
         return [], (), False
     found = [
@@ -38,19 +41,23 @@ def norms(
     ]
     convs = [n for n in layout.tensors if n.endswith("conv1d.weight")]
     raw = [n for n in convs if layout.tensors[n].shape[-1:] != (1,)]
-    narrow = tuple(n for n in found if layout.tensors[n].dtype in _NARROW)
+    half = tuple(n for n in found if layout.tensors[n].dtype in _HALF)
     published = any(n.startswith("model.") for n in found)
     match rule.mark:
         case "conv1d":
             if raw:
-                return [], narrow, False
+                return [], half, False
+            # Without a convolution upstream finds no mark, whether the norms are shifted or
+            # not; names with the prefix of a release tell.
             unmarked = published and not convs
             return [(n, Add(1.0)) for n in found if unmarked], (), False
         case "per-expert":
             if stacking:
+                # Stacked experts look to upstream like its own checkpoint, so the plan also
+                # moves the axis of convolutions.
                 ops: list[tuple[str, Op]] = [(n, Add(1.0)) for n in found]
                 return ops + [(n, Transpose()) for n in raw], (), True
-            return [], narrow if any(b.per_expert for b in layout.experts) else (), False
+            return [], half if any(b.per_expert for b in layout.experts) else (), False
         case _:
-            raw = [n for n in layout.tensors if ".moe." in n]
-            return [], narrow if raw or stacking else (), False
+            routers = [n for n in layout.tensors if ".moe." in n]
+            return [], half if routers or stacking else (), False

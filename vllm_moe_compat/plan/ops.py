@@ -13,23 +13,23 @@ from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
 
 @dataclass(frozen=True, slots=True)
 class StackExperts(Op):
-    """``E`` tensors ``[O, I]`` become one ``[E, O, I]``; their scales likewise."""
+    """``E`` tensors ``[O, I]`` become one ``[E, O, I]``; parts are stacked in the same way."""
 
     experts: int
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Stack equal specs on a new first axis; dtypes stay."""
+        """Add a first axis; keep dtypes."""
         parts = {role: self._stack(specs) for role, specs in given.parts.items()}
         return Operand(self._stack(given.weights), parts)
 
     def _stack(self, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
-        # Mostly one and the same object: that is seen without comparing what it holds.
+        # ``count`` compares by identity first, and mostly the specs are one object.
         if len(specs) != self.experts or specs.count(specs[0]) != len(specs):
             raise ValueError(f"{self.experts} equal tensors were expected, not {specs}")
         return (Spec(specs[0].dtype, (self.experts, *specs[0].shape)),)
 
     def inverse(self) -> UnstackExperts:
-        """Return the operation that takes the stack apart."""
+        """Return the operation that unstacks."""
         return UnstackExperts(self.experts)
 
     @property
@@ -40,12 +40,12 @@ class StackExperts(Op):
 
 @dataclass(frozen=True, slots=True)
 class UnstackExperts(Op):
-    """One ``[E, O, I]`` becomes ``E`` tensors ``[O, I]``; its scales likewise."""
+    """One ``[E, O, I]`` becomes ``E`` tensors ``[O, I]``; parts are split in the same way."""
 
     experts: int
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Take the first axis apart; dtypes stay."""
+        """Remove the first axis; keep dtypes."""
         parts = {role: self._unstack(specs) for role, specs in given.parts.items()}
         return Operand(self._unstack(given.weights), parts)
 
@@ -55,7 +55,7 @@ class UnstackExperts(Op):
         return (Spec(specs[0].dtype, specs[0].shape[1:]),) * self.experts
 
     def inverse(self) -> StackExperts:
-        """Return the operation that stacks them again."""
+        """Return the operation that stacks."""
         return StackExperts(self.experts)
 
     @property
@@ -66,10 +66,10 @@ class UnstackExperts(Op):
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Op):
-    """``[…, O, I]`` becomes ``[…, I, O]``; it undoes itself."""
+    """``[…, O, I]`` becomes ``[…, I, O]``; the operation is its own inverse."""
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Exchange the last two axes; dtypes stay."""
+        """Exchange the last two axes; keep dtypes."""
         if given.parts:
             raise ValueError(f"{given} is quantised and cannot be transposed")
         return Operand(
@@ -77,7 +77,7 @@ class Transpose(Op):
         )
 
     def inverse(self) -> Transpose:
-        """Return itself."""
+        """Return the same operation."""
         return self
 
     @property
@@ -91,15 +91,15 @@ class SplitGateUp(Op):
     """Combined experts ``[E, 2I, H]`` become gate ``[E, I, H]`` and up ``[E, I, H]``.
 
     Attributes:
-        interleaved: whether gate and up take turns, row by row; else gate is first.
-        axis: which is split: ``-2``, or ``-1`` for biases ``[E, 2I]``.
+        interleaved: whether rows of gate and up alternate; else all of gate comes first.
+        axis: the axis to split: ``-2``, or ``-1`` for biases ``[E, 2I]``.
     """
 
     interleaved: bool = False
     axis: int = -2
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Halve the axis; the dtype stays."""
+        """Halve the axis; keep the dtype."""
         (weight,) = given.weights
         size = weight.shape[self.axis]
         if size % 2 or given.parts:
@@ -107,7 +107,7 @@ class SplitGateUp(Op):
         return Operand((_resized(weight, self.axis, size // 2),) * 2)
 
     def inverse(self) -> JoinGateUp:
-        """Return the operation that puts the halves together."""
+        """Return the operation that joins the halves."""
         return JoinGateUp(self.interleaved, self.axis)
 
     @property
@@ -124,14 +124,14 @@ class JoinGateUp(Op):
     axis: int = -2
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Double the axis; the dtype stays."""
+        """Double the axis; keep the dtype."""
         gate, up = given.weights
         if gate != up or given.parts:
             raise ValueError(f"{given} is no gate and up")
         return Operand((_resized(gate, self.axis, 2 * gate.shape[self.axis]),))
 
     def inverse(self) -> SplitGateUp:
-        """Return the operation that takes the halves apart."""
+        """Return the operation that splits the halves."""
         return SplitGateUp(self.interleaved, self.axis)
 
     @property
@@ -148,19 +148,19 @@ def _resized(spec: Spec, axis: int, size: int) -> Spec:
 
 @dataclass(frozen=True, slots=True)
 class Add(Op):
-    """A number is added to every value, in float32: norms that are stored less 1.
+    """Add a number to every value, in float32: for norms that are stored minus 1.
 
-    The result keeps its dtype; float32 serving gets it as float32.
+    The result has the tensor's dtype, or float32 if the target dtype is float32.
     """
 
     number: float
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Keep the shape."""
+        """Keep shape and dtype."""
         return given
 
     def inverse(self) -> Add:
-        """Return the operation that subtracts it again."""
+        """Return the operation that subtracts the number."""
         return Add(-self.number)
 
     @property
@@ -171,7 +171,7 @@ class Add(Op):
 
 @dataclass(frozen=True, slots=True)
 class SplitRows(Op):
-    """``[P·O, …]`` becomes ``P`` tensors ``[O, …]``, one after the other."""
+    """``[P·O, …]`` becomes ``P`` tensors ``[O, …]`` of consecutive rows."""
 
     parts: int
 
@@ -183,7 +183,7 @@ class SplitRows(Op):
         return Operand((_resized(weight, 0, weight.shape[0] // self.parts),) * self.parts)
 
     def inverse(self) -> JoinRows:
-        """Return the operation that puts the parts together."""
+        """Return the operation that joins the parts."""
         return JoinRows(self.parts)
 
     @property
@@ -206,7 +206,7 @@ class JoinRows(Op):
         return Operand((_resized(first, 0, first.shape[0] * self.parts),))
 
     def inverse(self) -> SplitRows:
-        """Return the operation that takes the parts apart."""
+        """Return the operation that splits into parts."""
         return SplitRows(self.parts)
 
     @property
@@ -217,10 +217,10 @@ class JoinRows(Op):
 
 @dataclass(frozen=True, slots=True)
 class SplitLatent(Op):
-    """Latent attention's ``kv_b_proj`` becomes the two matrices that MLX absorbs.
+    """Latent attention's ``kv_b_proj`` becomes the two matrices that mlx-lm absorbs.
 
     ``[heads·(n + v), r]`` gives ``embed_q`` ``[heads, r, n]`` and ``unembed_out``
-    ``[heads, v, r]``: per head, ``n`` rows for keys without position, ``v`` for values.
+    ``[heads, v, r]``. Each head has ``n`` rows for keys without position and ``v`` for values.
     """
 
     heads: int
@@ -241,12 +241,12 @@ class SplitLatent(Op):
         )
 
     def inverse(self) -> JoinLatent:
-        """Return the operation that puts the two together."""
+        """Return the operation that joins the two matrices."""
         return JoinLatent(self.heads, self.keys)
 
     @property
     def words(self) -> str:
-        """The tensors by their names."""
+        """``split kv_b_proj into embed_q and unembed_out``."""
         return "split kv_b_proj into embed_q and unembed_out"
 
 
@@ -264,10 +264,10 @@ class JoinLatent(Op):
         return Operand((Spec(embed.dtype, (rows, unembed.shape[2])),))
 
     def inverse(self) -> SplitLatent:
-        """Return the operation that takes them apart."""
+        """Return the operation that splits the matrix."""
         return SplitLatent(self.heads, self.keys)
 
     @property
     def words(self) -> str:
-        """The tensors by their names."""
+        """``join embed_q and unembed_out into kv_b_proj``."""
         return "join embed_q and unembed_out into kv_b_proj"

@@ -1,4 +1,4 @@
-"""MLX's own packed formats, as operations of a plan: what is requantised while loading."""
+"""MLX's packed formats as operations: quantise weights while loading."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
 class Requantize(Op):
     """A float ``[…, O, I]`` becomes MLX's packed form, group by group along ``I``.
 
-    ``uint32 […, O, I·bits/32]`` and scales ``[…, O, I/group]``: in the weight's own
-    dtype, with biases like them, where the mode is ``affine``; else one E8M0 byte.
-    The formats are those of ``mlx.core.quantize``, and so are the values.
+    The result is ``uint32 […, O, I·bits/32]`` and scales ``[…, O, I/group]``. In mode
+    ``affine`` scales have the weight's dtype, and there are biases of the same dtype and shape;
+    in other modes a scale is one E8M0 byte. Formats and values are those of
+    ``mlx.core.quantize``.
     """
 
     bits: int
@@ -21,11 +22,11 @@ class Requantize(Op):
     mode: str = "affine"
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether rows of this shape are whole groups."""
+        """Whether the rows of a shape are whole groups."""
         return len(shape) > 1 and shape[-1] % self.group == 0
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Pack every weight; scales and biases are added."""
+        """Pack every weight; add scales and biases."""
         if given.parts or not all(self.fits(spec.shape) for spec in given.weights):
             raise ValueError(f"{given} is not made of whole groups of {self.group}")
         affine = self.mode == "affine"
@@ -39,7 +40,7 @@ class Requantize(Op):
         return Operand(packed, {"scales": scales} | ({"biases": scales} if affine else {}))
 
     def inverse(self) -> Unpack:
-        """Return the operation that gives floats again; this one rounds, it does not."""
+        """Return the operation that unpacks to floats; unpacking is exact, packing rounds."""
         return Unpack(self.bits, self.group, self.mode)
 
     @property
@@ -49,7 +50,7 @@ class Requantize(Op):
 
     @property
     def config(self) -> dict[str, int | str]:
-        """What mlx-lm's ``config["quantization"]`` says of such a weight."""
+        """The entry of mlx-lm's ``config["quantization"]`` for the format."""
         return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ class Unpack(Op):
     mode: str = "affine"
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Drop scales and biases; the last axis is the weights' again."""
+        """Drop scales and biases; restore the last axis."""
         return Operand(
             tuple(
                 Spec(target, (*w.shape[:-1], w.shape[-1] * 32 // self.bits)) for w in given.weights
@@ -73,7 +74,7 @@ class Unpack(Op):
         )
 
     def inverse(self) -> Requantize:
-        """Return the operation that packs again."""
+        """Return the operation that packs."""
         return Requantize(self.bits, self.group, self.mode)
 
     @property
@@ -88,4 +89,4 @@ QUANTIZE_SETTINGS = {
     "6bit": Requantize(6, 64),
     "4bit": Requantize(4, 64),
 }
-"""What ``VLLM_MOE_COMPAT_QUANTIZE`` may name, besides ``none``; the largest first."""
+"""Values of ``VLLM_MOE_COMPAT_QUANTIZE`` besides ``none``, the largest format first."""

@@ -1,12 +1,12 @@
-"""From a layout and a registry row to the list of tensors that have to be made.
+"""Plan the tensors to make, from a layout and a registry row.
 
-A ``Build`` names its target with the checkpoint's own prefix and leaves prefixes and
-whatever else upstream's ``sanitize`` does right to it; so no prefix is ever applied
-twice, and a tensor that upstream digests has no ``Build`` at all. The whole
-checkpoint is checked before a plan is returned.
+A ``Build`` names its target with the checkpoint's own prefix. Prefixes, and everything else
+that upstream's ``sanitize`` does correctly, are left to ``sanitize``; so no prefix is applied
+twice, and a tensor that upstream handles has no ``Build``. The whole checkpoint is checked
+before a plan is returned.
 
-Experts are taken over for all layers or for none: several families look at the first
-layer only to see whether experts are stacked.
+The plan stacks the experts of all layers or of none, since several families' ``sanitize``
+looks only at the first layer to find out whether experts are stacked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_moe_compat.checkpoint.operations import Op
 from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families.row import Moe, Row
 from vllm_moe_compat.plan.build import Build
-from vllm_moe_compat.plan.check_experts import check_experts, lies_transposed
+from vllm_moe_compat.plan.check_experts import check_experts, is_stored_transposed
 from vllm_moe_compat.plan.norms import norms
 from vllm_moe_compat.plan.ops import (
     SplitGateUp,
@@ -40,19 +40,19 @@ from vllm_moe_compat.plan.upstream import digests_block, digests_numbers, keeps_
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that has to happen to a checkpoint's tensors.
+    """All changes to a checkpoint's tensors before upstream's ``sanitize``.
 
     Attributes:
-        module: the mlx-lm module that the plan is for.
-        words: the layout in words.
+        module: import path of the mlx-lm module.
+        words: the layout in a message.
         builds: the tensors to make, layer by layer.
-        drops: tensors to take out because nobody reads them.
-        widen: narrow tensors that ``sanitize`` computes with: float32 serving
-            wants them widened before.
-        experts: routed experts per layer, where they are stacked; else 0.
-        stacked: how many layers have their experts stacked.
-        dequantized: how many weights in a stored number form are dequantised.
-        digested: how many of them upstream dequantises or keeps.
+        drops: names of tensors to remove because nothing reads them.
+        widen: names of half-precision tensors that ``sanitize`` computes with; float32 serving
+            widens them first.
+        experts: routed experts per layer, if the plan stacks them; else 0.
+        stacked: number of layers whose experts the plan stacks.
+        dequantized: number of weights in a stored number form that the plan dequantises.
+        digested: number of such weights that upstream dequantises or keeps.
     """
 
     module: str
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def empty(self) -> bool:
-        """Whether the checkpoint is left exactly as it is."""
+        """Whether the plan changes nothing."""
         return not self.builds and not self.drops
 
 
@@ -83,39 +83,39 @@ def make_plan(
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
 
     Args:
-        layout: what the checkpoint holds.
-        row: what is known about the module.
-        config: the checkpoint's.
-        split: whether every expert is stacked here and not by upstream, which knows
-            nothing of the scales that requantised ones have.
-        exact: whether bfloat16, in which upstream multiplies, is too coarse for
-            what will be served.
-        direct: whether there is only a dict that someone gave to ``sanitize``: what
-            upstream does by itself is then not judged before it.
+        layout: the checkpoint's layout.
+        row: the module's row.
+        config: the effective config.
+        split: whether the plan stacks all experts, even those that upstream stacks. Needed if
+            experts are quantised while loading, since upstream does not stack scales.
+        exact: whether the plan dequantises even if upstream does, because upstream multiplies
+            in bfloat16 and another dtype is served.
+        direct: whether the tensors came without a preceding ``load_config``. Experts that
+            upstream stacks are then not checked.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
-        UnsupportedCheckpointError: a form that is not served.
+        UnsupportedCheckpointError: a layout or number form is not supported.
     """
     numbers = layout.numbers
     if keeps_numbers(row, layout):
         return Plan(row.module, layout.words, digested=len(numbers.weights))
     digested = digests_numbers(row, layout) and not split and not exact
     blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
-    take = row.moe is not None and any(
+    stacking = row.moe is not None and any(
         (split and (b.per_expert or _is_stored(b, numbers)))
         or not digests_block(row.moe, b, layout)
         or (_is_stored(b, numbers) and not digested)
         for b in blocks
     )
-    judged = check_experts(layout, row, config) if take or not direct else ()
-    refuse([*numbers.findings(), *judged], layout.tensors)
-    digested = digested and not take
+    findings = check_experts(layout, row, config) if stacking or not direct else ()
+    refuse([*numbers.findings(), *findings], layout.tensors)
+    digested = digested and not stacking
     stored = set[str]() if digested else set(numbers.weights)
 
     builds: list[Build] = []
     experts = 0
-    for block in blocks if take else ():
+    for block in blocks if stacking else ():
         assert row.moe is not None
         for build in _stack(row.moe, block, layout, config, stored):
             builds.append(build)
@@ -124,13 +124,13 @@ def make_plan(
             elif not experts:
                 experts = layout.tensors[build.weights[0]].shape[0]
     done = {name for build in builds for name in build.sources}
-    builds.extend(_others(layout, row, config, stored, done))
-    shifts, widen, early = norms(layout, row, stacking=take)
+    builds.extend(_other_builds(layout, row, config, stored, done))
+    shifts, widen, returns_early = norms(layout, row, stacking=stacking)
     builds.extend(Build(name, (name,), (), (op,)) for name, op in shifts)
-    # Layer by layer; stable, so inside a layer the order stays.
+    # Layer by layer. Sorting is stable, so the order within a layer stays.
     order = {layer: n for n, layer in enumerate(dict.fromkeys(b.layer for b in builds))}
     builds.sort(key=lambda build: order[build.layer])
-    drops = row.ignored if early else row.drops
+    drops = row.ignored if returns_early else row.dropped_here
     return Plan(
         module=row.module,
         words=layout.words,
@@ -141,14 +141,14 @@ def make_plan(
         ),
         widen=widen,
         experts=experts,
-        stacked=len(blocks) if take else 0,
+        stacked=len(blocks) if stacking else 0,
         dequantized=0 if digested else len(numbers.weights),
         digested=len(numbers.weights) if digested else 0,
     )
 
 
 def _is_stored(block: ExpertBlock, numbers: Numbers) -> bool:
-    """Whether some of a layer's experts are in a stored number form."""
+    """Whether a layer has experts in a stored number form."""
     return any(
         name in numbers.weights
         for names in (
@@ -168,11 +168,11 @@ def _build(
     *,
     stored: bool,
 ) -> Build:
-    """Make a build of weights that are alike, dequantised between ``before`` and ``after``."""
+    """Return a build of equal weights; stored ones are dequantised after ``before``."""
     if not stored:
         return Build(targets[0], tuple(weights), (), (*before, *after), tuple(targets[1:]))
     dequantize = numbers.dequantize(weights[0])
-    assert dequantize is not None, "it is in a stored number form"
+    assert dequantize is not None, "stored weights have a number form"
     each = [numbers.stored(weight) for weight in weights]
     roles = [role for role, _ in each[0].parts]
     return Build(
@@ -191,13 +191,13 @@ def _stack(
     config: Mapping[str, Any],
     stored: set[str],
 ) -> Iterator[Build]:
-    """Build the stacked projections of one layer; takes its weights out of ``stored``."""
+    """Yield the builds of one layer's stacked projections; remove its weights from ``stored``."""
     source = moe.source_of(block.path)
-    assert source is not None, "check_experts has refused it"
+    assert source is not None, "check_experts refuses other paths"
     root = (block.path.removesuffix(source) if source else f"{block.path}.") + moe.target
-    into = dict(moe.into)
-    # Gate, up and down of a layer lie alike.
-    transposed = bool(block.combined) and lies_transposed(moe, block, layout, config)
+    projections = dict(moe.projections)
+    # All projections of a layer have the same orientation.
+    transposed = bool(block.combined) and is_stored_transposed(moe, block, layout, config)
     groups: list[tuple[str, tuple[str, ...], tuple[Op, ...]]] = [
         (part, tuple(names[e] for e in sorted(names)), (StackExperts(len(names)),))
         for part, names in block.per_expert.items()
@@ -207,23 +207,23 @@ def _stack(
         name, _, bias = part.partition(".")
         kind = "bias" if bias else "weight"
         after: tuple[Op, ...] = (Transpose(),) if transposed and not bias else ()
-        targets = [f"{root}.{into[name]}.{kind}"] if name != "gate_up" else []
+        targets = [f"{root}.{projections[name]}.{kind}"] if name != "gate_up" else []
         if name == "gate_up":
             after += (SplitGateUp(moe.interleaved, -1 if bias else -2),)
-            targets = [f"{root}.{into[p]}.{kind}" for p in ("gate", "up")]
+            targets = [f"{root}.{projections[p]}.{kind}" for p in ("gate", "up")]
         here = weights[0] in stored
         stored.difference_update(weights)
         yield _build(layout.numbers, targets, weights, before, after, stored=here)
 
 
-def _others(
+def _other_builds(
     layout: Layout,
     row: Row,
     config: Mapping[str, Any],
     stored: set[str],
     done: set[str],
 ) -> Iterator[Build]:
-    """Build the weights that are dequantised, split or renamed and are no routed experts."""
+    """Yield the builds of all other weights that are dequantised, split or renamed."""
     names = layout.weights if row.renames or row.splits or row.latent else layout.numbers.weights
     for name in names:
         if layout.numbers.stored(name).tensor in done:
@@ -243,7 +243,11 @@ def _others(
 
 
 def _split_latent(layout: Layout, name: str, config: Mapping[str, Any]) -> SplitLatent:
-    """Return what splits ``kv_b_proj``, if its rows are so many heads of keys and values."""
+    """Return the operation that splits ``kv_b_proj``.
+
+    Raises:
+        LayoutError: its rows are not the config's number of heads with keys and values.
+    """
     heads = whole_number(config, "num_attention_heads") or 0
     keys = whole_number(config, "qk_nope_head_dim") or 0
     info = layout.weights[name]
@@ -264,7 +268,7 @@ def _patterns(row: Row) -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], st
 
 
 def rename(row: Row, name: str) -> str:
-    """Return what the module of ``row`` calls the tensor; every pattern counts once."""
+    """Return the module's name of a tensor; each pattern is applied at most once."""
     if not row.renames:
         return name
     any_of, each = _patterns(row)

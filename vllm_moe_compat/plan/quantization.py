@@ -1,8 +1,8 @@
-"""``quantization_config``: what ``load_model`` is told of the weights that it gets.
+"""Settle ``quantization_config``, by which ``load_model`` quantises its modules.
 
-Weights that the plan dequantises must not be taken for quantised ones; weights that are
-quantised while loading must be announced; and a checkpoint that is quantised in a form that
-is not dequantised here cannot be quantised again.
+Weights that the plan dequantises must not be declared as quantised. Weights that are quantised
+while loading must be declared. A checkpoint in a quantised form that is not dequantised cannot
+be quantised again.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.plan.packing import Requantize
 
 DEQUANTIZED = "dequantized"
-"""The ``quant_method`` of configs whose weights were dequantised: no branch of mlx-lm
-answers to it."""
+"""The ``quant_method`` of configs whose weights were dequantised; mlx-lm has no branch for
+it."""
 
 
 def already_quantized(
     config: Mapping[str, Any], layout: Layout, *, extern: bool = False
 ) -> str | None:
-    """Say by what a checkpoint shows that it is quantised in a form that stays; None if not.
+    """Return the evidence that a checkpoint is in a quantised form that stays, or None.
 
     Args:
-        config: the checkpoint's.
-        layout: its tensors.
-        extern: whether it has an ``hf_quant_config.json``.
+        config: the checkpoint's config.
+        layout: the checkpoint's layout.
+        extern: whether the folder has an ``hf_quant_config.json``.
     """
     numbers = layout.numbers
     method = next((c.get("quant_method", "unnamed") for c in quantization_configs(config)), None)
@@ -46,10 +46,10 @@ def already_quantized(
 
 
 def announce(config: dict[str, Any], packing: Requantize) -> None:
-    """Have ``load_model`` quantise its modules, and return a config that says so."""
+    """Make ``load_model`` quantise its modules and return a config that declares it."""
     config["quantization"] = dict(packing.config)
-    # One dict under both keys, as in mlx-lm: modules in a format of their own are added
-    # when the model is there.
+    # One dict under both keys, as in mlx-lm. Modules in a format of their own are added once
+    # the model exists.
     config["quantization_config"] = config["quantization"]
     if isinstance(text := config.get("text_config"), dict):
         text.pop("quantization_config", None)
@@ -57,10 +57,10 @@ def announce(config: dict[str, Any], packing: Requantize) -> None:
 
 
 def mark_dequantized(config: dict[str, Any]) -> None:
-    """Have ``load_model`` treat the weights as floats.
+    """Make ``load_model`` treat the weights as floats.
 
-    ``quantization_config`` is replaced, never deleted: without one, mlx-lm looks for the
-    next in ``text_config`` and in ``hf_quant_config.json``.
+    ``quantization_config`` is replaced, not deleted, since mlx-lm would then use the one in
+    ``text_config`` or ``hf_quant_config.json``.
     """
     text = config.get("text_config")
     for section in (config, text):
@@ -74,10 +74,10 @@ def mark_dequantized(config: dict[str, Any]) -> None:
 
 
 def spared(config: Mapping[str, Any], setting: str) -> tuple[str, ...]:
-    """Return the ``modules_to_not_convert`` that this setting leaves as they are.
+    """Return the entries of ``modules_to_not_convert`` that a setting respects.
 
-    Eight bits cost as little as the checkpoint's own FP8; fewer bits cost more than the
-    author of the list had in mind.
+    Eight bits lose as little as the checkpoint's own FP8, so only settings of fewer bits
+    respect the list.
     """
     if setting not in ("6bit", "4bit"):
         return ()
@@ -96,14 +96,14 @@ def spared_tensors(
     stored: Collection[str],
     setting: str,
 ) -> set[str]:
-    """Return the tensors whose modules the setting leaves as they are.
+    """Return the names of tensors whose modules the setting does not quantise.
 
-    A module that has no entry of its own in the list is spared with its parent.
+    An entry of the list applies to the module and to all modules below it.
 
     Args:
-        config: the checkpoint's.
-        tensors: of the checkpoint.
-        stored: names of the weights in a stored number form: those were converted.
+        config: the checkpoint's config.
+        tensors: the checkpoint's tensors.
+        stored: names of weights in a stored number form, to which the list does not apply.
         setting: a key of ``QUANTIZE_SETTINGS``.
     """
     entries = spared(config, setting)
@@ -115,7 +115,7 @@ def spared_tensors(
 
 
 def is_listed(module: str, entries: Collection[str]) -> bool:
-    """Whether an entry of ``modules_to_not_convert`` names the module, its parent or its end."""
+    """Whether an entry of ``modules_to_not_convert`` is the module, a parent or its last names."""
     return any(
         module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")
         for entry in entries

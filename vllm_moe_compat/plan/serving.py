@@ -1,8 +1,8 @@
-"""The dtypes that a load is for: they decide what upstream may do by itself.
+"""The dtypes and the quantisation setting of a load.
 
-mlx-lm's own ``sanitize`` multiplies FP8 out in bfloat16. Where another dtype serves, the
-plan does it. ``inspect`` asks the same question before MLX is imported, so the device is
-read off the installed distributions there.
+They decide what is left to upstream: mlx-lm's own ``sanitize`` dequantises FP8 in bfloat16, so
+for any other dtype the plan does it. ``inspect`` needs the same answer without importing MLX
+and takes the device from the installed distributions.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ NONE = "none"
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a load is for.
+    """The dtypes and the quantisation setting of a load.
 
     Attributes:
-        dtype: of weights that are dequantised and not packed again: ``bfloat16``, …
-        packed_dtype: of the values that are packed, and so of their scales.
-        setting: the quantisation of the weights: ``none`` or a key of
-            ``QUANTIZE_SETTINGS``.
+        dtype: dtype of weights that are dequantised and not quantised again: ``bfloat16``, …
+        packed_dtype: dtype of the values that are quantised, and of affine scales.
+        setting: ``none`` or a key of ``QUANTIZE_SETTINGS``.
         exact: whether products in bfloat16 are too coarse.
-        kept_dtype: the dtype for checkpoints whose weights are not dequantised; None
-            leaves them their own.
+        kept_dtype: dtype of checkpoints without dequantised weights; None for their own.
     """
 
     dtype: str
@@ -39,32 +37,32 @@ class Serving:
 
 
 def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Serving:
-    """Work out the dtypes by the settings, the serving dtype and the device.
+    """Return the dtypes for the environment variables, the serving dtype and the device.
 
     MLX's CPU device multiplies gathered experts in float32 only. Packed experts are
     multiplied in any dtype on every device.
 
     Args:
-        device: ``cpu``, or any other.
-        dtype: the dtype that serves, where something serves.
+        device: ``cpu``, or any other name.
+        dtype: the serving dtype; None outside of serving.
         exact: whether bfloat16 products are too coarse in any case.
 
     Raises:
-        SettingError: a variable has no valid value.
+        SettingError: the value of an environment variable is not valid.
     """
     chosen = DTYPE.read()
-    asked = dtype if chosen == "auto" else chosen
-    target = asked or ("float32" if device == "cpu" else "bfloat16")
+    requested = dtype if chosen == "auto" else chosen
+    target = requested or ("float32" if device == "cpu" else "bfloat16")
     return Serving(
-        target, asked or "bfloat16", QUANTIZE.read(), exact or target != "bfloat16", dtype
+        target, requested or "bfloat16", QUANTIZE.read(), exact or target != "bfloat16", dtype
     )
 
 
 def installed_device() -> str:
     """Return the device that MLX will compute on: ``metal``, ``cuda`` or ``cpu``.
 
-    It is read off the installed distributions: asking MLX would initialise it in a process
-    that may be forked later.
+    The installed distributions tell. Asking MLX would initialise it in a process that may be
+    forked later.
     """
     if sys.platform == "darwin":
         return "metal"

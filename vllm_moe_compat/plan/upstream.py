@@ -1,4 +1,4 @@
-"""What a module's own ``sanitize`` handles, so that nothing of ours gets in its way."""
+"""Decide which parts of a checkpoint a module's own ``sanitize`` handles."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, Moe, 
 
 
 def digests_block(moe: Moe, block: ExpertBlock, layout: Layout) -> bool:
-    """Whether the module stacks these experts by itself, once they are floats."""
-    at_home = moe.source_of(block.path) == moe.sources[0]
-    if not at_home or block.packed or not block.spelling <= {*moe.spelling, "gate_up_proj"}:
+    """Whether the module's ``sanitize`` stacks these experts, once they are floats."""
+    in_release_path = moe.source_of(block.path) == moe.sources[0]
+    if not in_release_path or block.packed or not block.spelling <= {*moe.spelling, "gate_up_proj"}:
         return False
     if block.per_expert:
-        return PER_EXPERT in moe.reads and "gate_up" not in block.per_expert
+        return PER_EXPERT in moe.stacks and "gate_up" not in block.per_expert
     shapes = [
         layout.weights[block.combined[p]].shape for p in ("gate_up", "down") if p in block.combined
     ]
     if len(shapes) < 2:
         return False
-    form = TRANSPOSED if is_transposed(*shapes) else COMBINED
-    return form in moe.reads
+    found = TRANSPOSED if is_transposed(*shapes) else COMBINED
+    return found in moe.stacks
 
 
 def digests_numbers(row: Row, layout: Layout) -> bool:
-    """Whether the module's ``sanitize`` makes floats of all stored numbers by itself."""
+    """Whether the module's ``sanitize`` dequantises all stored numbers."""
     return _all_kinds(layout, row.digests)
 
 
 def keeps_numbers(row: Row, layout: Layout) -> bool:
-    """Whether the module keeps all stored numbers packed: none of them is our business."""
+    """Whether the module computes with all stored numbers as they are."""
     return _all_kinds(layout, row.keeps)
 
 

@@ -23,7 +23,7 @@ from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.checkpoint.numbers.fp8_ops import WrittenFp8
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.dtypes import mlx_dtype
-from vllm_moe_compat.families.registry import fix_config
+from vllm_moe_compat.families.registry import translate_config
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
 from vllm_moe_compat.probes.recipes import Array, Family, Recipe
 from vllm_moe_compat.rewrite.shards import Shards
@@ -149,12 +149,12 @@ def _nested_vision(family: Family, row: Row) -> Made:
 
 def _narrow_norms(family: Family, row: Row) -> Made:
     """Store norms in bfloat16 and everything else in float32."""
-    if row.arithmetic is None:
+    if row.norm_shift is None:
         return None
     tensors = dict(family.release.values())
     stored = _floats(tensors)
     for name, value in tensors.items():
-        if name.endswith(row.arithmetic.suffixes):
+        if name.endswith(row.norm_shift.suffixes):
             stored[name] = _encode(value, "BF16")
     return family.release, stored, _config(family.release)
 
@@ -201,7 +201,7 @@ def _laid_out(family: Family, row: Row, form: WrittenLayout) -> Tensors | None:
     if not _expert_names(tensors, family, row):
         return None
     config = _config(family.release)
-    fix_config(row, config)
+    translate_config(row, config)
     weights = {name: mx.array(value) for name, value in tensors.items()}
     try:
         made = rewrite(weights, row, config, form, tensors=_infos(tensors), dtype="float32")

@@ -1,1 +1,1 @@
-"""A checkpoint's tensors in another layout, by the inverses of a plan's operations."""
+"""Write a checkpoint in another layout, with the inverses of a plan's operations."""

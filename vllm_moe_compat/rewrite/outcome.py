@@ -1,4 +1,4 @@
-"""Names, dtypes and shapes that a rewrite step gives, before anything is read."""
+"""Compute names, dtypes and shapes of a rewrite step's results before a tensor is read."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
-from vllm_moe_compat.rewrite.planner import RewriteStep
+from vllm_moe_compat.rewrite.steps import RewriteStep
 
 
 def results(
     step: RewriteStep, tensors: Mapping[str, TensorInfo], dtype: str
 ) -> Iterator[tuple[str, Spec]]:
-    """Yield name and spec of every tensor of a step, by the operations' own algebra.
+    """Yield name and spec of every tensor that a step writes.
 
     Args:
-        step: of a ``RewritePlan``.
-        tensors: the sources' descriptions, as their headers have them.
-        dtype: safetensors' name of the dtype that dequantising gives.
+        step: a step of a ``RewritePlan``.
+        tensors: descriptions of the sources, with the dtypes of their headers.
+        dtype: dtype of dequantised weights (safetensors' name).
     """
     dtype = "F32" if step.quantizes else dtype
     made: dict[str, Operand] = {}
@@ -53,7 +53,7 @@ def _specs(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> tuple[Spe
 
 
 def _moved(ops: Sequence[Op], specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
-    """Return the specs after operations that only move values."""
+    """Return the specs after operations that move values."""
     operand = Operand(specs)
     for op in ops:
         operand = op.result(operand, "")

@@ -1,7 +1,7 @@
-"""A rewrite plan carried out on MLX arrays.
+"""Run a rewrite plan on MLX arrays.
 
-Tensors leave the caller's dict as they are read and are handed out as they are made, so
-only one step is held at any time: a layer's gate and up, its down, or a single expert.
+Tensors are removed from the caller's dict as they are read and yielded as they are made, so
+memory holds one step at a time: a layer's gate and up, its down, or a single expert.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from vllm_moe_compat.execute.build_tensor import make_build, take
 from vllm_moe_compat.execute.run_plan import describe, failure
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.rewrite.planner import RewritePlan, RewriteStep, plan_rewrite
+from vllm_moe_compat.rewrite.planner import plan_rewrite
+from vllm_moe_compat.rewrite.steps import RewritePlan, RewriteStep
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 Weights = MutableMapping[str, mx.array]
@@ -38,26 +39,25 @@ def rewrite(
 ) -> Iterator[tuple[str, mx.array]]:
     """Yield a checkpoint's tensors in the wanted layout.
 
-    The whole is planned, and refused where it must be, before the first tensor is read.
+    The whole rewrite is planned, or refused, before the first tensor is read.
 
     Args:
-        weights: name → array, FP8 as ``uint8``; emptied but for tensors that the module
-            ignores.
-        row: of the checkpoint's module.
-        config: the checkpoint's.
+        weights: name → array, FP8 as ``uint8``; emptied except for extra tensors.
+        row: the row of the checkpoint's module.
+        config: the checkpoint's config.
         wanted: the layout to write.
-        tensors: the headers of ``weights``, with the dtypes that MLX does not tell apart;
-            else those are inferred from the tensors beside them.
-        linear: whether a weight ``[O, I]`` that is no expert and is stored as floats is to
-            be written in the wanted number form.
+        tensors: the headers of ``weights``, with the dtypes that MLX reports as ``uint8``; if
+            None, these dtypes are inferred from neighbouring tensors.
+        linear: whether a float weight ``[O, I]`` that is not an expert is written in the wanted
+            number form.
         dtype: the dtype of dequantised weights where floats are written.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
-        SettingError: the layout names a source or a spelling that the row does not have.
-        UnsupportedCheckpointError: a form that is not read, or cannot be written.
-        CheckpointFileError: a tensor could not be made.
-        InsufficientMemoryError: likewise, for want of memory.
+        SettingError: the layout names a path or a spelling that the row does not have.
+        UnsupportedCheckpointError: a layout or number form cannot be read or written.
+        CheckpointFileError: a tensor cannot be read.
+        InsufficientMemoryError: memory ran out.
     """
     infos = tensors if tensors is not None else infer_dtypes(describe(weights))
     layout = detect(infos, config, row.ignored)
@@ -70,17 +70,17 @@ def rewrite(
 def run_rewrite(
     plan: RewritePlan, weights: Weights, dtype: str, files: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield the tensors that the steps make, then those that are kept.
+    """Yield the tensors of the steps, then the unchanged ones.
 
     Args:
-        plan: made for exactly these tensors.
-        weights: name → array; loses every tensor that was read.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` for dequantised weights.
-        files: name → file of the sources, for messages.
+        plan: a plan for exactly these tensors.
+        weights: name → array; tensors are removed as they are read.
+        dtype: ``bfloat16``, ``float16`` or ``float32``: the dtype of dequantised weights.
+        files: source → file, for messages.
 
     Raises:
-        CheckpointFileError: a tensor could not be made.
-        InsufficientMemoryError: likewise, for want of memory.
+        CheckpointFileError: a tensor cannot be read.
+        InsufficientMemoryError: memory ran out.
     """
     for step in plan.steps:
         yield from _run_step(step, weights, dtype, files or {})

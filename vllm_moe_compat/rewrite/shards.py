@@ -46,9 +46,9 @@ class Slot:
 
 
 def divide(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
-    """Group the tensors into shards of at most ``limit`` bytes, in order.
+    """Group tensors, in order, into shards of at most ``limit`` bytes.
 
-    A larger tensor gets a shard of its own.
+    A tensor above the limit gets a shard of its own.
     """
     shards: list[list[str]] = []
     filled = 0
@@ -94,7 +94,7 @@ class Shards:
         header: dict[str, object] = {"__metadata__": {"format": kind}}
         ends: dict[str, tuple[int, int]] = {}
         end = 0
-        # Wide dtypes first, so that every tensor begins at a multiple of its item size.
+        # Wide dtypes first, so that every tensor starts at a multiple of its item size.
         for name in sorted(names, key=lambda n: -_width(self._specs[n])):
             begin, end = end, end + nbytes(self._specs[name])
             ends[name] = begin, end
@@ -119,7 +119,7 @@ class Shards:
                 shard.truncate(size)
 
     def write(self, name: str, array: mx.array) -> None:
-        """Write one tensor; FP8 and E8M0 come as ``uint8``.
+        """Write one tensor; FP8 and E8M0 are ``uint8`` arrays.
 
         Raises:
             OSError: the disk is full or fails.
@@ -160,7 +160,7 @@ class Shards:
             name = next(n for n in {**wanted, **found} if wanted.get(n) != found.get(n))
             raise CheckpointFileError(
                 f"{self._folder}: {name} was read back as {found.get(name)}, where "
-                f"{wanted.get(name)} was written; see whether the disk is sound, and try again."
+                f"{wanted.get(name)} was written; check the disk, and try again."
             )
 
     def verify(self) -> None:
@@ -179,7 +179,7 @@ class Shards:
             if checksum != self._sums[name]:
                 raise CheckpointFileError(
                     f"{self._folder / slot.file}: {name} was read back with other bytes than were "
-                    "written; see whether the disk is sound, and try again."
+                    "written; check the disk, and try again."
                 )
 
     def _write_index(self) -> None:

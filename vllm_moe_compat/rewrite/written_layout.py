@@ -1,7 +1,7 @@
-"""A layout to write, and the builds that would load a checkpoint written in it.
+"""Layouts to write, and the builds that would load a checkpoint in such a layout.
 
-A plan goes from a checkpoint to MLX's stacked experts; writing goes the other way: these
-builds, inverted. Names come from the registry row: ``Moe.sources`` and ``Moe.spelling``.
+A plan leads from a checkpoint to stacked experts; the inverses of these builds lead back. Names
+come from the registry row: ``Moe.sources`` and ``Moe.spelling``.
 Axes: ``E`` experts, ``I`` intermediate, ``H`` hidden; gate and up are ``[E, I, H]`` when
 stacked, down is ``[E, H, I]``, their biases ``[E, I]`` and ``[E, H]``.
 """
@@ -25,20 +25,19 @@ LAYOUTS = (PER_EXPERT, COMBINED, TRANSPOSED, STACKED)
 
 @dataclass(frozen=True, slots=True)
 class WrittenLayout:
-    """How a checkpoint is to be written.
+    """The layout in which a checkpoint is written.
 
     Attributes:
-        experts: layout of the routed experts: one matrix each (``PER_EXPERT``), gate and up
-            of all in one ``[E, 2I, H]`` (``COMBINED``) or ``[E, H, 2I]`` (``TRANSPOSED``),
-            or MLX's own ``[E, I, H]`` each (``STACKED``).
-        spelling: names of gate, up and down where each expert has its own; the row's
-            where none are given.
-        numbers: the stored number form of experts and linear layers; None writes floats.
-        home: the source of the row that the experts go to; else the first that can hold
+        experts: layout of the routed experts: a matrix per expert (``PER_EXPERT``); gate and up
+            of all experts in one ``[E, 2I, H]`` (``COMBINED``) or ``[E, H, 2I]``
+            (``TRANSPOSED``); gate and up ``[E, I, H]`` each (``STACKED``).
+        spelling: names of gate, up and down of per-expert weights; the row's if empty.
+        numbers: stored number form of experts and linear layers; None for floats.
+        home: path of the experts, one of ``Moe.sources``; if empty, the first that can have
             the layout.
 
     Raises:
-        SettingError: there is no such layout or projection.
+        SettingError: the layout or a projection is unknown.
     """
 
     experts: str = PER_EXPERT
@@ -55,7 +54,7 @@ class WrittenLayout:
             raise SettingError(f"spelling has {unknown[0]!r}, where one of {known} was expected.")
 
     def stored(self, shape: tuple[int, ...], *weights: str) -> WrittenWeights:
-        """Say how weights of ``shape`` ``[…, O, I]`` are stored; biases are floats."""
+        """Return parts and operations for weights of ``shape`` ``[…, O, I]``; biases are floats."""
         if self.numbers is None or weights[0].endswith("bias"):
             return WrittenWeights()
         return self.numbers.write(shape, *weights)
@@ -63,7 +62,7 @@ class WrittenLayout:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stacked tensor: its name, and its shape ``[E, O, I]`` or, a bias, ``[E, O]``."""
+    """Name and shape of one stacked tensor: a weight ``[E, O, I]`` or a bias ``[E, O]``."""
 
     name: str
     shape: tuple[int, ...]
@@ -72,29 +71,29 @@ class Part:
 def builds_of(
     layout: WrittenLayout, moe: Moe, prefix: str, parts: Mapping[tuple[str, str], Part]
 ) -> Iterator[Build]:
-    """Yield the builds that stack one layer's experts of a checkpoint in the layout.
+    """Yield the builds that would stack one layer's experts of a checkpoint in the layout.
 
     Args:
-        layout: of the checkpoint.
-        moe: the module's convention.
-        prefix: of the layer's names: ``model.layers.0.``.
-        parts: gate, up or down, and ``weight`` or ``bias`` → the stacked tensor.
+        layout: the checkpoint's layout.
+        moe: names and layouts of the module's experts.
+        prefix: prefix of the layer's names: ``model.layers.0.``.
+        parts: part and kind, ``("gate", "weight")`` → the stacked tensor.
 
     Raises:
-        SettingError: the layout names a source or a spelling that the row does not have.
-        UnsupportedCheckpointError: experts of this module cannot be written so.
+        SettingError: the layout names a path or a spelling that the row does not have.
+        UnsupportedCheckpointError: the module's experts cannot be written in the layout.
     """
     kinds = [kind for kind in ("weight", "bias") if any(key[1] == kind for key in parts)]
-    into = dict(moe.into)
+    projections = dict(moe.projections)
     if layout.experts == STACKED:
         for (part, kind), stacked in parts.items():
-            name = f"{prefix}{moe.target}.{into[part]}.{kind}"
+            name = f"{prefix}{moe.target}.{projections[part]}.{kind}"
             stored = layout.stored(stacked.shape, name)
             yield Build(stacked.name, (name,), stored.parts, stored.ops)
         return
     home = f"{prefix}{_home(layout, moe)}"
     if layout.experts == PER_EXPERT:
-        spelled = dict(zip(into, _spelling(layout, moe), strict=True))
+        spelled = dict(zip(projections, _spelling(layout, moe), strict=True))
         for (part, kind), stacked in parts.items():
             experts, *shape = stacked.shape
             names = tuple(f"{home}.{e}.{spelled[part]}.{kind}" for e in range(experts))
@@ -115,7 +114,7 @@ def _combined(
     part: str,
     kind: str,
 ) -> Build:
-    """Build gate and up from ``[E, 2I, H]``, or down, or an up that has no gate."""
+    """Return the build of gate and up from ``[E, 2I, H]``, of down, or of an up without a gate."""
     first = parts[part, kind]
     _, *rest = first.shape
     joined = part == "gate"
@@ -161,17 +160,17 @@ def _home(layout: WrittenLayout, moe: Moe) -> str:
     if not homes:
         raise UnsupportedCheckpointError(
             f"experts under {' or '.join(moe.sources)} cannot be written as {layout.experts!r}, "
-            f"which no checkpoint of theirs is; write them as {PER_EXPERT!r} or {STACKED!r}."
+            f"where {PER_EXPERT!r} or {STACKED!r} was expected; write them as one of these."
         )
     return homes[0]
 
 
 def _spelling(layout: WrittenLayout, moe: Moe) -> tuple[str, ...]:
-    """Return the projections' names in the order of ``moe.into``."""
-    count = len(moe.into)
+    """Return the projections' names in the order of ``moe.projections``."""
+    count = len(moe.projections)
     names = layout.spelling or (GLU if _linear(moe) else moe.spelling[:3])
     found = tuple(names[len(names) - count :]) if len(names) >= count else ()
-    meant = [part for part, _ in moe.into]
+    meant = [part for part, _ in moe.projections]
     if [PROJECTIONS.get(name) for name in found] != meant:
         raise SettingError(f"spelling is {names}, where names of {', '.join(meant)} were expected.")
     return found

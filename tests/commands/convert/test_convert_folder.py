@@ -209,5 +209,5 @@ def test_a_config_beyond_every_limit_is_refused_in_one_line(
         assert part in refused(words, capsys)
     config.unlink()
     os.mkfifo(config)
-    assert "it is a pipe, no regular file" in refused(words, capsys)
+    assert "it is a pipe, not a regular file" in refused(words, capsys)
     assert not (tmp_path / "out").exists()

@@ -96,7 +96,7 @@ def test_a_module_that_goes_wrong_is_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     row = TRANSFORMS_BY_MODULE[OLMOE]
-    monkeypatch.setitem(TRANSFORMS_BY_MODULE, OLMOE, replace(row, config=()))
+    monkeypatch.setitem(TRANSFORMS_BY_MODULE, OLMOE, replace(row, translations=()))
     code, found = as_json(capsys, "--module", "olmoe")
     assert code == 1
     assert found["rows"][0]["state"] == "broken"

@@ -1,7 +1,7 @@
 """Stored number forms: one file per form, and the list of them.
 
-A further form is a module here with a ``NumberForm``, an entry in ``FORMS``, and the
-execution of its operations in ``execute/numbers``. Nothing else names it.
+A new form needs a module here with a ``NumberForm``, an entry in ``FORMS``, and an executor of
+its operations in ``execute/numbers``. No other code names a form.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ FORMS: list[NumberForm] = [fp8.FORM]
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """How a checkpoint stores its numbers, where they are not floats.
+    """The stored number forms of one checkpoint.
 
     Attributes:
         found: the forms that occur.
-        weights: name of each weight that is stored in one of them → its form's tensors.
+        weights: name of each weight in such a form → the tensors of that form.
     """
 
     found: tuple[FoundNumbers, ...]
     weights: Mapping[str, FoundNumbers]
 
     def stored(self, weight: str) -> StoredWeight:
-        """Return the tensors of a weight; a float weight is its own."""
+        """Return the tensors of a weight; a float weight is a single tensor."""
         form = self.weights.get(weight)
         return StoredWeight(weight, ()) if form is None else form.weights[weight]
 
     def dequantize(self, weight: str) -> Dequantize | None:
-        """Return the operation that makes floats of a weight; None where it is floats."""
+        """Return the operation that dequantises a weight; None for floats."""
         form = self.weights.get(weight)
         return None if form is None else form.dequantize(weight)
 
     def isdisjoint(self, names: Iterable[str]) -> bool:
-        """Whether none of the names is a weight in one of the forms, readable or not."""
+        """Whether no name is a weight in a stored number form, readable or not."""
         stray = set(self.stray)
         return not any(name in self.weights or name in stray for name in names)
 
     @property
     def parts(self) -> frozenset[str]:
-        """Names of all tensors that only belong to a weight or to nothing: scales and such."""
+        """Names of all tensors of the forms that are not weights, such as scales."""
         return frozenset(
             name
             for found in self.found
@@ -60,26 +60,26 @@ class Numbers:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Names of the tensors that MLX has no use for."""
+        """Names of tensors that MLX does not use."""
         return tuple(name for found in self.found for name in found.unused)
 
     @property
     def stray(self) -> tuple[str, ...]:
-        """Names of the weights that cannot be read, for want of a part."""
+        """Names of weights that cannot be read because a part is missing."""
         return tuple(name for found in self.found for name in found.stray())
 
     @property
     def details(self) -> list[Details]:
-        """What a report says of each form."""
+        """Details of each form, for reports."""
         return [found.details for found in self.found]
 
     @property
     def methods(self) -> frozenset[str]:
-        """Values of ``quant_method`` that the forms here are published under."""
+        """Values of ``quant_method`` of published checkpoints in these forms."""
         return frozenset(method for found in self.found for method in found.form.methods)
 
     def findings(self) -> Iterator[Finding]:
-        """Yield everything that is wrong with them."""
+        """Yield the faults of all forms."""
         for found in self.found:
             yield from found.findings()
 
@@ -96,7 +96,7 @@ def find_numbers(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
 
 
 def infer_dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Rename the dtypes that MLX's loader does not tell apart, by the tensors beside them."""
+    """Correct dtypes that MLX's loader reports as ``U8``, judged by neighbouring tensors."""
     inferred = dict(tensors)
     for form in FORMS:
         inferred = form.infer(inferred)

@@ -1,10 +1,9 @@
-"""The questions that every stored number form answers.
+"""The interface of stored number forms.
 
-A checkpoint stores a weight's numbers as floats, or in a *form*: bytes with scales, packed
-integers with scales and zero points, … A form says which tensors make one weight, what
-can be wrong with them, what the form is called, and which operation turns it into floats.
-The planner, the estimate, the guard, ``inspect`` and ``convert`` ask these questions and
-know no form by name.
+A checkpoint stores a weight's numbers as floats or in a *form*: bytes with scales, packed
+integers with scales and zero points, … A form defines the tensors of one weight, their
+possible faults, the names for messages, and the operation that dequantises them. The planner,
+the estimate, the guard, ``inspect`` and ``convert`` use this interface and name no form.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class StoredWeight:
     """One weight in a stored number form.
 
     Attributes:
-        tensor: the tensor that holds its numbers.
-        parts: role → the further tensor that the form needs; ``{"scale": …}``.
+        tensor: the tensor with the stored numbers.
+        parts: pairs of role and further tensor: ``(("scale", "….weight_scale_inv"),)``.
     """
 
     tensor: str
@@ -39,14 +38,14 @@ class StoredWeight:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What a report says of a form, besides its name.
+    """Details of a form in one checkpoint, for reports.
 
     Attributes:
-        words: the form: ``block FP8``.
-        weights: how many weights are stored in it.
-        blocks: rows and columns that share one scale, as they occur.
+        words: the form in a message: ``block FP8``.
+        weights: number of weights in the form.
+        blocks: rows and columns that share one scale; each size that occurs.
         scale_dtypes: safetensors' names of the scales' dtypes.
-        unused: tensors of the form that MLX has no use for.
+        unused: number of the form's tensors that MLX does not use.
     """
 
     words: str
@@ -60,10 +59,10 @@ class FoundNumbers(ABC):
     """The tensors of one form in one checkpoint.
 
     Attributes:
-        form: which.
-        weights: name of the weight, as a float checkpoint would have it → its tensors.
-        unused: tensors that belong to the form and that MLX has no use for, such as
-            scales of activations and of KV caches.
+        form: the form.
+        weights: name of the weight in a float checkpoint → its tensors.
+        unused: tensors of the form that MLX does not use, such as scales of activations and
+            of KV caches.
     """
 
     form: NumberForm
@@ -72,35 +71,35 @@ class FoundNumbers(ABC):
 
     @abstractmethod
     def __bool__(self) -> bool:
-        """Whether the checkpoint has anything of the form, faulty tensors included."""
+        """Whether the checkpoint has tensors of the form, faulty ones included."""
 
     @abstractmethod
     def logical(self, weight: str) -> TensorInfo:
-        """Describe a weight: the form's dtype, and the shape that its floats have."""
+        """Describe a weight: the stored dtype, and the shape of its floats."""
 
     @abstractmethod
     def dequantize(self, weight: str) -> Dequantize:
-        """Return the operation that turns a weight into floats; ``findings`` is empty."""
+        """Return the operation that dequantises a weight; ``findings`` must be empty."""
 
     @abstractmethod
     def findings(self) -> Iterator[Finding]:
-        """Yield everything that is wrong with the form's tensors."""
+        """Yield the faults of the form's tensors."""
 
     @abstractmethod
     def kinds(self) -> Collection[frozenset[str]]:
-        """Return the kinds that each group of like weights is of.
+        """Return the kinds of each group of similar weights.
 
-        ``Row.digests`` and ``Row.keeps`` name them: ``fp8 block 128``.
+        ``Row.digests`` and ``Row.keeps`` list kinds: ``fp8 block 128``.
         """
 
     @abstractmethod
     def stray(self) -> Collection[str]:
-        """Return weights of the form that cannot be read, for want of a part."""
+        """Return weights of the form that cannot be read because a part is missing."""
 
     @property
     @abstractmethod
     def details(self) -> Details:
-        """What a report says of it."""
+        """Details for reports."""
 
 
 class NumberForm(ABC):
@@ -111,7 +110,7 @@ class NumberForm(ABC):
         title: in messages.
         faults: kind of finding, ``scales`` or ``unsupported`` → what it means.
         methods: values of ``quant_method`` in configs of checkpoints in the form.
-        dtypes: safetensors' names of the dtypes that only weights in the form have.
+        dtypes: safetensors' names of the dtypes of weights in the form alone.
     """
 
     name: str
@@ -130,16 +129,16 @@ class NumberForm(ABC):
 
     @abstractmethod
     def infer(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Rename dtypes that MLX's loader does not tell apart, for dicts without headers."""
+        """Correct dtypes that MLX's loader reports as ``U8``, for tensors without headers."""
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenWeights:
-    """How weights are written in a form.
+    """The tensors and operations of weights that are written in a form.
 
     Attributes:
-        parts: role → names, one for each weight.
-        ops: the operations that read them back as floats.
+        parts: pairs of role and names, one name for each weight.
+        ops: the operations that read the written weights as floats.
     """
 
     parts: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
@@ -147,21 +146,21 @@ class WrittenWeights:
 
 
 class WrittenNumbers(ABC):
-    """A form with all of its settings, in which weights are to be written."""
+    """A form with all of its settings, for writing weights."""
 
     @abstractmethod
     def write(self, shape: tuple[int, ...], *weights: str) -> WrittenWeights:
-        """Say how weights of ``shape`` ``[…, O, I]`` are written."""
+        """Return parts and operations for weights of ``shape`` ``[…, O, I]``."""
 
     @abstractmethod
     def quantization_config(self, kept: Collection[str]) -> dict[str, Any]:
         """Return the ``quantization_config`` of such a checkpoint.
 
         Args:
-            kept: modules whose weights are not in the form.
+            kept: modules that stay floats.
         """
 
     @property
     @abstractmethod
     def words(self) -> str:
-        """The form with its settings: ``FP8 128x128``."""
+        """The form with its settings in a message: ``FP8 128x128``."""

@@ -1,18 +1,18 @@
-"""FP8: E4M3 weights and the scales that they are multiplied by.
+"""FP8: E4M3 weights and the scales that multiply them.
 
-Every published variant is one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by
-factors, each of which covers a block of rows and columns. The variants differ in the
-block (128x128, a whole row, the whole tensor), in the scale's name and in whether the
-scale is stored as a float or as an E8M0 exponent. Only the last two axes count, so the
-rule is the same for 3-D combined and for stacked experts.
+All published variants follow one rule: an E4M3 weight ``[…, O, I]`` is *multiplied* by scales,
+each of which covers a block of rows and columns. Variants differ in the block (128x128, a
+whole row, the whole tensor), in the scale's name, and in the scale's dtype (float or E8M0
+exponent). Only the last two axes count, so the rule is the same for combined and stacked
+experts.
 
-Names: ``weight_scale_inv`` is DeepSeek's and Qwen's, ``weight_scale`` that of
-compressed-tensors and ModelOpt, ``.scale`` DeepSeek's newest.
+Names: ``weight_scale_inv`` in DeepSeek's and Qwen's releases, ``weight_scale`` in those of
+compressed-tensors and ModelOpt, ``.scale`` in DeepSeek's newest.
 
-A weight read without its scale gives small integers, and with a wrong grid plausible
-nonsense; both would load. Where the config names no block, 128x128 is taken if every
-grid fits it, and refused otherwise: a grid does not tell its block (192 rows with 2
-scales may be blocks of 96 or of 128).
+A weight without its scale would load as small integers, a wrong grid as plausible nonsense. If
+the config names no block, the block is 128x128, and a scale whose grid does not fit that is
+refused: a grid does not determine its block (192 rows with 2 scales may be blocks of 96 or of
+128).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.experts import UNUSED_SCALES
 from vllm_moe_compat.checkpoint.findings import CONVERT, Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
@@ -32,16 +31,20 @@ from vllm_moe_compat.checkpoint.numbers.form import (
     NumberForm,
     StoredWeight,
 )
+from vllm_moe_compat.checkpoint.numbers.fp8_blocks import (
+    DEFAULT_BLOCK,
+    Block,
+    Shape,
+    block_of,
+    block_sizes,
+)
 from vllm_moe_compat.checkpoint.numbers.fp8_ops import SCALE, DequantizeFp8, scale_grid
 from vllm_moe_compat.dtypes import FLOATS
-from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.errors import UnsupportedCheckpointError
 
-Block: TypeAlias = tuple[int, int]
-Shape: TypeAlias = tuple[int, ...]
 Alike: TypeAlias = tuple[str, Shape, str, Shape, bool]
 """Dtype and shape of a weight and of its scale, and whether it is named ``…_scale_inv``."""
 
-DEFAULT_BLOCK = (128, 128)
 _E8M0 = ("F8_E8M0", "U8")
 _DTYPES = ("F8_E4M3", "F8_E5M2")
 _NOT_WEIGHTS = ("_scale", "_scale_inv", "_scale_2", "_global_scale", ".scales", ".scale", "_scales")
@@ -66,13 +69,13 @@ class Fp8Tensors(FoundNumbers):
     Attributes:
         form: FP8.
         tensors: all tensors, for shapes and dtypes.
-        blocks: rows and columns under one scale, as the config names them.
-        weights: weight → itself and its scale.
+        blocks: rows and columns under one scale, by the config.
+        weights: weight → its tensor and its scale.
         bare: FP8 weights without a scale.
-        orphans: scales whose weight is missing.
-        plain: scale → its weight, where that is not FP8.
+        orphans: scales without a weight.
+        plain: scale → its weight, if the weight is not FP8.
         unused: scales of activations and of KV caches.
-        alike: weights by what tells them apart.
+        alike: dtypes, shapes and naming → the weights that share them.
     """
 
     form: NumberForm
@@ -93,7 +96,7 @@ class Fp8Tensors(FoundNumbers):
         return self.weights[weight].parts[0][1]
 
     def logical(self, weight: str) -> TensorInfo:
-        """Describe a weight: as its tensor is."""
+        """Describe a weight, which has the shape of its tensor."""
         return self.tensors[weight]
 
     def stray(self) -> Collection[str]:
@@ -101,18 +104,18 @@ class Fp8Tensors(FoundNumbers):
         return self.bare
 
     def block_of(self, weight: Shape, scale: Shape) -> Block | None:
-        """Return the rows and columns under one factor; None where the shapes do not fit."""
+        """Return the rows and columns under one scale; None if the shapes do not fit."""
         return block_of(weight, scale, self.blocks)
 
     def dequantize(self, weight: str) -> DequantizeFp8:
-        """Return the product of a weight with its scale."""
+        """Return the operation that multiplies a weight by its scale."""
         scale = self.tensors[self.scale_of(weight)]
         block = self.block_of(self.tensors[weight].shape, scale.shape)
         assert block is not None, "findings has refused it"
         return DequantizeFp8(block, scale.dtype in _E8M0)
 
     def findings(self) -> Iterator[Finding]:
-        """Yield FP8 weights whose scale is missing or does not fit, and stray scales."""
+        """Yield weights whose scale is missing or does not fit, and scales without a weight."""
         for name in self.bare:
             expected = f"{name.rpartition('.')[2]}_scale_inv"
             yield Finding(name, "is FP8 without a scale", expected, rank=1, topic="fp8")
@@ -152,11 +155,11 @@ class Fp8Tensors(FoundNumbers):
         )
 
     def kinds(self) -> list[frozenset[str]]:
-        """Return the kinds of each group of like weights.
+        """Return the kinds of each group of similar weights.
 
-        ``fp8`` is any; ``fp8 block 128`` a 2-D weight in blocks of 128x128 and ``fp8
-        tensor`` one with a single scale, both with float ``…_scale_inv``; ``fp8 mx`` has an
-        E8M0 exponent per 32 columns.
+        Every group is ``fp8``. ``fp8 block 128`` is a 2-D weight in blocks of 128x128, ``fp8
+        tensor`` a weight with a single scale, both with a float ``…_scale_inv``. ``fp8 mx`` has
+        one E8M0 exponent per 32 columns.
         """
         return list(map(self._kinds, self.alike))
 
@@ -174,7 +177,7 @@ class Fp8Tensors(FoundNumbers):
 
     @property
     def details(self) -> Details:
-        """The variants in words, and the blocks as they occur."""
+        """The variants and blocks that occur."""
         found: set[str] = set()
         blocks: set[Block] = set()
         for _, weight, _, scale, _ in self.alike:
@@ -229,7 +232,7 @@ class Fp8(NumberForm):
                 alike = info.dtype, info.shape, beside.dtype, beside.shape, inverse
                 found.alike.setdefault(alike, []).append(name)
             elif name.endswith((_INVERSE, "weight_scale")):
-                # Nearly all scales have their weight beside them: look there first.
+                # Nearly all scales have their weight beside them: a fast path.
                 weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
                 if weight is None or weight.dtype not in _DTYPES:
                     _look_for_weight(name, tensors, found)
@@ -241,10 +244,10 @@ class Fp8(NumberForm):
         return found
 
     def infer(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Name as E4M3 the weights that MLX's loader calls ``uint8`` (``U8``).
+        """Give FP8 weights that MLX's loader reports as ``uint8`` (``U8``) the dtype E4M3.
 
-        A ``uint8`` weight is FP8 when its scale is ``_scale_inv`` or a float, and also
-        when it has none of any kind: packed 4-bit formats always have one.
+        A ``uint8`` weight is FP8 if its scale is named ``_scale_inv`` or has a float dtype, or
+        if it has no scale: weights in packed 4-bit formats always have one.
         """
         return {
             name: replace(info, dtype="F8_E4M3")
@@ -270,7 +273,7 @@ def _unsupported(name: str, found: str) -> Finding:
 
 
 def _look_for_weight(scale: str, tensors: Mapping[str, TensorInfo], found: Fp8Tensors) -> None:
-    """List a scale whose weight is missing or not FP8; scales of 4-bit formats are not ours."""
+    """Record a scale whose weight is missing or not FP8; skip scales of 4-bit formats."""
     inverse = scale.endswith(_INVERSE)
     weight = scale.removesuffix(_INVERSE if inverse else "_scale")
     weight = weight if weight in tensors or inverse else weight.removesuffix("_weight")
@@ -293,77 +296,3 @@ def _is_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     if name.endswith((".gate_up_proj", ".down_proj", ".up_proj")):
         return name + "_scales" not in tensors
     return False
-
-
-def block_of(weight: Shape, scale: Shape, blocks: tuple[Block, ...]) -> Block | None:
-    """Return the rows and columns that one factor of a scale covers.
-
-    Args:
-        weight: shape ``[…, O, I]``.
-        scale: shape of its scale: nothing, ``[O, 1]``, ``[O]``, a grid ``[o, i]`` or
-            ``[o, 1, i, 1]``; per expert or not.
-        blocks: as the config names them; without any, 128x128 is tried.
-
-    Returns:
-        None where the shapes do not fit each other.
-    """
-    if len(weight) < 2:
-        return None
-    *lead, rows, columns = weight
-    if len(scale) == len(weight) + 2 and scale[-3] == scale[-1] == 1:
-        # ModelOpt's FP8_PB_WO: [o, 1, i, 1], a broadcastable grid.
-        scale = (*scale[:-4], scale[-4], scale[-2])
-    for block in blocks or (DEFAULT_BLOCK,):
-        if scale == (*lead, -(-rows // block[0]), -(-columns // block[1])):
-            return block
-    count = 1
-    for size in scale:
-        count *= size
-    rest = scale[len(lead) :]
-    if count == 1 or (lead and scale[: len(lead)] == tuple(lead) and set(rest) <= {1}):
-        return rows, columns
-    if scale in ((*lead, rows, 1), (*lead, rows)):
-        return 1, columns
-    if scale == (*lead, 1, columns):
-        return rows, 1
-    return None
-
-
-def block_sizes(config: Mapping[str, Any]) -> tuple[Block, ...]:
-    """Return the rows and columns that share one scale, for every block that is named.
-
-    ``weight_block_size`` is the hub's; compressed-tensors names ``block_structure``,
-    or a ``group_size`` along the columns, per group of layers.
-
-    Raises:
-        LayoutError: a block that is not two positive whole numbers.
-    """
-    found: list[Block] = []
-    for entry in quantization_configs(config):
-        if (value := entry.get("weight_block_size")) is not None:
-            found.append(_block("weight_block_size", value))
-        groups = entry.get("config_groups")
-        for group in groups.values() if isinstance(groups, Mapping) else ():
-            weights = group.get("weights") if isinstance(group, Mapping) else None
-            if not isinstance(weights, Mapping):
-                continue
-            if (value := weights.get("block_structure")) is not None:
-                if isinstance(value, str):
-                    value = [int(n) for n in value.split("x") if n.isdigit()]
-                found.append(_block("block_structure", value))
-            elif weights.get("strategy") == "group":
-                found.append(_block("group_size", [1, weights.get("group_size")]))
-    return tuple(dict.fromkeys(found))
-
-
-def _block(key: str, value: Any) -> Block:
-    if (
-        not isinstance(value, list | tuple)
-        or len(value) != 2
-        or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value)
-    ):
-        raise LayoutError(
-            f"config.json: {key} is {value!r}, where two positive whole numbers "
-            "were expected; download the config again or correct it."
-        )
-    return value[0], value[1]

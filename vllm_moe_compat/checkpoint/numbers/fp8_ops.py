@@ -1,7 +1,7 @@
-"""FP8 as operations: how it is read as floats, and how it is written.
+"""Operations that dequantise and quantise FP8.
 
 Axes: ``O`` output rows, ``I`` input columns of a projection, ``o = ceil(O/b0)`` and
-``i = ceil(I/b1)`` the grid of its scales, for blocks of ``b0`` rows and ``b1`` columns.
+``i = ceil(I/b1)`` the grid of scales, for blocks of ``b0`` rows and ``b1`` columns.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class DequantizeFp8(Dequantize):
     """E4M3 ``[…, O, I]`` times its scales, in the target dtype.
 
     Every scale covers ``block`` rows and columns, fewer at the lower and right edge:
-    ``(128, 128)``, ``(1, I)`` for one per row, ``(O, I)`` for one per tensor. Scales
-    come as ``[…, o, i]``, in any other shape of the same size, or as one for all.
-    The product is formed in float32 and rounded once.
+    ``(128, 128)``, ``(1, I)`` for one per row, ``(O, I)`` for one per tensor. Scales have the
+    shape ``[…, o, i]`` or another of the same size, or there is one for the whole tensor.
+    The product is computed in float32 and rounded once.
 
     Attributes:
         block: rows and columns.
-        e8m0: whether scales are exponent bytes ``b``, worth ``2 ** (b - 127)``.
+        e8m0: whether scales are exponent bytes ``b`` that stand for ``2 ** (b - 127)``.
     """
 
     block: tuple[int, int]
     e8m0: bool = False
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Drop the scales; the shape stays, the dtype becomes the target."""
+        """Drop the scales; keep the shape; the dtype becomes ``target``."""
         (weight,), (scale,) = given.weights, given.parts.get(SCALE, (Spec("", (0,)),))
         count, grid = math.prod(scale.shape), math.prod(scale_grid(weight.shape, self.block))
         if weight.dtype != "F8_E4M3" or count not in (1, grid):
@@ -52,7 +52,7 @@ class DequantizeFp8(Dequantize):
         return Operand((Spec(target, weight.shape),))
 
     def inverse(self) -> QuantizeFp8:
-        """Return the operation that quantises again; it rounds, this one did not."""
+        """Return the operation that quantises again, which rounds."""
         return QuantizeFp8(self.block, self.e8m0)
 
     @property
@@ -67,7 +67,7 @@ class DequantizeFp8(Dequantize):
         return f"dequantise FP8 with {scales} per block or tensor"
 
     def parts_follow(self, weight: Spec, parts: Mapping[str, Spec]) -> bool:
-        """Whether the scales are a full grid, with an entry for every block."""
+        """Whether the scales are a full grid with an entry for every block."""
         return SCALE in parts and parts[SCALE].shape == scale_grid(weight.shape, self.block)
 
     def transposed(self) -> DequantizeFp8:
@@ -89,23 +89,22 @@ class DequantizeFp8(Dequantize):
 class QuantizeFp8(Op):
     """A float ``[…, O, I]`` becomes E4M3 and scales ``[…, o, i]``.
 
-    A block's scale is its largest magnitude over 448, E4M3's largest number, as
-    float32; or the next power of two above that, as an E8M0 byte. A block of zeros
-    gets 1.
+    A block's scale is its largest magnitude divided by 448, the largest E4M3 number: as
+    float32, or rounded up to a power of two as an E8M0 byte. A block of zeros has the scale 1.
     """
 
     block: tuple[int, int]
     e8m0: bool = False
 
     def result(self, given: Operand, target: str) -> Operand:
-        """Add scales; the shape stays, the dtype becomes E4M3."""
+        """Add scales; keep the shape; the dtype becomes E4M3."""
         (weight,) = given.weights
         kind = "F8_E8M0" if self.e8m0 else "F32"
         scales = Spec(kind, scale_grid(weight.shape, self.block))
         return Operand((Spec("F8_E4M3", weight.shape),), {SCALE: (scales,)})
 
     def inverse(self) -> DequantizeFp8:
-        """Return the operation that multiplies the scales back."""
+        """Return the operation that multiplies by the scales."""
         return DequantizeFp8(self.block, self.e8m0)
 
     @property
@@ -119,12 +118,12 @@ class WrittenFp8(WrittenNumbers):
     """FP8 with its settings.
 
     Attributes:
-        block: rows and columns under one scale of the matrix as it is written; 0 stands
-            for a whole axis: ``(1, 0)`` is one scale per row, ``(0, 0)`` one per tensor.
-        e8m0: whether scales are powers of two, stored as their exponents.
+        block: rows and columns under one scale of the written matrix; 0 stands for the whole
+            axis: ``(1, 0)`` is one scale per row, ``(0, 0)`` one per tensor.
+        e8m0: whether scales are powers of two, stored as exponents.
 
     Raises:
-        SettingError: a negative block.
+        SettingError: a block size is negative.
     """
 
     block: tuple[int, int]
@@ -135,14 +134,14 @@ class WrittenFp8(WrittenNumbers):
             raise SettingError(f"block is {self.block}, where two whole numbers were expected.")
 
     def write(self, shape: tuple[int, ...], *weights: str) -> WrittenWeights:
-        """Give every weight a scale, named as compressed-tensors does if it is per row."""
+        """Add a scale for every weight: ``_scale`` if per row, else ``_scale_inv``."""
         block = self.block[0] or shape[-2], self.block[1] or shape[-1]
         ending = "_scale" if self.block == _ROW else "_scale_inv"
         names = tuple(f"{weight}{ending}" for weight in weights)
         return WrittenWeights(((SCALE, names),), (DequantizeFp8(block, self.e8m0),))
 
     def quantization_config(self, kept: Collection[str]) -> dict[str, Any]:
-        """Describe it as compressed-tensors (per row) or as DeepSeek and Qwen do."""
+        """Return the config of compressed-tensors (per row) or of DeepSeek and Qwen."""
         if self.block == _ROW:
             shared = {"num_bits": 8, "type": "float", "symmetric": True}
             group = {

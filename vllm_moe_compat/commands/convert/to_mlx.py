@@ -23,7 +23,7 @@ from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.dtypes import STORED_NAMES, mlx_dtype
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import quantize as requantize
-from vllm_moe_compat.execute.quantization_policy import Choices
+from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy
 from vllm_moe_compat.execute.run_plan import describe
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.context import current
@@ -44,29 +44,29 @@ class _StandIns:
 
     def __init__(self, cast: str) -> None:
         self._cast = cast
-        self.pending: requantize.Pending | None = None
-        self.pieces: dict[int, tuple[requantize.Piece, str]] = {}
+        self.pending: requantize.SanitizedLoad | None = None
+        self.pieces: dict[int, tuple[requantize.PackedBuild, str]] = {}
         self.keep: list[mx.array] = []
         self.ignored: frozenset[str] = frozenset()
 
     def __call__(
         self,
-        job: requantize.Job,
+        load: requantize.QuantizedLoad,
         weights: Any,
         sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
         model: Any,
         done: object,
-    ) -> tuple[dict[str, mx.array], Choices]:
-        """Take the place of ``requantize.execute``."""
-        if (load := current.get()) is not None:
-            layout = load.planned.layout
+    ) -> tuple[dict[str, mx.array], QuantizationPolicy]:
+        """Take the place of ``requantize.load_quantized``."""
+        if (context := current.get()) is not None:
+            layout = context.planned.layout
             self.ignored = frozenset() if layout is None else layout.ignored
-        pending = self.pending = requantize.prepare(job, weights, sanitize, model)
+        pending = self.pending = requantize.sanitize_stand_ins(load, weights, sanitize, model)
         if self._cast:
             kind, may = mlx_dtype(self._cast), _may_cast(model)
-            for piece in pending.pieces:
-                if piece.names[0] in pending.waiting:
-                    held, names = pending.waiting, piece.names
+            for piece in pending.builds:
+                if piece.names[0] in pending.floats:
+                    held, names = pending.floats, piece.names
                 elif piece.build.parts:
                     continue
                 else:
@@ -74,22 +74,22 @@ class _StandIns:
                 for name in names:
                     if may(piece.names[0]) and mx.issubdtype(held[name].dtype, mx.floating):
                         held[name] = held[name].astype(kind)
-        result = dict(pending.rest)
-        for piece in pending.pieces:
+        result = dict(pending.finished)
+        for piece in pending.builds:
             for name, spec in _results(piece, pending).items():
                 stand_in = mx.zeros(spec.shape, dtype=mlx_dtype(spec.dtype))
                 self.pieces[id(stand_in)] = piece, name
                 self.keep.append(stand_in)
                 result[name] = stand_in
-        return result, pending.choices
+        return result, pending.policy
 
 
-def _results(piece: requantize.Piece, pending: requantize.Pending) -> dict[str, Spec]:
-    """Return the specs of the tensors that a piece makes."""
-    held = pending.waiting if piece.names[0] in pending.waiting else pending.sources
-    names = piece.names if held is pending.waiting else piece.build.weights
-    tensors = dict(pending.job.tensors)
-    if held is pending.waiting:
+def _results(piece: requantize.PackedBuild, pending: requantize.SanitizedLoad) -> dict[str, Spec]:
+    """Return the specs of the tensors that a build makes."""
+    held = pending.floats if piece.names[0] in pending.floats else pending.sources
+    names = piece.names if held is pending.floats else piece.build.weights
+    tensors = dict(pending.load.tensors)
+    if held is pending.floats:
         (given,) = describe({names[0]: held[names[0]]}).values()
         specs: tuple[Spec, ...] = (Spec(given.dtype, given.shape),)
     else:
@@ -143,7 +143,7 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
     # Another reference to an array would keep its values in memory.
     del model
     if stand_ins.pending is not None:
-        stand_ins.pending.rest.clear()
+        stand_ins.pending.finished.clear()
     gc.collect()
 
     pieces = stand_ins.pieces

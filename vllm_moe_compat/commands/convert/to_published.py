@@ -28,8 +28,9 @@ from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of
 from vllm_moe_compat.plan.serving import Serving
 from vllm_moe_compat.rewrite.outcome import results
-from vllm_moe_compat.rewrite.planner import RewritePlan, plan_rewrite
+from vllm_moe_compat.rewrite.planner import plan_rewrite
 from vllm_moe_compat.rewrite.run_rewrite import run_rewrite
+from vllm_moe_compat.rewrite.steps import RewritePlan
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 SMALLEST = 128

@@ -38,7 +38,7 @@ def _held(block: ExpertBlock, layout: Layout) -> tuple[str, int, tuple[str, ...]
         shape = layout.tensors[name].shape
         count = max(count, shape[0] if len(shape) > 1 else 0)
     dtypes = Counter(layout.tensors[name].dtype for name in names)
-    form = " and ".join(block.forms) or "unknown form"
+    form = " and ".join(block.layouts) or "unknown form"
     return form, count, tuple(sorted(dtypes))
 
 
@@ -64,7 +64,7 @@ def experts(layout: Layout) -> Experts | None:
     ]
     blocks = layout.experts
     return Experts(
-        forms=list(dict.fromkeys(form for block in blocks for form in block.forms)),
+        forms=list(dict.fromkeys(form for block in blocks for form in block.layouts)),
         expected=layout.num_experts,
         projections=[clean(s, 60) for s in sorted({s for b in blocks for s in b.spelling})][:16],
         runs=[*runs, *odd],

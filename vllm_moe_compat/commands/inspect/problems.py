@@ -9,7 +9,7 @@ from __future__ import annotations
 from vllm_moe_compat.checkpoint.files import FileFault
 from vllm_moe_compat.checkpoint.numbers import FORMS
 from vllm_moe_compat.commands.inspect.model import Problem, Severity
-from vllm_moe_compat.plan.make import Fault
+from vllm_moe_compat.plan.faults import Fault
 
 _ERROR: Severity = "error"
 FILES: dict[str, tuple[Severity, str]] = {

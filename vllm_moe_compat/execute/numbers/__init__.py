@@ -1,6 +1,6 @@
-"""How the operations of stored number forms are carried out on MLX arrays.
+"""Run the operations of stored number forms on MLX arrays.
 
-One file per form, as in ``checkpoint/numbers``; ``EXECUTORS`` is the list of them.
+There is one file per form, as in ``checkpoint/numbers``. ``EXECUTORS`` lists them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ EXECUTORS: dict[type[Op], Executor] = dict(fp8.EXECUTORS)
 
 
 def executor_of(op: Op) -> Executor:
-    """Return what carries out an operation of a stored number form.
+    """Return the executor of an operation of a stored number form.
 
     Raises:
         TypeError: no executor is listed for it.

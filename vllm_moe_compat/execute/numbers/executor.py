@@ -1,7 +1,7 @@
-"""What carrying out a number form's operations has to answer.
+"""The interface that runs a stored number form's operations on MLX arrays.
 
-Weights come as ``[N, O, I]``, the leading axes flattened to ``N``, a few experts or a band
-of rows at a time; parts come once, for all of them.
+Weights arrive as ``[N, O, I]``, their leading axes flattened to ``N``, a few experts or a band
+of rows at a time. Parts arrive once, for all of ``N``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Parts = Mapping[str, mx.array]
 
 
 class Executor(ABC):
-    """Carries out one form's dequantising operation and its inverse."""
+    """Runs one form's dequantising operation and its inverse."""
 
     @abstractmethod
     def ready(self, op: Any, parts: Parts, shape: tuple[int, int, int]) -> Parts:
-        """Return the parts of a weight ``[N, O, I]``, brought to one shape and dtype."""
+        """Return the parts of a weight ``[N, O, I]`` in the shape and dtype of ``floats``."""
 
     @abstractmethod
     def floats(
@@ -34,20 +34,20 @@ class Executor(ABC):
 
         Args:
             op: the dequantising operation.
-            weight: ``[n, o, I]``: rows ``rows`` of the experts ``experts``.
-            parts: as ``ready`` has made them, of the whole weight.
-            experts: which of ``N``.
-            rows: which of ``O``; begins at a multiple of ``op.rows_per_part``.
-            dtype: of the result.
+            weight: ``[n, o, I]``: rows ``rows`` of experts ``experts``.
+            parts: the result of ``ready`` for the whole weight.
+            experts: slice of ``N``.
+            rows: slice of ``O``; starts at a multiple of ``op.rows_per_part``.
+            dtype: dtype of the result.
         """
 
     def fill(
         self, op: Any, weight: Stack, parts: Parts, dtype: str, targets: int
     ) -> list[mx.array] | None:
-        """Dequantise experts ``[E, k·O, I]`` into ``k`` tensors ``[E, O, I]`` by a faster way.
+        """Dequantise experts ``[E, k·O, I]`` into ``k`` tensors ``[E, O, I]`` by a faster path.
 
         Returns:
-            None where there is none; ``weight`` is untouched then.
+            The tensors; None, with ``weight`` untouched, if there is no faster path.
         """
         return None
 
@@ -55,8 +55,8 @@ class Executor(ABC):
     def restrict(
         self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
     ) -> dict[str, mx.array]:
-        """Return the parts of a region of the weight ``shape``, made of whole blocks."""
+        """Return the parts for a region of whole blocks of a weight of ``shape``."""
 
     @abstractmethod
     def quantize(self, op: Op, given: Arrays) -> Arrays:
-        """Carry out the inverse: floats ``[…, O, I]`` to the stored form."""
+        """Run the inverse: floats ``[…, O, I]`` to the stored form."""

@@ -1,8 +1,8 @@
 """FP8 on MLX arrays: bytes times scales, and the inverse.
 
-A product ``q * scale`` is formed in float32 and rounded once to the target, so the result
-is bit for bit that of dequantising every expert on its own. On MLX's CPU device large
-blocks are looked up in tables of their products (``fp8_tables``).
+The product ``q * scale`` is computed in float32 and rounded once to the target dtype, so the
+result is bit for bit that of dequantising every expert on its own. On MLX's CPU device large
+blocks use lookup tables (``fp8_tables``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ E4M3_MAX = 448.0
 
 
 class Fp8Executor(Executor):
-    """Carries out ``DequantizeFp8`` and ``QuantizeFp8``."""
+    """Runs ``DequantizeFp8`` and ``QuantizeFp8``."""
 
     def ready(self, op: DequantizeFp8, parts: Parts, shape: tuple[int, int, int]) -> Parts:
         """Return the scales as float32 ``[N, o, i]``."""
@@ -52,7 +52,7 @@ class Fp8Executor(Executor):
     def fill(
         self, op: DequantizeFp8, weight: Stack, parts: Parts, dtype: str, targets: int
     ) -> list[mx.array] | None:
-        """Write products straight from tables into the targets, expert by expert."""
+        """Write products from lookup tables into the targets, expert by expert."""
         count, rows, columns = weight.shape
         if not fp8_tables.pays(rows, columns, op.block):
             return None
@@ -71,7 +71,7 @@ class Fp8Executor(Executor):
     def restrict(
         self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
     ) -> dict[str, mx.array]:
-        """Return the scales of the region's blocks; one scale for all stays."""
+        """Return the scales of the region's blocks; a single scale for the tensor is kept."""
         scale = parts[SCALE]
         if scale.size == 1:
             return {SCALE: scale}
@@ -98,24 +98,24 @@ EXECUTORS: dict[type[Op], Executor] = {DequantizeFp8: _EXECUTOR, QuantizeFp8: _E
 
 
 def scales_as_floats(scale: mx.array, grid: tuple[int, ...]) -> mx.array:
-    """Return scales as float32 ``grid``; a byte ``b`` is E8M0 and worth ``2 ** (b - 127)``."""
+    """Return scales as float32 of shape ``grid``; an E8M0 byte ``b`` is ``2 ** (b - 127)``."""
     scale = mx.broadcast_to(scale.flatten(), grid) if scale.size == 1 else scale.reshape(grid)
     if scale.dtype != mx.uint8:
         return scale.astype(mx.float32)
     bits = scale.astype(mx.uint32)
-    # The byte becomes the exponent of a float32; byte 0 is the one power of two below its
-    # normal numbers, byte 255 is NaN.
+    # The byte is the exponent of a float32. Byte 0, 2 ** -127, is a subnormal number there;
+    # byte 255 is NaN.
     exponent = mx.where(bits == 0, mx.array(1 << 22, mx.uint32), bits << 23)
     return mx.where(bits == 255, float("nan"), exponent.view(mx.float32))
 
 
 def _multiply(dtype: str) -> Callable[[mx.array, mx.array], mx.array]:
-    """Return the product of bytes and scales, formed in float32 and rounded to ``dtype``."""
+    """Return a function that multiplies bytes by scales in float32 and rounds to ``dtype``."""
     return lambda q, s: (mx.from_fp8(q, dtype=mx.float32) * s).astype(DTYPES[dtype])
 
 
 def _product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
-    """Return ``[N, O, I]`` times ``[N, o, i]``, formed in float32, rounded once."""
+    """Return ``[N, O, I]`` times ``[N, o, i]``, computed in float32 and rounded once."""
     count, rows, columns = weight.shape
     if fp8_tables.pays(rows, columns, block):
         return fp8_tables.product(weight, scale, block, _multiply(dtype), DTYPES[dtype])
@@ -134,7 +134,8 @@ def quantize(
 ) -> tuple[mx.array, mx.array]:
     """Return E4M3 bytes ``[…, O, I]`` and scales ``[…, o, i]``, float32 or E8M0 bytes.
 
-    The inverse of dequantising, up to E4M3's rounding. Experts go a few at a time.
+    This is the inverse of dequantising, up to E4M3's rounding. A few experts are quantised at
+    a time.
     """
     *lead, rows, columns = weight.shape
     count = math.prod(lead)

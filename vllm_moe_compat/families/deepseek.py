@@ -1,0 +1,144 @@
+"""Rows of DeepSeek and of the MoE families that follow its block.
+
+Their releases have experts one by one under ``mlp.experts``, mostly latent attention, and a
+prediction head appended as further decoder layers.
+"""
+
+from __future__ import annotations
+
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.families import forward_fixes, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, W123, Cache, Moe, Row
+from vllm_moe_compat.families.row_builders import (
+    EXTRA_LAYERS,
+    LIFTED,
+    PLAIN,
+    ROPE_ONLY,
+    STANDARD,
+    block_fp8_row,
+    make_row,
+    moe_row,
+)
+
+INT4_KEPT = ("compressed-tensors int4",)
+"""Releases packed by compressed-tensors, which the module unpacks into MLX's own format."""
+MISTRAL_4 = Moe(stacks=(PER_EXPERT, COMBINED))
+"""Both layouts are stacked by ``sanitize``."""
+MISTRAL_VISION = Extras(parts=("vision_tower", "multi_modal_projector"))
+KIMI_VISION = Extras(
+    prefixes=("vision_tower", "vision_model", "multi_modal_projector", "mm_projector")
+)
+
+DEEPSEEK_ROWS: tuple[Row, ...] = (
+    moe_row("deepseek"),
+    moe_row(
+        "deepseek_v2",
+        translations=(settings.ROPE, settings.DEEPSEEK_V2_YARN),
+        cache=Cache(expands_latent=True),
+    ),
+    # Released in FP8 with blocks of 128x128; the prediction head is layer 61.
+    block_fp8_row(
+        "deepseek_v3",
+        STANDARD,
+        workarounds.LAYER_61,
+        keeps=INT4_KEPT,
+        dropped_here=EXTRA_LAYERS,
+        translations=ROPE_ONLY,
+        sanitize_wrapper=forward_fixes.layer_61,
+    ),
+    block_fp8_row(
+        "deepseek_v32",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=(settings.ROPE, settings.FIRST_DENSE),
+    ),
+    block_fp8_row(
+        "glm_moe_dsa",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=(settings.GLM_DSA, settings.FIRST_DENSE),
+    ),
+    make_row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
+    # DeepSeek-V3's language model under language_model, with a vision tower; released as int4.
+    block_fp8_row(
+        "kimi_k25",
+        STANDARD,
+        workarounds.LAYER_61,
+        keeps=INT4_KEPT,
+        dropped_upstream=KIMI_VISION,
+        dropped_here=EXTRA_LAYERS | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
+        renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
+        translations=ROPE_ONLY,
+        sanitize_wrapper=forward_fixes.layer_61,
+    ),
+    # DeepSeek's layers with kv_b_proj whole, and a vision tower.
+    moe_row(
+        "kimi_vl",
+        STANDARD,
+        workarounds.LATENT,
+        dropped_upstream=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
+        latent=True,
+        translations=ROPE_ONLY,
+    ),
+    # Per-expert w1/w3/w2 under block_sparse_moe; transformers 5 joins the convolutions of q, k, v.
+    moe_row(
+        "kimi_linear",
+        Moe(sources=("block_sparse_moe.experts", "mlp.experts"), spelling=W123),
+        dropped_upstream=Extras(prefixes=("model.mtp",)),
+        renames=(
+            (r"\.self_attn\.forget_gate\.", ".self_attn."),
+            (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),
+            (r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r".mlp.\1."),
+        ),
+        splits=(
+            (
+                ".self_attn.conv1d.weight",
+                tuple(f".self_attn.{p}_conv1d.weight" for p in "qkv"),
+            ),
+        ),
+        translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
+    ),
+    moe_row(
+        "kimi_k3",
+        Moe(sources=("block_sparse_moe.experts",), spelling=W123),
+        keeps=("compressed-tensors",),
+        dropped_upstream=KIMI_VISION | EXTRA_LAYERS | Extras(prefixes=("model.mtp", "mtp")),
+    ),
+    moe_row("glm4_moe", dropped_upstream=EXTRA_LAYERS, translations=ROPE_ONLY),
+    moe_row(
+        "solar_open", dropped_upstream=EXTRA_LAYERS, translations=(settings.ROPE, settings.SOLAR)
+    ),
+    moe_row(
+        "glm4_moe_lite",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=(settings.ROPE, settings.FIRST_DENSE),
+    ),
+    moe_row("dots1", PLAIN, translations=ROPE_ONLY),
+    # Two attentions per layer; the checkpoint has weights for identity experts.
+    *(
+        moe_row(
+            module,
+            dropped_upstream=Extras(prefixes=("model.mtp",)),
+            dropped_here=Extras(beyond_experts=True),
+            translations=(settings.ROPE, settings.LONGCAT),
+            cache=Cache(attentions=2),
+        )
+        for module in ("longcat_flash", "longcat_flash_ngram")
+    ),
+    block_fp8_row("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), keeps=INT4_KEPT),
+    block_fp8_row(
+        "mimo_v2_flash",
+        dropped_here=Extras(prefixes=("model.mtp",)),
+        renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
+        translations=(settings_by_family.MIMO,),
+    ),
+    moe_row("bailing_hybrid", dropped_upstream=EXTRA_LAYERS),
+    moe_row("bailing_moe"),
+    moe_row("bailing_moe_linear"),
+    moe_row("bailing_moe_v3", dropped_upstream=EXTRA_LAYERS | Extras(parts=("mtp.",))),
+    make_row(
+        "mistral3",
+        workarounds.MINISTRAL_FP8,
+        workarounds.OTHER_LAYOUTS,
+        moe=MISTRAL_4,
+        dropped_upstream=MISTRAL_VISION,
+    ),
+)

@@ -1,0 +1,287 @@
+"""Rows of MoE families, from Qwen to Step 3.5; DeepSeek's relatives are in ``deepseek``."""
+
+from __future__ import annotations
+
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.families import forward_fixes, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Moe, NormShift, Row
+from vllm_moe_compat.families.row_builders import (
+    EXTRA_LAYERS,
+    LIFTED,
+    PLAIN,
+    ROPE_ONLY,
+    STANDARD,
+    block_fp8_row,
+    make_row,
+    moe_row,
+)
+
+COMBINED_ONLY = Moe(stacks=(COMBINED,))
+"""Releases with ``mlp.experts.gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``."""
+BLOCK_SPARSE = Moe(
+    sources=("block_sparse_moe.experts", "mlp.experts"),
+    target="block_sparse_moe.switch_mlp",
+    spelling=W123,
+)
+"""Releases like Mixtral's: ``block_sparse_moe.experts.{e}.w1``, ``w3``, ``w2``. transformers 5
+saves the block as ``mlp``."""
+GRANITE = Moe(
+    sources=("block_sparse_moe", "block_sparse_moe.experts"),
+    target="block_sparse_moe.switch_mlp",
+    stacks=(COMBINED,),
+    spelling=("input_linear", "output_linear"),
+)
+"""Releases with combined ``block_sparse_moe.input_linear`` and ``output_linear``."""
+GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", stacks=(COMBINED,))
+
+QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
+NESTED_VISION = Extras(prefixes=("model.language_model.visual.", "language_model.visual."))
+GEMMA_VISION = Extras(
+    prefixes=tuple(
+        prefix + tower
+        for prefix in ("", "model.")
+        for tower in (
+            "vision_tower",
+            "multi_modal_projector",
+            "audio_tower",
+            "embed_audio",
+            "embed_vision",
+            "vision_embedder",
+        )
+    )
+)
+LLAMA_VISION = Extras(parts=("vision_model", "multi_modal_projector"))
+QWEN_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
+
+MOE_ROWS: tuple[Row, ...] = (
+    # The dense model. Norms are stored minus 1; some releases nest the vision tower in the
+    # language model.
+    make_row(
+        "qwen3_5",
+        workarounds.FP8,
+        workarounds.NESTED_VISION,
+        workarounds.NORM_SHIFT,
+        workarounds.NORM_MARK,
+        dropped_upstream=QWEN_VISION,
+        dropped_here=NESTED_VISION,
+        norm_shift=NormShift(QWEN_NORMS, "conv1d"),
+        model_types=("qwen3_5_text",),
+        translations=(settings.ATTENTION_INTERVAL,),
+    ),
+    # The same with combined experts.
+    make_row(
+        "qwen3_5_moe",
+        workarounds.FP8,
+        workarounds.STACK_EXPERTS,
+        workarounds.NESTED_VISION,
+        workarounds.NORM_SHIFT,
+        workarounds.NORM_MARK,
+        moe=COMBINED_ONLY,
+        dropped_upstream=QWEN_VISION,
+        dropped_here=NESTED_VISION,
+        norm_shift=NormShift(QWEN_NORMS, "conv1d"),
+        model_types=("qwen3_5_moe_text",),
+        translations=(settings.ATTENTION_INTERVAL,),
+    ),
+    # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
+    moe_row(
+        "qwen3_next",
+        STANDARD,
+        workarounds.NORM_SHIFT,
+        workarounds.EARLY_RETURN,
+        dropped_upstream=Extras(parts=("mtp.",)),
+        norm_shift=NormShift(QWEN_NORMS, "per-expert"),
+        translations=(settings.ROPE, settings.ATTENTION_INTERVAL),
+    ),
+    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
+    moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
+    # Combined experts [E, H, 2I], transposed.
+    moe_row(
+        "qwen3_vl_moe",
+        Moe(stacks=(TRANSPOSED,), transposed=True),
+        workarounds.TIED_HEAD,
+        dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+        translations=(settings.ROPE, settings.NUM_EXPERTS, settings.NORM_TOPK),
+        sanitize_wrapper=forward_fixes.tied_head,
+    ),
+    moe_row("olmoe", translations=ROPE_ONLY),
+    moe_row("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=ROPE_ONLY),
+    moe_row(
+        "phimoe",
+        BLOCK_SPARSE,
+        renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
+        translations=ROPE_ONLY,
+    ),
+    # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
+    # experts [E, H, 2I] in which gate and up alternate.
+    make_row(
+        "gpt_oss",
+        workarounds.FP8,
+        workarounds.GPT_OSS_BF16,
+        moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
+        keeps=("mxfp4 blocks",),
+        translations=ROPE_ONLY,
+    ),
+    # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
+    moe_row(
+        "llama4",
+        Moe(
+            sources=("feed_forward.experts",),
+            target="feed_forward.experts",
+            stacks=(TRANSPOSED,),
+            transposed=True,
+        ),
+        dropped_upstream=LLAMA_VISION,
+        translations=ROPE_ONLY,
+    ),
+    moe_row(
+        "gemma4",
+        GEMMA_4,
+        dropped_upstream=GEMMA_VISION,
+        translations=(settings_by_family.GEMMA4_HEADS, settings.VOCAB_SIZE),
+    ),
+    moe_row("gemma4_text", GEMMA_4, translations=(settings_by_family.GEMMA4_HEADS,)),
+    moe_row(
+        "granitemoe",
+        GRANITE,
+        renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
+        translations=ROPE_ONLY,
+    ),
+    moe_row(
+        "granitemoehybrid",
+        GRANITE,
+        renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
+        translations=(settings_by_family.GRANITE_LAYERS,),
+    ),
+    moe_row(
+        "jamba",
+        Moe(sources=("feed_forward.experts",), target="feed_forward.switch_mlp"),
+        workarounds.JAMBA_ROUTER,
+        translations=(settings_by_family.JAMBA_OFFSET,),
+        sanitize_wrapper=forward_fixes.jamba_router,
+    ),
+    moe_row(
+        "lfm2_moe",
+        Moe(
+            sources=("feed_forward.experts",),
+            target="feed_forward.switch_mlp",
+            spelling=(*W123, *GLU),
+        ),
+    ),
+    # Per-expert without a gate: up_proj and down_proj under mixer.experts.
+    moe_row(
+        "nemotron_h",
+        Moe(
+            sources=("mixer.experts",),
+            target="mixer.switch_mlp",
+            projections=(("up", "fc1"), ("down", "fc2")),
+        ),
+        dropped_upstream=Extras(prefixes=("mtp.",)),
+        renames=((r"^model\.", "backbone."),),
+    ),
+    # Per-expert, with a correction bias of the router that sanitize deletes.
+    moe_row(
+        "ernie4_5_moe",
+        STANDARD,
+        workarounds.ERNIE_BIAS,
+        dropped_upstream=Extras(
+            parts=("mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm.")
+        ),
+        renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
+        translations=ROPE_ONLY,
+        sanitize_wrapper=forward_fixes.ernie_bias,
+    ),
+    block_fp8_row(
+        "minimax",
+        BLOCK_SPARSE,
+        renames=BLOCK_NAMES,
+        translations=(settings.ROPE, *settings.MINIMAX),
+    ),
+    moe_row(
+        "minimax_m3_vl",
+        BLOCK_SPARSE,
+        keeps=("fp8 mx",),
+        dropped_upstream=Extras(
+            prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
+        ),
+        dropped_here=Extras(prefixes=("model.vision_tower.", "model.multi_modal_projector.")),
+        renames=(
+            *LIFTED,
+            (r"\.mlp\.gate\.e_score_correction_bias$", ".block_sparse_moe.e_score_correction_bias"),
+            (r"\.mlp\.(gate|shared_experts)\.", r".block_sparse_moe.\1."),
+            (r"\.indexer\.([qk])_", r".index_\1_"),
+        ),
+        splits=(
+            (
+                ".mlp.gate_up_proj.weight",
+                (".mlp.gate_proj.weight", ".mlp.up_proj.weight"),
+            ),
+            (
+                ".shared_experts.gate_up_proj.weight",
+                (".shared_experts.gate_proj.weight", ".shared_experts.up_proj.weight"),
+            ),
+        ),
+    ),
+    moe_row("afmoe", PLAIN, translations=ROPE_ONLY),
+    moe_row("Klear", PLAIN),
+    moe_row(
+        "exaone_moe",
+        dropped_upstream=Extras(prefixes=("mtp.",)),
+        translations=(settings.IS_MOE_LAYER,),
+    ),
+    moe_row(
+        "hunyuan",
+        STANDARD,
+        workarounds.HUNYUAN_ROUTER,
+        translations=(
+            settings_by_family.HUNYUAN_MOE,
+            settings.ROPE,
+            settings_by_family.HUNYUAN_ROPE,
+        ),
+        sanitize_wrapper=forward_fixes.hunyuan_weights,
+    ),
+    moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
+    moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
+    moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
+    # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
+    moe_row(
+        "phixtral",
+        Moe(
+            sources=("moe.mlp",),
+            target="moe.switch_mlp",
+            spelling=("fc1", "fc2"),
+            projections=(("up", "fc1"), ("down", "fc2")),
+        ),
+    ),
+    # Stacked gate_proj, up_proj and down_proj under moe; transformers saves mlp.experts.
+    # Norms are stored minus 1.
+    moe_row(
+        "step3p5",
+        Moe(sources=("moe", "moe.experts", "mlp.experts"), stacks=()),
+        workarounds.NORM_SHIFT,
+        dropped_upstream=EXTRA_LAYERS | Extras(parts=(".mtp",)),
+        dropped_here=Extras(
+            prefixes=tuple(
+                prefix + tower
+                for prefix in ("", "model.")
+                for tower in ("vision_model.", "vit_large_projector.", "multi_modal_projector.")
+            )
+        ),
+        renames=(
+            (r"^model\.language_model\.", "model."),
+            (r"\.mlp\.gate\.weight$", ".moe.gate.weight"),
+            (r"\.mlp\.gate\.e_score_correction_bias$", ".moe.router_bias"),
+            (r"\.mlp\.shared_experts\.", ".share_expert."),
+        ),
+        norm_shift=NormShift(("norm.weight",), "router"),
+        model_types=("step3p7",),
+        translations=(settings_by_family.STEP3,),
+    ),
+)

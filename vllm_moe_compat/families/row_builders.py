@@ -1,0 +1,48 @@
+"""Build registry rows; values that several families share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.families import settings, workarounds
+from vllm_moe_compat.families.row import Moe, Row, Workaround
+
+ROPE_ONLY = (settings.ROPE,)
+STANDARD = Moe()
+"""Experts one by one under ``mlp.experts``, stacked by ``sanitize`` under ``mlp.switch_mlp``."""
+PLAIN = Moe(target="mlp.experts")
+"""The module keeps stacked experts under the name that releases have."""
+EXTRA_LAYERS = Extras(beyond_layers=True)
+"""The release appends its prediction head as further decoder layers."""
+LIFTED = (
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.language_model\.", "language_model.model."),
+)
+"""transformers 5 saves the language model under ``model.language_model``, mlx-lm's
+multimodal modules expect it under ``language_model.model``."""
+
+
+def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
+    """Return the row of ``mlx_lm.models.{module}``.
+
+    The workarounds for config keys and tensor names are added where the row has such fields.
+    """
+    if fields.get("translations"):
+        needed += (workarounds.CONFIG,)
+    if fields.get("renames") or fields.get("splits"):
+        needed += (workarounds.NAMES,)
+    return Row(f"mlx_lm.models.{module}", workarounds=needed, **fields)
+
+
+def moe_row(module: str, moe: Moe = STANDARD, *needed: Workaround, **fields: Any) -> Row:
+    """Return the row of a module whose ``sanitize`` stacks the release's unquantised experts."""
+    needed = (workarounds.FP8, workarounds.OTHER_LAYOUTS, *needed)
+    return make_row(module, *needed, moe=moe, **fields)
+
+
+def block_fp8_row(module: str, moe: Moe = STANDARD, *needed: Workaround, **fields: Any) -> Row:
+    """Return the row of a module whose ``sanitize`` dequantises FP8 in blocks of 128x128."""
+    fields.setdefault("digests", ("fp8 block 128",))
+    needed = (workarounds.FP8_FORMS, workarounds.OTHER_LAYOUTS, *needed)
+    return make_row(module, *needed, moe=moe, **fields)
