@@ -125,8 +125,8 @@ def gone(workaround: str) -> str:
     rows = ", ".join(r.module for r in ROWS if workaround in {w.id for w in r.workarounds})
     return (
         f"mlx-lm {mlx_lm.__version__} does this by itself now, so look into the workaround "
-        f"{workaround!r}, used by {rows}; delete it from workarounds.py and registry.py, its "
-        "part of plan/norms.py or of the rows' drops, and this test"
+        f"{workaround!r}, used by {rows}; delete it from workarounds.py and its rows, its "
+        "part of plan/norms.py or of the rows' dropped_here, and this test"
     )
 
 
