@@ -10,7 +10,7 @@ import pytest
 from support import models, schedules
 from support.engine import Greedy, engine_core, in_process_llm, worker
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(3600)]  # --schedules is open-ended
 
 # Few blocks starve the scheduler into preemptions; few tokens per step cut
 # prompts into chunks.
