@@ -65,17 +65,17 @@ def test_every_name_that_a_row_knows_occurs(row: Row):
         assert any(tensor.endswith(end) for tensor in names), end
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.config and families(r)], ids=name)
-def test_every_config_fix_of_a_row_has_something_to_fix(row: Row):
+@pytest.mark.parametrize("row", [r for r in ROWS if r.translations and families(r)], ids=name)
+def test_every_translation_of_a_row_has_a_setting_to_translate(row: Row):
     changed: set[str] = set()
     for family in families(row):
         saved = saved_config(family)
         for config in (saved, release_config(family.base, reference(family.name).config)):
-            for fix in row.translations:
+            for translation in row.translations:
                 text = config.get("text_config")
                 try:
-                    if fix.apply(config, text if isinstance(text, dict) else config):
-                        changed.add(fix.why)
+                    if translation.apply(config, text if isinstance(text, dict) else config):
+                        changed.add(translation.why)
                 except CompatError:
-                    changed.add(fix.why)
-    assert changed == {fix.why for fix in row.translations}
+                    changed.add(translation.why)
+    assert changed == {translation.why for translation in row.translations}
