@@ -1,4 +1,4 @@
-"""Every rename, split and config fix of a row applies to something that transformers saves."""
+"""What rows know of names and configs occurs in what transformers 5 saves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_row_has_a_family_or_is_listed():
     "row", [r for r in ROWS if families(r) and (r.renames or r.splits)], ids=name
 )
 def test_every_name_that_a_row_knows_occurs(row: Row):
-    """A pattern without a match is obsolete or wrong."""
+    """A pattern that fits nothing is a leftover, or a mistake."""
     names: set[str] = set()
     for family in families(row):
         for form in ("saved", "in-library", "release"):
@@ -66,16 +66,16 @@ def test_every_name_that_a_row_knows_occurs(row: Row):
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.translations and families(r)], ids=name)
-def test_every_translation_of_a_row_has_a_setting_to_translate(row: Row):
+def test_every_config_fix_of_a_row_has_something_to_fix(row: Row):
     changed: set[str] = set()
     for family in families(row):
         saved = saved_config(family)
         for config in (saved, release_config(family.base, reference(family.name).config)):
-            for translation in row.translations:
+            for fix in row.translations:
                 text = config.get("text_config")
                 try:
-                    if translation.apply(config, text if isinstance(text, dict) else config):
-                        changed.add(translation.why)
+                    if fix.apply(config, text if isinstance(text, dict) else config):
+                        changed.add(fix.why)
                 except CompatError:
-                    changed.add(translation.why)
-    assert changed == {translation.why for translation in row.translations}
+                    changed.add(fix.why)
+    assert changed == {fix.why for fix in row.translations}
