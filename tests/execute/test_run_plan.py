@@ -21,7 +21,7 @@ from vllm_moe_compat.execute.build_tensor import make
 from vllm_moe_compat.execute.numbers import fp8
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.plan.build import Build
-from vllm_moe_compat.plan.ops import StackExperts, UnstackExperts
+from vllm_moe_compat.plan.ops import SplitLatent, SplitRows, StackExperts, UnstackExperts
 from vllm_moe_compat.plan.planner import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -162,6 +162,27 @@ def test_unstacking_undoes_stacking():
         mx.array_equal(a, b).item() for a, b in zip(apart.parts["scale"], factors, strict=True)
     )
     assert isinstance(op.inverse(), UnstackExperts)
+
+
+def test_rows_and_latent_attention_split_as_their_formulas_say():
+    rng = np.random.default_rng(0)
+    heads, keys, values, rank = 3, 4, 2, 5
+    weight = rng.standard_normal((heads * (keys + values), rank)).astype(np.float32)
+    given = Arrays([mx.array(weight)])
+    thirds = arrays.run(SplitRows(3), given, "float32").weights
+    np.testing.assert_array_equal(np.stack(list(map(np.array, thirds))), np.split(weight, 3))
+    embed, unembed = arrays.run(SplitLatent(heads, keys), given, "float32").weights
+    latent = rng.standard_normal(rank).astype(np.float32)
+    by_head = (weight @ latent).reshape(heads, keys + values)
+    keys_found = np.einsum("hrn,r->hn", np.array(embed), latent)
+    values_found = np.einsum("hvr,r->hv", np.array(unembed), latent)
+    np.testing.assert_allclose(keys_found, by_head[:, :keys], rtol=1e-5)
+    np.testing.assert_allclose(values_found, by_head[:, keys:], rtol=1e-5)
+    for op in (SplitRows(3), SplitLatent(heads, keys)):
+        specs = op.result(Operand((Spec("F32", weight.shape),)), "F32").weights
+        assert [w.shape for w in arrays.run(op, given, "float32").weights] == [
+            s.shape for s in specs
+        ]
 
 
 def experts_of(count: int, rows: int, columns: int) -> tuple[dict[str, mx.array], Plan]:

@@ -20,13 +20,8 @@ from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row
 
 OF_EVERY_FAMILY = ("release", "saved")
-<<<<<<< HEAD
 # Fields of a row that name it, document it, or are about config.json or serving.
 _NO_PART_OF_A_SHAPE = {"module", "model_types", "workarounds", "translations", "cache"}
-=======
-# Fields of a row that name it, document it, or are about config.json.
-_NO_PART_OF_A_SHAPE = {"module", "model_types", "workarounds", "translations"}
->>>>>>> work-core
 
 
 def shape(row: Row | None) -> Hashable:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from parity.family import EXPERTS, MLA, THETA, VOCAB
 from vllm_moe_compat.execute.arrays import Arrays, run
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT
-from vllm_moe_compat.plan.ops import SplitLatent, SplitRows, Transpose
+from vllm_moe_compat.plan.ops import SplitRows, Transpose
 
 Config = dict[str, Any]
 Tensors = dict[str, mx.array]
@@ -81,15 +81,14 @@ class MlxFamily:
 
 
 def latent(tensors: Tensors, config: Config) -> Tensors:
-    """Join ``embed_q`` and ``unembed_out`` to ``kv_b_proj``."""
-    text = config.get("text_config", config)
-    join = SplitLatent(text["num_attention_heads"], text["qk_nope_head_dim"]).inverse()
+    """Join ``embed_q`` ``[heads, r, n]`` and ``unembed_out`` ``[heads, v, r]`` to ``kv_b_proj``."""
     found = {}
     for name, array in tensors.items():
         if name.endswith(".embed_q.weight"):
             module = name.removesuffix("embed_q.weight")
-            halves = Arrays([array, tensors[f"{module}unembed_out.weight"]])
-            found[f"{module}kv_b_proj.weight"] = run(join, halves, "float32").weights[0]
+            unembed = tensors[f"{module}unembed_out.weight"]
+            rows = mx.concatenate([array.swapaxes(-1, -2), unembed], axis=1)
+            found[f"{module}kv_b_proj.weight"] = rows.reshape(-1, rows.shape[-1])
         elif not name.endswith(".unembed_out.weight"):
             found[name] = array
     return found

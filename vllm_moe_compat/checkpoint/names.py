@@ -28,6 +28,11 @@ class Layer:
     path: str
     number: int
 
+    @property
+    def prefix(self) -> str:
+        """The path without the number: ``model.layers.``."""
+        return self.path[: self.path.rindex(".") + 1]
+
 
 def layer_of(name: str) -> Layer | None:
     """Return the outermost layer of a tensor or module; None outside of layers.

@@ -1,8 +1,9 @@
 """Operands and operations: the vocabulary of plans.
 
 An operation turns one ``Operand`` into another. It defines its effect on shapes and dtypes
-(``result``) and the operation that undoes it (``inverse``); ``execute`` runs it. Operations
-that move values are in ``plan/ops``, those of a stored number form in that form's file.
+(``result``), and, where a rewrite needs it, the operation that undoes it; ``execute`` runs it.
+Operations that move values are in ``plan/ops``, those of a stored number form in that form's
+file.
 """
 
 from __future__ import annotations
@@ -50,14 +51,20 @@ class Op(ABC):
             ValueError: the operation does not apply to this operand.
         """
 
-    @abstractmethod
-    def inverse(self) -> Op:
-        """Return the operation that undoes this one."""
-
     @property
     @abstractmethod
     def words(self) -> str:
         """The operation in a message: ``stack 256 experts``."""
+
+
+class Invertible(Op):
+    """An operation that a rewrite can undo."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def inverse(self) -> Invertible:
+        """Return the operation that undoes this one."""
 
 
 class Dequantize(Op):

@@ -19,7 +19,7 @@ from vllm_moe_compat.execute.numbers import executor_of
 from vllm_moe_compat.execute.numbers.executor import Parts
 from vllm_moe_compat.execute.stack import DTYPES, Arrays, Stack
 from vllm_moe_compat.plan import ops as op_types
-from vllm_moe_compat.plan.packing import Requantize, Unpack
+from vllm_moe_compat.plan.packing import Requantize
 
 Band = tuple[slice, slice, mx.array]
 """Slice of the flattened leading axes, slice of the rows, and the array ``[n, o, I]``."""
@@ -44,13 +44,6 @@ def run(op: Op, given: Arrays, dtype: str) -> Arrays:
             roles = ("scales", "biases")[: len(packed[0]) - 1]
             parts = {role: [p[n] for p in packed] for n, role in enumerate(roles, start=1)}
             return Arrays([p[0] for p in packed], parts)
-        case Unpack(bits, group, mode):
-            biases = given.parts.get("biases") or [None] * len(given.weights)
-            each = zip(given.weights, given.parts["scales"], biases, strict=True)
-            kind = DTYPES[dtype]
-            return Arrays(
-                [mx.dequantize(w, s, b, group, bits, mode=mode, dtype=kind) for w, s, b in each]
-            )
     whole = Arrays([w.all() if isinstance(w, Stack) else w for w in given.weights], given.parts)
     moved = _moved(op, whole.weights, dtype)
     return executor_of(op).quantize(op, whole) if moved is None else Arrays(moved)
@@ -86,16 +79,10 @@ def _moved(op: Op, weights: list[mx.array], dtype: str) -> list[mx.array] | None
             return [(first.astype(mx.float32) + number).astype(kind)]
         case op_types.SplitRows(parts):
             return [mx.contiguous(part) for part in mx.split(first, parts)]
-        case op_types.JoinRows():
-            return [mx.concatenate(weights)]
         case op_types.SplitLatent(heads, keys):
             rows = first.reshape(heads, -1, first.shape[-1])
             embed = rows[:, :keys].swapaxes(-1, -2)
             return [mx.contiguous(embed), mx.contiguous(rows[:, keys:])]
-        case op_types.JoinLatent():
-            embed, unembed = weights
-            rows = mx.concatenate([embed.swapaxes(-1, -2), unembed], axis=1)
-            return [rows.reshape(-1, rows.shape[-1])]
     return None
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Invertible, Op, Operand, Spec
 
 
 @dataclass(frozen=True, slots=True)
-class StackExperts(Op):
+class StackExperts(Invertible):
     """``E`` tensors ``[O, I]`` become one ``[E, O, I]``; parts are stacked in the same way."""
 
     experts: int
@@ -39,7 +39,7 @@ class StackExperts(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class UnstackExperts(Op):
+class UnstackExperts(Invertible):
     """One ``[E, O, I]`` becomes ``E`` tensors ``[O, I]``; parts are split in the same way."""
 
     experts: int
@@ -65,7 +65,7 @@ class UnstackExperts(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Transpose(Op):
+class Transpose(Invertible):
     """``[…, O, I]`` becomes ``[…, I, O]``; the operation is its own inverse."""
 
     def result(self, given: Operand, target: str) -> Operand:
@@ -87,7 +87,7 @@ class Transpose(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class SplitGateUp(Op):
+class SplitGateUp(Invertible):
     """Combined experts ``[E, 2I, H]`` become gate ``[E, I, H]`` and up ``[E, I, H]``.
 
     Attributes:
@@ -117,7 +117,7 @@ class SplitGateUp(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class JoinGateUp(Op):
+class JoinGateUp(Invertible):
     """Gate and up, ``[E, I, H]`` each, become one ``[E, 2I, H]``; see ``SplitGateUp``."""
 
     interleaved: bool = False
@@ -147,7 +147,7 @@ def _resized(spec: Spec, axis: int, size: int) -> Spec:
 
 
 @dataclass(frozen=True, slots=True)
-class Add(Op):
+class Add(Invertible):
     """Add a number to every value, in float32: for norms that are stored minus 1.
 
     The result has the tensor's dtype, or float32 if the target dtype is float32.
@@ -182,37 +182,10 @@ class SplitRows(Op):
             raise ValueError(f"{weight} is not {self.parts} equal parts")
         return Operand((_resized(weight, 0, weight.shape[0] // self.parts),) * self.parts)
 
-    def inverse(self) -> JoinRows:
-        """Return the operation that joins the parts."""
-        return JoinRows(self.parts)
-
     @property
     def words(self) -> str:
         """``split into 3``."""
         return f"split into {self.parts}"
-
-
-@dataclass(frozen=True, slots=True)
-class JoinRows(Op):
-    """``P`` tensors ``[O, …]`` become one ``[P·O, …]``."""
-
-    parts: int
-
-    def result(self, given: Operand, target: str) -> Operand:
-        """Multiply the first axis."""
-        if len(given.weights) != self.parts or len(set(given.weights)) != 1:
-            raise ValueError(f"{self.parts} equal tensors were expected, not {given.weights}")
-        first = given.weights[0]
-        return Operand((_resized(first, 0, first.shape[0] * self.parts),))
-
-    def inverse(self) -> SplitRows:
-        """Return the operation that splits into parts."""
-        return SplitRows(self.parts)
-
-    @property
-    def words(self) -> str:
-        """``join 3``."""
-        return f"join {self.parts}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,34 +213,7 @@ class SplitLatent(Op):
             )
         )
 
-    def inverse(self) -> JoinLatent:
-        """Return the operation that joins the two matrices."""
-        return JoinLatent(self.heads, self.keys)
-
     @property
     def words(self) -> str:
         """``split kv_b_proj into embed_q and unembed_out``."""
         return "split kv_b_proj into embed_q and unembed_out"
-
-
-@dataclass(frozen=True, slots=True)
-class JoinLatent(Op):
-    """``embed_q`` and ``unembed_out`` become ``kv_b_proj``; see ``SplitLatent``."""
-
-    heads: int
-    keys: int
-
-    def result(self, given: Operand, target: str) -> Operand:
-        """Join the rows of every head."""
-        embed, unembed = given.weights
-        rows = self.heads * (self.keys + unembed.shape[1])
-        return Operand((Spec(embed.dtype, (rows, unembed.shape[2])),))
-
-    def inverse(self) -> SplitLatent:
-        """Return the operation that splits the matrix."""
-        return SplitLatent(self.heads, self.keys)
-
-    @property
-    def words(self) -> str:
-        """``join embed_q and unembed_out into kv_b_proj``."""
-        return "join embed_q and unembed_out into kv_b_proj"

@@ -39,10 +39,6 @@ class Requantize(Op):
         )
         return Operand(packed, {"scales": scales} | ({"biases": scales} if affine else {}))
 
-    def inverse(self) -> Unpack:
-        """Return the operation that unpacks to floats; unpacking is exact, packing rounds."""
-        return Unpack(self.bits, self.group, self.mode)
-
     @property
     def words(self) -> str:
         """``quantise to affine 8-bit g64``."""
@@ -55,32 +51,6 @@ class Requantize(Op):
 
     def __str__(self) -> str:
         return f"{self.mode} {self.bits}-bit g{self.group}" if self.mode == "affine" else self.mode
-
-
-@dataclass(frozen=True, slots=True)
-class Unpack(Op):
-    """MLX's packed form becomes floats ``[…, O, I]`` in the target dtype."""
-
-    bits: int
-    group: int
-    mode: str = "affine"
-
-    def result(self, given: Operand, target: str) -> Operand:
-        """Drop scales and biases; restore the last axis."""
-        return Operand(
-            tuple(
-                Spec(target, (*w.shape[:-1], w.shape[-1] * 32 // self.bits)) for w in given.weights
-            )
-        )
-
-    def inverse(self) -> Requantize:
-        """Return the operation that packs."""
-        return Requantize(self.bits, self.group, self.mode)
-
-    @property
-    def words(self) -> str:
-        """``dequantise affine 8-bit g64``."""
-        return f"dequantise {Requantize(self.bits, self.group, self.mode)}"
 
 
 QUANTIZE_SETTINGS = {

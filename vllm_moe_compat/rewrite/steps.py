@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_moe_compat.checkpoint.operations import Dequantize, Op
+from vllm_moe_compat.checkpoint.operations import Dequantize, Invertible
 from vllm_moe_compat.plan.build import Build
 
 
@@ -20,7 +20,7 @@ class Write:
     """
 
     sources: tuple[str, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[Invertible, ...]
     weights: tuple[str, ...]
     parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -31,9 +31,17 @@ class Write:
 
 
 def invert(build: Build) -> Write:
-    """Return the inverse of a build."""
-    ops = tuple(op.inverse() for op in reversed(build.ops))
-    return Write(build.targets, ops, build.weights, build.parts)
+    """Return the inverse of a build.
+
+    Raises:
+        TypeError: an operation cannot be undone.
+    """
+    ops: list[Invertible] = []
+    for op in reversed(build.ops):
+        if not isinstance(op, Invertible):
+            raise TypeError(f"{op.words} cannot be undone")
+        ops.append(op.inverse())
+    return Write(build.targets, tuple(ops), build.weights, build.parts)
 
 
 @dataclass(frozen=True, slots=True)

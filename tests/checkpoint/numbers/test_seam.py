@@ -31,7 +31,7 @@ from vllm_moe_compat.checkpoint.numbers.form import (
     WrittenNumbers,
     WrittenWeights,
 )
-from vllm_moe_compat.checkpoint.operations import Dequantize, Op, Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Dequantize, Invertible, Op, Operand, Spec
 from vllm_moe_compat.commands.inspect.collect import inspect
 from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.execute.numbers import EXECUTORS
@@ -46,7 +46,7 @@ ENDING = "_row_scale"
 
 
 @dataclass(frozen=True, slots=True)
-class DequantizeRows(Dequantize):
+class DequantizeRows(Dequantize, Invertible):
     def result(self, given: Operand, target: str) -> Operand:
         (weight,) = given.weights
         if weight.dtype != "I8" or "row" not in given.parts:
@@ -76,7 +76,7 @@ class DequantizeRows(Dequantize):
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeRows(Op):
+class QuantizeRows(Invertible):
     def result(self, given: Operand, target: str) -> Operand:
         (weight,) = given.weights
         row = (Spec("F32", weight.shape[:-1]),)

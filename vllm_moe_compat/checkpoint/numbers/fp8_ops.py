@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_moe_compat.checkpoint.numbers.form import WrittenNumbers, WrittenWeights
-from vllm_moe_compat.checkpoint.operations import Dequantize, Op, Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Dequantize, Invertible, Operand, Spec
 from vllm_moe_compat.errors import SettingError
 
 SCALE = "scale"
@@ -27,7 +27,7 @@ def scale_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...
 
 
 @dataclass(frozen=True, slots=True)
-class DequantizeFp8(Dequantize):
+class DequantizeFp8(Dequantize, Invertible):
     """E4M3 ``[…, O, I]`` times its scales, in the target dtype.
 
     Every scale covers ``block`` rows and columns, fewer at the lower and right edge:
@@ -86,7 +86,7 @@ class DequantizeFp8(Dequantize):
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeFp8(Op):
+class QuantizeFp8(Invertible):
     """A float ``[…, O, I]`` becomes E4M3 and scales ``[…, o, i]``.
 
     A block's scale is its largest magnitude divided by 448, the largest E4M3 number: as

@@ -39,7 +39,7 @@ SMALLEST = 128
 # Not routers, which are small and sensitive, and not embeddings and output heads.
 _LINEAR = re.compile(
     r"(?!.*(?:vis|lm_head|embed|router|projector|index))"
-    r".*\.(?:layers|h)\.\d+\..*\.(?:\w+_proj(?:_with_mqa)?|in_proj_\w+|c_\w+|fc\d|w[123q]\w*"
+    r".*\.(?:\w+_proj(?:_with_mqa)?|in_proj_\w+|c_\w+|fc\d|w[123q]\w*"
     r"|\w+_linear|dense\w*)\.weight"
 )
 
@@ -128,7 +128,7 @@ def _linear(layout: Layout, wanted: WrittenLayout) -> Callable[[str], bool]:
     def chosen(name: str) -> bool:
         info = layout.tensors.get(name)
         large = info is None or (len(info.shape) == 2 and min(info.shape) >= SMALLEST)
-        return large and _LINEAR.fullmatch(name) is not None
+        return large and layer_of(name) is not None and _LINEAR.fullmatch(name) is not None
 
     return chosen
 

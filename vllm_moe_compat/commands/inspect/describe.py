@@ -18,7 +18,6 @@ from vllm_moe_compat.commands.inspect.problems import clean
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.planner import Plan
 
-_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|blocks|h)\.)([0-9]{1,9})\.")
 _MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _TOWERS = ("vision_config", "audio_config", "vit_config")
 _SENSES = re.compile(r"vis(?:ion|ual)|vit_|audio|projector|patch_merge")
@@ -49,8 +48,8 @@ def experts(layout: Layout) -> Experts | None:
     held: dict[str, dict[int, tuple[str, int, tuple[str, ...]]]] = {}
     odd: list[LayerRun] = []
     for block in layout.experts:
-        if match := _LAYER.match(f"{block.path}."):
-            held.setdefault(match[1], {}).setdefault(int(match[2]), _held(block, layout))
+        if layer := layer_of(block.path):
+            held.setdefault(layer.prefix, {}).setdefault(layer.number, _held(block, layout))
         else:
             form, count, dtypes = _held(block, layout)
             odd.append(LayerRun(clean(block.path), form, count, list(dtypes)))
@@ -72,7 +71,7 @@ def experts(layout: Layout) -> Experts | None:
 
 
 def _layers(names: Iterable[str]) -> set[tuple[str, int]]:
-    return {(match[1], int(match[2])) for name in names if (match := _LAYER.match(name))}
+    return {(layer.prefix, layer.number) for name in names if (layer := layer_of(name))}
 
 
 def _alike(
@@ -150,9 +149,9 @@ def extras(
 def _kind(name: str, layers: int | None) -> str:
     if "mtp" in name.lower():
         return "mtp"
-    match = _LAYER.match(name)
-    beyond = match is not None and layers is not None and int(match[2]) >= layers
-    if match is not None and beyond and not _SENSES.search(match[1]):
+    layer = layer_of(name)
+    beyond = layer is not None and layers is not None and layer.number >= layers
+    if layer is not None and beyond and not _SENSES.search(layer.prefix):
         return "mtp"
     return "surplus experts" if ".experts." in name and not _SENSES.search(name) else "vision"
 
