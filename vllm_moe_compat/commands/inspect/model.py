@@ -90,7 +90,7 @@ class Experts:
     """The routed experts.
 
     Attributes:
-        forms: ``per-expert``, ``combined``, ``MLX form``, ``packed``, as they occur.
+        forms: ``per-expert``, ``combined``, ``stacked``, ``packed``, as they occur.
         expected: number of experts in a layer, by the config.
         projections: their names in this checkpoint.
         runs: the layers, grouped, in order.
