@@ -75,4 +75,5 @@ def test_the_daily_cells_cover_every_row_and_every_form_of_every_shape():
         assert own == {f.name for f in FAMILIES.values() if applies(f, FORM_BY_NAME[name])}
     covered = {(shape_of(family), form.name) for family, form in daily}
     assert covered == {(shape_of(family), form.name) for family, form in CELLS}
-    assert len(daily) < len(CELLS)
+    # Else a field of rows that the plan does not depend on counts as part of their shape.
+    assert len(daily) < 0.7 * len(CELLS)
