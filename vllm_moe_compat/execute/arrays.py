@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
+from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.execute import stack
 from vllm_moe_compat.execute.numbers import executor_of
 from vllm_moe_compat.execute.numbers.executor import Parts
-from vllm_moe_compat.execute.stack import DTYPES, Arrays, Stack
+from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.plan import ops as op_types
 from vllm_moe_compat.plan.packing import Requantize
 
@@ -96,7 +97,7 @@ def dequantize(weight: mx.array | Stack, op: Dequantize, parts: Parts, dtype: st
         dtype: dtype of the result.
     """
     *lead, rows, columns = weight.shape
-    out = mx.zeros((math.prod(lead), rows, columns), dtype=DTYPES[dtype])
+    out = mx.zeros((math.prod(lead), rows, columns), dtype=mlx_dtype(dtype))
     for experts, band, part in bands(weight, op, parts, dtype):
         out[experts, band] = part
     return out.reshape(*lead, rows, columns)

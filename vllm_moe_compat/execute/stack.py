@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 TEMPORARY_BYTES = 16 * 2**20
 """Limit for the float32 intermediates of one band, in bytes."""
 

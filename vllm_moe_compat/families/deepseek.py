@@ -140,5 +140,6 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         workarounds.OTHER_LAYOUTS,
         moe=MISTRAL_4,
         dropped_upstream=MISTRAL_VISION,
+        misreads=("fp8 tensor",),
     ),
 )

@@ -41,7 +41,7 @@ DENSE_ROWS: tuple[Row, ...] = (
             prefixes=("model.vision_tower.", "model.vision_adapter.", "model.vision_projection.")
         ),
     ),
-    make_row("ministral3", workarounds.MINISTRAL_FP8),
+    make_row("ministral3", workarounds.MINISTRAL_FP8, misreads=("fp8 tensor",)),
     make_row(
         "exaone4",
         workarounds.FP8,
@@ -53,7 +53,12 @@ DENSE_ROWS: tuple[Row, ...] = (
         workarounds.FP8,
         translations=(settings.ROPE, settings_by_family.HUNYUAN_ROPE),
     ),
-    make_row("lfm2", workarounds.FP8, translations=(settings.BLOCK_DIM,)),
+    make_row(
+        "lfm2",
+        workarounds.FP8,
+        translations=(settings.BLOCK_DIM,),
+        cache=Cache(states_skip_padding=True),
+    ),
     make_row("falcon_h1", workarounds.FP8, translations=(settings.ROPE, settings.HEAD_DIM)),
     make_row("apertus", workarounds.FP8, translations=(settings.ROPE, settings.APERTUS)),
     make_row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import forward_fixes, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Moe, NormShift, Row
+from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Cache, Moe, NormShift, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
     LIFTED,
@@ -59,6 +59,7 @@ QWEN_NORMS = (
     ".k_norm.weight",
 )
 BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
+PADDED_STATES = Cache(states_skip_padding=True)
 
 MOE_ROWS: tuple[Row, ...] = (
     # The dense model. Norms are stored minus 1; some releases nest the vision tower in the
@@ -74,6 +75,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_text",),
         translations=(settings.ATTENTION_INTERVAL,),
+        cache=PADDED_STATES,
     ),
     # The same with combined experts.
     make_row(
@@ -89,6 +91,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_moe_text",),
         translations=(settings.ATTENTION_INTERVAL,),
+        cache=PADDED_STATES,
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
@@ -99,6 +102,7 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(parts=("mtp.",)),
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ROPE, settings.ATTENTION_INTERVAL),
+        cache=PADDED_STATES,
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
     moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
@@ -174,6 +178,7 @@ MOE_ROWS: tuple[Row, ...] = (
             target="feed_forward.switch_mlp",
             spelling=(*W123, *GLU),
         ),
+        cache=PADDED_STATES,
     ),
     # Per-expert without a gate: up_proj and down_proj under mixer.experts.
     moe_row(

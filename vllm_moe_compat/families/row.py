@@ -153,11 +153,14 @@ class Cache:
             instead of the latent.
         ignores_window: whether layers with a sliding window keep all tokens.
         attentions: number of attentions per layer, each with keys and values.
+        states_skip_padding: whether the code of layers with a state skips padding on the right
+            of a row, so that rows of different lengths share a pass.
     """
 
     expands_latent: bool = False
     ignores_window: bool = False
     attentions: int = 1
+    states_skip_padding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ class Row:
         splits: pairs of the ending of a joined tensor and the endings of its equal parts.
         digests: kinds of stored numbers that ``sanitize`` dequantises, in bfloat16:
             ``fp8 block 128``, ``fp8 tensor``.
+        misreads: kinds of stored numbers that ``sanitize`` dequantises to wrong values.
         keeps: kinds of stored numbers, and packed forms of ``plan.check_packed``, that the
             module computes with as they are; the plan leaves them alone.
         latent: whether the plan splits ``kv_b_proj`` because ``sanitize`` does not.
@@ -195,6 +199,7 @@ class Row:
     renames: tuple[tuple[str, str], ...] = ()
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
     digests: tuple[str, ...] = ()
+    misreads: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()

@@ -17,16 +17,7 @@ import mlx.nn as nn
 from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, StateLayer
 from vllm_moe_compat.errors import UnsupportedServingError
-
-# State layers whose code skips the padding on the right of a row.
-PADDED_STATE_MODULES = frozenset(
-    {
-        ("mlx_lm.models.qwen3_5", "GatedDeltaNet"),
-        ("mlx_lm.models.qwen3_next", "Qwen3NextGatedDeltaNet"),
-        ("mlx_lm.models.lfm2", "ShortConv"),
-        ("mlx_lm.models.lfm2_moe", "ShortConv"),
-    }
-)
+from vllm_moe_compat.families.registry import row_for
 
 
 def describe(model: nn.Module) -> list[Layer]:
@@ -44,8 +35,10 @@ def describe(model: nn.Module) -> list[Layer]:
         _check_kind(name, cache)
     # Two tokens fill every cache, and are too few for a window to drop one.
     model(mx.zeros((1, 2), dtype=mx.int32), cache=made)
+    row = row_for(type(model))
+    padded = row is not None and row.cache.states_skip_padding
     layers = [
-        _describe_one(index, slot, name, cache, _skips_padding(model, slot, len(made)))
+        _describe_one(index, slot, name, cache, padded)
         for index, (name, (slot, cache)) in enumerate(zip(names, caches, strict=True))
     ]
     if not any(isinstance(layer, AttentionLayer) for layer in layers):
@@ -149,11 +142,3 @@ def _check_fixed_size(name: str, layer: StateLayer, cache: Any) -> None:
                 name,
                 f"its state changes from {shape} {dtype} to {tuple(part.shape[1:])} {part.dtype}",
             )
-
-
-def _skips_padding(model: nn.Module, slot: int, slots: int) -> bool:
-    return slots == len(model.layers) and any(
-        (type(child).__module__, type(child).__name__) in PADDED_STATE_MODULES
-        for child in model.layers[slot].children().values()
-        if isinstance(child, nn.Module)
-    )

@@ -19,6 +19,7 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.config_file import read_config
 from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
 from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.checkpoint.numbers import FORMS
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.commands.convert.source import Source

@@ -12,7 +12,7 @@ from vllm_moe_compat.checkpoint.experts import ExpertBlock
 from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import Layout
-from vllm_moe_compat.checkpoint.names import fold_numbers
+from vllm_moe_compat.checkpoint.names import fold_numbers, layer_of
 from vllm_moe_compat.commands.inspect.model import Experts, Extra, Files, LayerRun, Quantization
 from vllm_moe_compat.commands.inspect.problems import clean
 from vllm_moe_compat.plan.estimate import nbytes

@@ -65,7 +65,7 @@ def stock(
         )
     if _scaled(fixed):
         hints.append("whether it scales rotary embeddings is seen only once it is built")
-    knows = row.digests or row.keeps or _has(row, "ministral-fp8")
+    knows = row.digests or row.keeps or row.misreads
     foreign = keeps_numbers(row, layout) or digests_numbers(row, layout)
     if layout.numbers.weights and knows and not foreign:
         doubts.append("its sanitize knows FP8, but not in this form")
@@ -90,10 +90,6 @@ def _scaled(config: Mapping[str, Any]) -> bool:
     if not isinstance(scaling, Mapping):
         return False
     return scaling.get("type", scaling.get("rope_type")) not in (None, "default", "mrope")
-
-
-def _has(row: Row, id: str) -> bool:
-    return any(workaround.id == id for workaround in row.workarounds)
 
 
 def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:

@@ -19,9 +19,10 @@ from vllm_moe_compat.checkpoint.numbers.fp8_ops import (
     scale_grid,
 )
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
+from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.execute import fp8_tables, stack
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
-from vllm_moe_compat.execute.stack import DTYPES, Arrays, Stack
+from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.plan.build import Restriction
 
 E4M3_MAX = 448.0
@@ -59,7 +60,7 @@ class Fp8Executor(Executor):
         scale = self.ready(op, parts, (count, rows, columns))[SCALE]
         tables = fp8_tables.Tables(scale, op.block, columns, _multiply(dtype))
         share = rows // targets
-        made = [mx.zeros((count, share, columns), dtype=DTYPES[dtype]) for _ in range(targets)]
+        made = [mx.zeros((count, share, columns), dtype=mlx_dtype(dtype)) for _ in range(targets)]
         views = [fp8_tables.bits(array) for array in made]
         for expert in range(count):
             source = fp8_tables.bits(weight.pop(expert))
@@ -111,14 +112,14 @@ def scales_as_floats(scale: mx.array, grid: tuple[int, ...]) -> mx.array:
 
 def _multiply(dtype: str) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a function that multiplies bytes by scales in float32 and rounds to ``dtype``."""
-    return lambda q, s: (mx.from_fp8(q, dtype=mx.float32) * s).astype(DTYPES[dtype])
+    return lambda q, s: (mx.from_fp8(q, dtype=mx.float32) * s).astype(mlx_dtype(dtype))
 
 
 def _product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
     """Return ``[N, O, I]`` times ``[N, o, i]``, computed in float32 and rounded once."""
     count, rows, columns = weight.shape
     if fp8_tables.pays(rows, columns, block):
-        return fp8_tables.product(weight, scale, block, _multiply(dtype), DTYPES[dtype])
+        return fp8_tables.product(weight, scale, block, _multiply(dtype), mlx_dtype(dtype))
     exact = mx.from_fp8(weight, dtype=mx.float32)
     if rows % block[0] or columns % block[1]:
         scale = mx.repeat(scale, block[1], axis=2)[:, :, :columns]
@@ -126,7 +127,7 @@ def _product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: s
     else:
         tiles = exact.reshape(count, rows // block[0], block[0], columns // block[1], block[1])
         product = (tiles * scale[:, :, None, :, None]).reshape(count, rows, columns)
-    return product.astype(DTYPES[dtype])
+    return product.astype(mlx_dtype(dtype))
 
 
 def quantize(
