@@ -17,7 +17,7 @@ from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8, QuantizeFp
 from vllm_moe_compat.checkpoint.operations import Operand, Spec
 from vllm_moe_compat.execute import arrays, stack
 from vllm_moe_compat.execute import run_plan as ex
-from vllm_moe_compat.execute.build_tensor import make
+from vllm_moe_compat.execute.build_tensor import make_tensors
 from vllm_moe_compat.execute.numbers import fp8
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.plan.build import Build
@@ -231,7 +231,7 @@ def test_only_what_the_plan_names_is_touched():
 
 def test_arrays_are_described_without_being_read():
     lazy = mx.zeros((2, 3), dtype=mx.uint8) + 1
-    found = ex.describe({"a": lazy, "b": mx.zeros((1,), dtype=mx.bfloat16)})
+    found = ex.tensor_infos({"a": lazy, "b": mx.zeros((1,), dtype=mx.bfloat16)})
     assert found == {"a": TensorInfo("U8", (2, 3)), "b": TensorInfo("BF16", (1,))}
 
 
@@ -245,7 +245,7 @@ def test_a_serving_dtype_that_is_none_is_refused(name: str):
 
 def test_no_caller_keeps_the_sources_alive():
     operand = Arrays([mx.zeros((2, 2), dtype=mx.uint8)] * 2, {"scale": [mx.ones((1, 1))] * 2})
-    made = make((StackExperts(2), DequantizeFp8((2, 2))), operand, ["a"], "float32")
+    made = make_tensors((StackExperts(2), DequantizeFp8((2, 2))), operand, ["a"], "float32")
     assert not operand.weights
     assert not operand.parts
     assert made["a"].shape == (2, 2, 2)

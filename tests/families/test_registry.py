@@ -19,7 +19,7 @@ from mlx_lm.models import dbrx, glm4_moe, phi3, qwen3_5, qwen3_5_moe, solar_open
 import vllm_moe_compat
 from support.checkpoints import build
 from support.loading import load, new_model
-from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_for, row_of_config
+from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_for, row_of_model_type
 from vllm_moe_compat.families.row import Moe, Workaround
 
 ROWS = list(TRANSFORMS_BY_MODULE.values())
@@ -50,7 +50,7 @@ def test_a_class_that_two_modules_share_is_its_owners():
     """Solar-Open's config has a row of its own; its tensors are GLM-4's."""
     assert solar_open.Model is glm4_moe.Model
     assert row_for(solar_open.Model) is row("glm4_moe")
-    assert row_of_config({"model_type": "solar_open"}, {}) is row("solar_open")
+    assert row_of_model_type({"model_type": "solar_open"}, {}) is row("solar_open")
     ours, owners = row("solar_open"), row("glm4_moe")
     assert (ours.moe, ours.dropped_upstream, ours.digests) == (
         owners.moe,
@@ -95,9 +95,9 @@ def test_a_config_finds_its_row_by_every_name_that_it_goes_by():
         "hunyuan_v1_moe": "hunyuan",
         "hunyuan": "hunyuan",
     }.items():
-        assert row_of_config({"model_type": kind}, remapping) is row(module), kind
+        assert row_of_model_type({"model_type": kind}, remapping) is row(module), kind
     for kind in ("dbrx", "", None, 7, ["llama"]):
-        assert row_of_config({"model_type": kind}, remapping) is None
+        assert row_of_model_type({"model_type": kind}, remapping) is None
 
 
 def test_inner_and_unmapped_models_have_no_row():

@@ -26,7 +26,11 @@ from parity.release import release_config
 from support.loading import load
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.families import forward_fixes as repairs
-from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_of_config, translate_config
+from vllm_moe_compat.families.registry import (
+    TRANSFORMS_BY_MODULE,
+    row_of_model_type,
+    translate_config,
+)
 from vllm_moe_compat.families.row import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -59,7 +63,7 @@ def fixed(row: Row, config: Config) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_a_second_time_changes_nothing(family: Family):
     for config in configs(family):
-        row = row_of_config(config, mlx_lm.utils.MODEL_REMAPPING)
+        row = row_of_model_type(config, mlx_lm.utils.MODEL_REMAPPING)
         if row is None:
             assert family.module == "dbrx"
             continue
@@ -72,7 +76,7 @@ def test_a_second_time_changes_nothing(family: Family):
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_what_was_changed_is_said_and_nothing_else_is(family: Family):
     for config in configs(family):
-        row = row_of_config(config, mlx_lm.utils.MODEL_REMAPPING)
+        row = row_of_model_type(config, mlx_lm.utils.MODEL_REMAPPING)
         if row is not None:
             before = deepcopy(config)
             assert bool(fixed(row, config)) == (config != before) or "mixed" in family.name

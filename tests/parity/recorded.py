@@ -82,7 +82,7 @@ def _of_transformers(family: Family, logits: bool) -> Entry:
 
 def _recipe(tensors: State) -> tuple[State, Entry]:
     """Return the tensors with their recorded values, and the names and shapes to record."""
-    folded = recorded.fold({name: tuple(value.shape) for name, value in tensors.items()})
+    folded = recorded.fold_shapes({name: tuple(value.shape) for name, value in tensors.items()})
     values = {
         name: torch.from_numpy(recorded.values(index, name, shape))
         for index, (name, shape) in enumerate(recorded.expand(folded).items())

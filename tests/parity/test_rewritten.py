@@ -26,7 +26,7 @@ from support.checkpoints import Checkpoint
 from support.loading import read
 from support.rewriting import layout_to
 from vllm_moe_compat.checkpoint.headers import read_headers
-from vllm_moe_compat.families.registry import row_of_config, translate_config
+from vllm_moe_compat.families.registry import row_of_model_type, translate_config
 from vllm_moe_compat.rewrite.run_rewrite import rewrite
 from vllm_moe_compat.rewrite.written_layout import LAYOUTS
 
@@ -53,7 +53,7 @@ def test_every_layout_computes_the_same(family: Family, tmp_path: Path):
         cell = build(family, source)
         folder = cell.write(_new(tmp_path))
         config = json.loads((folder / "config.json").read_text())
-        row = row_of_config(config, mlx_lm.utils.MODEL_REMAPPING)
+        row = row_of_model_type(config, mlx_lm.utils.MODEL_REMAPPING)
         assert row is not None
         fixed = json.loads((folder / "config.json").read_text())
         translate_config(row, fixed)

@@ -24,7 +24,7 @@ from vllm_moe_compat.probes import evidence, results
 from vllm_moe_compat.probes import probe as probing
 from vllm_moe_compat.probes.evidence import Examined, examine
 from vllm_moe_compat.probes.probe import probe
-from vllm_moe_compat.probes.recipes import expand, families, families_of, fold, values
+from vllm_moe_compat.probes.recipes import expand, families, families_of, fold_shapes, values
 from vllm_moe_compat.probes.status import status_of
 from vllm_moe_compat.probes.variants import FORMS
 
@@ -199,7 +199,7 @@ def test_what_is_not_in_time_is_not_probed():
 def test_names_are_folded_and_unfolded():
     names = {f"a.{layer}.b.{e}.c": (2, 3) for layer in range(2) for e in range(4)}
     names |= {"a.0.d": (1,), "a.2.d": (1,), "e": ()}
-    folded = fold(names)
+    folded = fold_shapes(names)
     assert folded == {"a.{0..1}.b.{0..3}.c": [2, 3], "a.0.d": [1], "a.2.d": [1], "e": []}
     assert expand(folded) == names
 

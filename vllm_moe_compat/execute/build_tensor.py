@@ -45,12 +45,12 @@ def make_build(
     names = names or build.targets
     operand = take(build, weights)
     if build.restriction is None:
-        return make(build.ops, operand, names, dtype, formats)
+        return make_tensors(build.ops, operand, names, dtype, formats)
     for op in build.ops:
         operand = run(op, operand, dtype)
     arrays = [_trimmed(w.all() if isinstance(w, Stack) else w, build) for w in operand.weights]
     mx.eval(arrays)
-    return make((), Arrays(arrays), names, dtype, formats)
+    return make_tensors((), Arrays(arrays), names, dtype, formats)
 
 
 def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:
@@ -99,7 +99,7 @@ def _within(span: Span | None, read: Span | None) -> Span | None:
     return span if span is None or read is None else (span[0] - read[0], span[1] - read[0])
 
 
-def make(
+def make_tensors(
     ops: Sequence[Op],
     operand: Arrays,
     names: Sequence[str],

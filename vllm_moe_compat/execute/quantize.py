@@ -25,7 +25,7 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.errors import CompatError
-from vllm_moe_compat.execute.build_tensor import make, make_build
+from vllm_moe_compat.execute.build_tensor import make_build, make_tensors
 from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, decide
 from vllm_moe_compat.execute.run_plan import failure, widen_and_drop
 from vllm_moe_compat.execute.stack import Arrays
@@ -107,7 +107,7 @@ class SanitizedLoad:
         try:
             if packed.names[0] in self.floats:
                 operand = Arrays([self.floats.pop(packed.names[0])])
-                return make((), operand, packed.names, "", packed.formats)
+                return make_tensors((), operand, packed.names, "", packed.formats)
             return make_build(
                 packed.build,
                 self.sources,

@@ -22,7 +22,7 @@ from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.planner import Plan
 
 
-def describe(weights: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def tensor_infos(weights: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Describe arrays as their headers would, reading nothing; FP8 shows as ``U8``."""
     return {
         name: TensorInfo(stored_name(array.dtype), tuple(array.shape))

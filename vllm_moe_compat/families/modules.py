@@ -162,7 +162,7 @@ def row_of_config(config: Mapping[str, Any]) -> Row | None:
     """Return the row for a config whose keys are not translated yet, or None."""
     if config.get("model_file") is not None:
         return None
-    return registry.row_of_config(config, mlx_lm().by_type)
+    return registry.row_of_model_type(config, mlx_lm().by_type)
 
 
 def find(config: Mapping[str, Any]) -> FoundModule:
@@ -171,7 +171,7 @@ def find(config: Mapping[str, Any]) -> FoundModule:
         return FoundModule(str(config["model_file"]), None, OWN_CODE)
     source = mlx_lm()
     if source.folder is None:
-        row = registry.row_of_config(config, {})
+        row = registry.row_of_model_type(config, {})
         return FoundModule("", None, UNMAPPED) if row is None else FoundModule(row.module, row)
     module = source.module_of(config)
     if module is None:

@@ -38,7 +38,7 @@ def row_for(model_class: type) -> Row | None:
     return None
 
 
-def row_of_config(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Row | None:
+def row_of_model_type(config: Mapping[str, Any], remapping: Mapping[str, str]) -> Row | None:
     """Return the row for a config's ``model_type``, or None.
 
     Args:

@@ -119,9 +119,9 @@ def _plan(
     row: Row, load: LoadContext | None, model: Any, weights: dict[str, Any], serving: Serving
 ) -> tuple[Plan, dict[str, TensorInfo], str | None]:
     """Return the plan for these tensors, their descriptions, and their folder if known."""
-    from vllm_moe_compat.execute.run_plan import describe
+    from vllm_moe_compat.execute.run_plan import tensor_infos
 
-    given = describe(weights)
+    given = tensor_infos(weights)
     if load is not None and load.matches(given):
         load.check_files()
         return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)

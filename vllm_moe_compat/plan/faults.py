@@ -60,7 +60,7 @@ def already_quantized(
     """Yield a fault if a checkpoint in a quantised form is to be quantised again."""
     if serving.setting == NONE:
         return
-    shown = quantization.already_quantized(config, layout, extern=extern)
+    shown = quantization.sign_of_quantization(config, layout, extern=extern)
     if shown is not None:
         yield Fault(
             "quantized-already",

@@ -21,7 +21,7 @@ DEQUANTIZED = "dequantized"
 it."""
 
 
-def already_quantized(
+def sign_of_quantization(
     config: Mapping[str, Any], layout: Layout, *, extern: bool = False
 ) -> str | None:
     """Return the evidence that a checkpoint is in a quantised form that stays, or None.

@@ -152,7 +152,7 @@ def expand(folded: Mapping[str, Sequence[int]]) -> Shapes:
     return found
 
 
-def fold(tensors: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+def fold_shapes(tensors: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Fold complete runs of one shape: ``x.0.y`` … ``x.3.y`` become ``x.{0..3}.y``."""
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[int, ...]]] = {}
     for name, shape in tensors.items():

@@ -17,7 +17,7 @@ from vllm_moe_compat.checkpoint.numbers import infer_dtypes
 from vllm_moe_compat.checkpoint.operations import Op
 from vllm_moe_compat.execute.arrays import run
 from vllm_moe_compat.execute.build_tensor import make_build, take
-from vllm_moe_compat.execute.run_plan import describe, failure
+from vllm_moe_compat.execute.run_plan import failure, tensor_infos
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.rewrite.planner import plan_rewrite
@@ -59,7 +59,7 @@ def rewrite(
         CheckpointFileError: a tensor cannot be read.
         InsufficientMemoryError: memory ran out.
     """
-    infos = tensors if tensors is not None else infer_dtypes(describe(weights))
+    infos = tensors if tensors is not None else infer_dtypes(tensor_infos(weights))
     layout = detect(infos, config, row.ignored)
     plan = plan_rewrite(layout, row, config, wanted, linear)
     for name in layout.numbers.unused:

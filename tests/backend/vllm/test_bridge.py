@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from vllm_moe_compat.backend.vllm import bridge
-from vllm_moe_compat.backend.vllm.scheduler_output import decode
+from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.versions import TESTED
 
@@ -62,11 +62,11 @@ def new_request(**more: Any) -> NewRequestData:
 def test_the_v1_encoding_is_read_and_v2_refused_by_name() -> None:
     output = SchedulerOutput.make_empty()
     output.scheduled_new_reqs = [new_request()]
-    (request,) = decode(output).new
+    (request,) = read_schedule(output).new
     assert (request.prompt, request.blocks) == ([1, 2, 3], ([1],))
     output.scheduled_new_reqs = [new_request(prefill_token_ids=[1, 2, 3])]
     with pytest.raises(UnsupportedServingError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        decode(output)
+        read_schedule(output)
 
 
 def test_a_cache_plan_of_a_third_kind_is_refused() -> None:
@@ -114,7 +114,7 @@ def test_copies_of_pages_are_read_where_the_release_has_them() -> None:
     output = SchedulerOutput.make_empty()
     assert bridge.page_copies(output) == ()
     output.kv_cache_block_copies = [(1, 2)]
-    assert decode(output).page_copies == ((1, 2),)
+    assert read_schedule(output).page_copies == ((1, 2),)
 
 
 def test_a_group_of_layers_of_several_shapes_has_a_spec_for_each() -> None:

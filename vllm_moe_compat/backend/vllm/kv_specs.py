@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-MLX_DTYPES = {
-    torch.float32: mx.float32,
-    torch.bfloat16: mx.bfloat16,
-    torch.float16: mx.float16,
-}
-TORCH_DTYPES = {mlx: host for host, mlx in MLX_DTYPES.items()}
 PAGE_TOKENS = 16
+
+
+def torch_dtype(dtype: mx.Dtype) -> torch.dtype:
+    """Return torch's dtype of the same name as MLX's."""
+    found: torch.dtype = getattr(torch, str(dtype).rpartition(".")[2])
+    return found
 
 
 def _split(layers: Sequence[Layer]) -> tuple[list[AttentionLayer], list[StateLayer]]:
@@ -88,7 +88,7 @@ def specs(vllm_config: VllmConfig, layers: Sequence[Layer]) -> dict[int, KVCache
             * (largest // layer.token_bytes if several_groups else 1),
             "num_kv_heads": layer.kv_heads,
             "head_size": layer.head_dim,
-            "dtype": TORCH_DTYPES[layer.dtype],
+            "dtype": torch_dtype(layer.dtype),
         }
         if layer.value_dim is not None:
             shape["head_size_v"] = layer.value_dim
@@ -105,7 +105,7 @@ def _state_spec(cache: Any, layer: StateLayer, block: int, padded: int | None) -
     return MambaSpec(
         block_size=block,
         shapes=layer.shapes,
-        dtypes=tuple(TORCH_DTYPES[dtype] for dtype in layer.dtypes),
+        dtypes=tuple(map(torch_dtype, layer.dtypes)),
         page_size_padded=padded,
         mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
         mamba_cache_mode=cache.mamba_cache_mode,

@@ -19,7 +19,7 @@ from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.forward import Forward
 from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
-from vllm_moe_compat.backend.vllm.scheduler_output import decode
+from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -74,7 +74,7 @@ class ModelRunner:
         if self._pending is not None:
             self._pending.get_output()
             self._pending = None
-        schedule = decode(scheduler_output)
+        schedule = read_schedule(scheduler_output)
         lost = self.batch.update(schedule)
         self.sampler.forget(set(schedule.finished))
         self.storage.states.drop(lost)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-def decode(output: SchedulerOutput) -> Schedule:
+def read_schedule(output: SchedulerOutput) -> Schedule:
     """Translate one scheduler output.
 
     Raises:

@@ -23,9 +23,9 @@ from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import bridge, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
-from vllm_moe_compat.backend.vllm.kv_specs import MLX_DTYPES
 from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
+from vllm_moe_compat.dtypes import mlx_dtype, stored_name
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
@@ -65,7 +65,7 @@ class MlxWorker(WorkerBase):
         Raises:
             CompatError: the checkpoint or the model cannot be served.
         """
-        dtype = MLX_DTYPES[self.model_config.dtype]
+        dtype = mlx_dtype(stored_name(self.model_config.dtype))
         with loading_with(progress=self.load_config.use_tqdm_on_load):
             self.served = loader.load(self.model_config.model, self.model_config.revision, dtype)
         kv_specs.align_pages(self.vllm_config, self.served.layers)
@@ -126,7 +126,7 @@ class MlxWorker(WorkerBase):
                 groups[index] = number
                 page_bytes[index] = bridge.layer_spec(group.kv_cache_spec, name).page_size_bytes
         self._check_pages(block_sizes, groups, page_bytes)
-        dtype = MLX_DTYPES[self.model_config.dtype]
+        dtype = mlx_dtype(stored_name(self.model_config.dtype))
         pools: dict[int, PagePool] = {}
         for names in bridge.layers_by_region(plan):
             indices = [_layer_index(name) for name in names]

@@ -24,7 +24,7 @@ from vllm_moe_compat.dtypes import STORED_NAMES, mlx_dtype
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import quantize as requantize
 from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy
-from vllm_moe_compat.execute.run_plan import describe
+from vllm_moe_compat.execute.run_plan import tensor_infos
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.context import current
 from vllm_moe_compat.load.options import loading_with
@@ -90,11 +90,11 @@ def _results(piece: requantize.PackedBuild, pending: requantize.SanitizedLoad) -
     names = piece.names if held is pending.floats else piece.build.weights
     tensors = dict(pending.load.tensors)
     if held is pending.floats:
-        (given,) = describe({names[0]: held[names[0]]}).values()
+        (given,) = tensor_infos({names[0]: held[names[0]]}).values()
         specs: tuple[Spec, ...] = (Spec(given.dtype, given.shape),)
     else:
         if not piece.build.parts:  # An array may have been cast since its header was read.
-            tensors |= describe({name: held[name] for name in names})
+            tensors |= tensor_infos({name: held[name] for name in names})
         specs = piece.build.results(tensors, STORED_NAMES[piece.dtype])
     found: dict[str, Spec] = {}
     for name, spec, packing in zip(piece.names, specs, piece.formats, strict=True):
@@ -153,7 +153,7 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
             if id(array) not in pieces and fits and not _is_packed(name, arrays):
                 arrays[name] = array.astype(mlx_dtype(cast))
     order = {name: n for n, name in enumerate(sorted(arrays, key=_layer))}
-    described = describe({name: arrays[name] for name in order})
+    described = tensor_infos({name: arrays[name] for name in order})
     specs = {name: Spec(info.dtype, info.shape) for name, info in described.items()}
 
     def stream() -> Iterator[tuple[str, mx.array]]:
