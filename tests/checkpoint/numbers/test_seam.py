@@ -33,10 +33,11 @@ from vllm_moe_compat.checkpoint.numbers.form import (
 )
 from vllm_moe_compat.checkpoint.operations import Dequantize, Invertible, Op, Operand, Spec
 from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.execute.numbers import EXECUTORS
 from vllm_moe_compat.execute.numbers.executor import Executor
-from vllm_moe_compat.execute.stack import DTYPES, Arrays
+from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.rewrite.run_rewrite import rewrite
@@ -149,7 +150,7 @@ class RowsExecutor(Executor):
         return {"row": parts["row"].reshape(shape[0], shape[1], 1).astype(mx.float32)}
 
     def floats(self, op: Any, weight: Any, parts: Any, experts: Any, rows: Any, dtype: str) -> Any:
-        return (weight.astype(mx.float32) * parts["row"][experts, rows]).astype(DTYPES[dtype])
+        return (weight.astype(mx.float32) * parts["row"][experts, rows]).astype(mlx_dtype(dtype))
 
     def restrict(self, op: Any, parts: Any, shape: Any, region: Any) -> dict[str, mx.array]:
         raise NotImplementedError("no test restricts it")

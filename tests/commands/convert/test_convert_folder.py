@@ -116,13 +116,20 @@ def test_an_empty_folder_is_taken_and_environment_and_hooks_stay_as_they_were(
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint whose conversion takes long enough to be interrupted on a busy machine."""
+    sizes = Sizes(512, 512, experts=8, layers=16)
+    return build("combined", sizes=sizes).write(tmp_path_factory.mktemp("large"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_conversion_leaves_no_target_and_the_next_one_works(
-    number: signal.Signals, tmp_path: Path, capsys
+    number: signal.Signals, large: Path, tmp_path: Path, capsys
 ):
-    source = build("combined", sizes=Sizes(512, 512, experts=8)).write(tmp_path / "source")
-    target = tmp_path / "out"
+    source, target = large, tmp_path / "out"
     words = [sys.executable, "-m", "vllm_moe_compat", "convert", str(source), str(target)]
+    words += ["--verify"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     shard = partial_of(target) / "model.safetensors"
     limit = time.monotonic() + 120
