@@ -149,7 +149,7 @@ def test_an_interrupted_conversion_leaves_no_target_and_the_next_one_works(
         more = ["--replace-partial"]
     assert not shard.exists() or more
     assert main(["convert", str(source), str(target), *more]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_link_that_leaves_the_checkpoint_is_not_copied(source: Path, tmp_path: Path, capsys):
