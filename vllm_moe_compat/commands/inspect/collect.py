@@ -27,7 +27,7 @@ from vllm_moe_compat.commands.inspect.model import (
     Stock,
 )
 from vllm_moe_compat.commands.inspect.needs import memory
-from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_error, of_load, problem
+from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_fault, problem
 from vllm_moe_compat.commands.inspect.read import Contents, read
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.commands.inspect.stock import REFUSES, UNKNOWN, stock
@@ -35,6 +35,7 @@ from vllm_moe_compat.errors import CompatError, LayoutError
 from vllm_moe_compat.families import modules
 from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.plan.faults import of_error
 from vllm_moe_compat.plan.make import Headers, PlannedLoad, make
 from vllm_moe_compat.plan.serving import installed_device, serving
 
@@ -127,7 +128,7 @@ def _extras(contents: Contents, layout: Layout) -> list[Extra]:
     try:
         return describe.extras(layout, contents.tensors, contents.config)
     except LayoutError as error:
-        contents.problems.append(of_error("config-number", error))
+        contents.problems.append(of_fault(of_error("config-number", error)))
         return describe.extras(layout, contents.tensors, {})
 
 
@@ -159,7 +160,7 @@ def _detect(contents: Contents, config: Mapping[str, Any]) -> Layout | None:
     try:
         return detect(contents.tensors, config)
     except LayoutError as error:
-        contents.problems.append(of_error("config-number", error))
+        contents.problems.append(of_fault(of_error("config-number", error)))
         return None
 
 
@@ -184,7 +185,7 @@ def _plan_load(contents: Contents, outcome: _Outcome) -> Layout | None:
         contents.extern is not None,
     )
     planned = make(headers, contents.config, serving(installed_device()))
-    contents.problems += map(of_load, planned.faults)
+    contents.problems += map(of_fault, planned.faults)
     outcome.module, outcome.row = planned.module or None, planned.row
     if planned.reason == OWN_CODE:
         contents.add(

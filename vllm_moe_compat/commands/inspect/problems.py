@@ -94,17 +94,6 @@ def problem(id: str, message: object, remedy: object = "") -> Problem:
     return Problem(id, severity, clean(message), clean(remedy))
 
 
-def of_fault(fault: FileFault) -> Problem:
-    """Make the finding for a faulty file."""
-    return problem(fault.id, fault.message, fault.remedy)
-
-
-def of_error(id: str, error: Exception) -> Problem:
-    """Make the finding for an exception; its message ends with the remedy."""
-    message, _, remedy = str(error).removesuffix(".").rpartition("; ")
-    return problem(id, message or remedy, remedy if message else "")
-
-
-def of_load(fault: Fault) -> Problem:
-    """Make a finding of a fault of the planned load."""
+def of_fault(fault: Fault | FileFault) -> Problem:
+    """Make the finding for a fault of a file or of the planned load."""
     return problem(fault.id, fault.message, fault.remedy)
