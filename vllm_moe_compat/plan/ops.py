@@ -113,7 +113,7 @@ class SplitGateUp(Invertible):
     @property
     def words(self) -> str:
         """``split gate and up``."""
-        return "split gate and up" + (" that take turns" if self.interleaved else "")
+        return f"split {'interleaved ' if self.interleaved else ''}gate and up"
 
 
 @dataclass(frozen=True, slots=True)
