@@ -16,6 +16,7 @@ from vllm_moe_compat.backend.model.describe_layers import describe
 from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.commands.inspect.cache import cache
 from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.families.row import Cache
 
 # One family for every way in which a config tells.
 CHOSEN = (
@@ -65,7 +66,7 @@ def test_it_is_what_the_model_keeps(name: str, tmp_path: Path):
     ],
 )
 def test_what_the_config_does_not_tell_is_not_known(config: dict[str, object], why: str):
-    kinds, note = cache(config, "llama")
+    kinds, note = cache(config, Cache())
     assert kinds == []
     assert note.startswith("not known: ")
     assert why in note
@@ -73,7 +74,7 @@ def test_what_the_config_does_not_tell_is_not_known(config: dict[str, object], w
 
 def test_a_kind_of_layer_that_nobody_knows():
     config = {"layer_types": ["full_attention", "odd\x1b"], "num_hidden_layers": 2}
-    kinds, _ = cache({**config, "num_attention_heads": 2, "head_dim": 8}, "llama")
+    kinds, _ = cache({**config, "num_attention_heads": 2, "head_dim": 8}, Cache())
     assert [(kind.kind, kind.bytes_per_1000_tokens) for kind in kinds] == [
         ("softmax", 64_000),
         ("odd?", None),

@@ -15,7 +15,6 @@ from typing import Any
 from vllm_moe_compat.checkpoint.config import sections
 from vllm_moe_compat.commands.inspect.model import CacheKind
 from vllm_moe_compat.commands.inspect.problems import clean
-from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Cache
 
 TOKENS = 1000
@@ -36,26 +35,21 @@ class _UnknownError(Exception):
     """The config does not determine the cache; the argument is the reason."""
 
 
-def cache(config: Mapping[str, Any], module: str | None) -> tuple[list[CacheKind], str]:
+def cache(config: Mapping[str, Any], facts: Cache) -> tuple[list[CacheKind], str]:
     """Compute the cache of one sequence, by kind of layer.
 
     Args:
         config: the config translated for mlx-lm.
-        module: name of the module that will load it, without its package.
+        facts: what the module's cache holds beyond what the config says.
 
     Returns:
         The kinds, the most frequent first, and the assumption made; if the config does not
         determine the cache, no kinds and the reason.
     """
     try:
-        return _cache(_Numbers(config), _facts(module)), "2 bytes a number"
+        return _cache(_Numbers(config), facts), "2 bytes a number"
     except _UnknownError as error:
         return [], f"not known: {error}"
-
-
-def _facts(module: str | None) -> Cache:
-    row = TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{module}")
-    return Cache() if row is None else row.cache
 
 
 class _Numbers:

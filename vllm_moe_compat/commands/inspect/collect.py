@@ -268,9 +268,8 @@ def _describe_mapped(
 
 
 def _add_memory(contents: Contents, outcome: _Outcome, planned: PlannedLoad) -> None:
-    module = (outcome.module or "").rpartition(".")[2]
     try:
-        outcome.memory, found = memory(planned, planned.config, module)
+        outcome.memory, found = memory(planned)
     except CompatError:
         raise
     except (ValueError, ArithmeticError, LookupError) as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from vllm_moe_compat.commands.inspect.cache import cache
 from vllm_moe_compat.commands.inspect.model import Memory, Need, Problem
 from vllm_moe_compat.commands.inspect.problems import problem
 from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.families.row import Cache
 from vllm_moe_compat.load.memory import host_memory
 from vllm_moe_compat.load.report import size
 from vllm_moe_compat.plan.estimate import NONE, estimate
@@ -19,16 +18,8 @@ from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planner import Plan
 
 
-def memory(
-    planned: PlannedLoad, config: Mapping[str, Any], module: str | None
-) -> tuple[Memory, list[Problem]]:
-    """Estimate the memory that each quantisation setting needs.
-
-    Args:
-        planned: the load.
-        config: translated for mlx-lm.
-        module: that will load it.
-    """
+def memory(planned: PlannedLoad) -> tuple[Memory, list[Problem]]:
+    """Estimate the memory that each quantisation setting needs, and the cache of a sequence."""
     total, free = host_memory()
     assert planned.layout is not None, "it was planned"
     tensors = planned.layout.tensors
@@ -44,7 +35,7 @@ def memory(
         found = estimate(plan, tensors, dtype, packed_dtype, spare)
         final, peak = found.final[setting], found.peak[setting]
         needs.append(Need(setting, final, peak, peak <= total, peak <= free))
-    kinds, note = cache(config, module)
+    kinds, note = cache(planned.config, Cache() if planned.row is None else planned.row.cache)
     source = "the host's memory, a container's limit counted"
     if sys.platform == "darwin":
         source += "; what Metal lets one process use is less, and MLX was not queried"
