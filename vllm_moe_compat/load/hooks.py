@@ -17,9 +17,10 @@ from types import CodeType
 from typing import Any
 
 from vllm_moe_compat.checkpoint.headers import weight_files
+from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.families import forward_fixes, registry
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context, guard
+from vllm_moe_compat.load import context, guard, memory
 from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
@@ -100,9 +101,6 @@ def _check_memory(load: context.LoadContext) -> None:
     serving = load.planned.serving
     if not load.plan.builds and serving.setting == NONE:
         return  # mlx-lm decides what is read, and when.
-    from vllm_moe_compat.dtypes import STORED_NAMES
-    from vllm_moe_compat.load.memory import check
-
     layout = load.planned.layout
     assert layout is not None, "there is a plan"
     spare = {setting: load.planned.spared(setting) for setting in QUANTIZE_SETTINGS}
@@ -113,7 +111,7 @@ def _check_memory(load: context.LoadContext) -> None:
         STORED_NAMES[serving.packed_dtype],
         spare,
     )
-    check(load.model_dir, needs, serving.setting)
+    memory.check(load.model_dir, needs, serving.setting)
 
 
 def sanitize_hook(
