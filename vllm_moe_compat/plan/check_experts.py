@@ -124,19 +124,23 @@ def _unequal_experts(layout: Layout, projection: str, names: list[str]) -> Itera
         for name in names:
             yield _unsupported(name, f"is {usual[0]}", "bf16, f16, f32 or block FP8")
         return
-    yield from _unequal_tensors(layout.weights, projection, names)
+    yield from _unequal_tensors(layout.weights, projection, names, specs)
     parts: dict[str, list[str]] = {}
     for name in names:
         for role, part in layout.numbers.stored(name).parts:
             parts.setdefault(role, []).append(part)
     for each in parts.values():
-        yield from _unequal_tensors(layout.tensors, projection, each)
+        found = _count_specs(layout.tensors, each)
+        yield from _unequal_tensors(layout.tensors, projection, each, found)
 
 
 def _unequal_tensors(
-    tensors: Mapping[str, TensorInfo], projection: str, names: list[str]
+    tensors: Mapping[str, TensorInfo],
+    projection: str,
+    names: list[str],
+    specs: Counter[tuple[str, tuple[int, ...]]],
 ) -> Iterator[Finding]:
-    specs = _count_specs(tensors, names)
+    """Yield the tensors whose spec is not the most frequent of ``specs``."""
     if len(specs) == 1:
         return
     usual, _ = specs.most_common(1)[0]

@@ -141,7 +141,7 @@ class PlannedLoad:
         if any(already_quantized(folder, self.original, self.layout, serving, extern=extern)):
             return None
         split, exact = setting != NONE, serving.exact
-        return make_plan(self.layout, self.row, self.config, split=split, exact=exact)
+        return make_plan(self.layout, self.row, self.config, split=split, exact=exact, checked=True)
 
 
 def read_headers_of(folder: Path) -> Headers:
@@ -263,7 +263,8 @@ def _plan(
         if faults := list(faults_of(findings, tensors)):
             return None, faults
         split = serving.setting != NONE
-        return make_plan(layout, row, config, split=split, exact=serving.exact), []
+        plan = make_plan(layout, row, config, split=split, exact=serving.exact, checked=True)
+        return plan, []
     except LayoutError as error:
         return None, [of_error("config-number", error)]
 

@@ -79,6 +79,7 @@ def make_plan(
     split: bool = False,
     exact: bool = False,
     direct: bool = False,
+    checked: bool = False,
 ) -> Plan:
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
 
@@ -92,6 +93,7 @@ def make_plan(
             in bfloat16 and another dtype is served.
         direct: whether the tensors came without a preceding ``load_config``. Experts that
             upstream stacks are then not checked.
+        checked: whether the caller has checked numbers and experts.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
@@ -108,8 +110,9 @@ def make_plan(
         or (_is_stored(b, numbers) and not digested)
         for b in blocks
     )
-    findings = check_experts(layout, row, config) if stacking or not direct else ()
-    refuse([*numbers.findings(), *findings], layout.tensors)
+    if not checked:
+        findings = check_experts(layout, row, config) if stacking or not direct else ()
+        refuse([*numbers.findings(), *findings], layout.tensors)
     digested = digested and not stacking
     stored = set[str]() if digested else set(numbers.weights)
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 
 
-@dataclass(frozen=True, slots=True)
-class StoredWeight:
-    """One weight in a stored number form.
+class StoredWeight(NamedTuple):
+    """One weight in a stored number form; a tuple, since a checkpoint has tens of thousands.
 
     Attributes:
         tensor: the tensor with the stored numbers.
