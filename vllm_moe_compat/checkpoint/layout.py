@@ -92,17 +92,17 @@ def _weights(tensors: Mapping[str, TensorInfo], numbers: Numbers) -> Mapping[str
     """Return the tensors with every stored weight under its float name, in the same order."""
     if not numbers.found:
         return tensors
-    weight_of = {
-        stored.tensor: (name, found)
+    float_names = {
+        stored.tensor: name
         for found in numbers.found
         for name, stored in found.weights.items()
+        if stored.tensor != name
     }
     parts = numbers.parts
     weights: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        if name in weight_of:
-            weight, found = weight_of[name]
-            weights[weight] = found.logical(weight)
-        elif name not in parts:
-            weights[name] = info
+    for tensor, info in tensors.items():
+        if tensor not in parts:
+            name = float_names.get(tensor, tensor)
+            found = numbers.weights.get(name)
+            weights[name] = info if found is None else found.logical(name)
     return weights

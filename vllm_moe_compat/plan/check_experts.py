@@ -6,7 +6,7 @@ the layer, the expert and the projection before any tensor is read.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -125,10 +125,10 @@ def _unequal_experts(layout: Layout, projection: str, names: list[str]) -> Itera
             yield _unsupported(name, f"is {usual[0]}", "bf16, f16, f32 or block FP8")
         return
     yield from _unequal_tensors(layout.weights, projection, names, specs)
-    parts: dict[str, list[str]] = {}
+    parts = defaultdict[str, list[str]](list)
     for name in names:
         for role, part in layout.numbers.stored(name).parts:
-            parts.setdefault(role, []).append(part)
+            parts[role].append(part)
     for each in parts.values():
         found = _count_specs(layout.tensors, each)
         yield from _unequal_tensors(layout.tensors, projection, each, found)

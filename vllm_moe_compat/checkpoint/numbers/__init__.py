@@ -49,14 +49,10 @@ class Numbers:
     @property
     def parts(self) -> frozenset[str]:
         """Names of all tensors of the forms that are not weights, such as scales."""
-        return frozenset(
-            name
-            for found in self.found
-            for name in (
-                *found.unused,
-                *(part for stored in found.weights.values() for _, part in stored.parts),
-            )
-        )
+        names = {name for found in self.found for name in found.unused}
+        for found in self.found:
+            names.update([name for _, parts in found.weights.values() for _, name in parts])
+        return frozenset(names)
 
     @property
     def unused(self) -> tuple[str, ...]:

@@ -217,6 +217,7 @@ class Fp8(NumberForm):
     def find(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Fp8Tensors:
         """Pair every FP8 weight with its scale."""
         found = Fp8Tensors(self, tensors)
+        weights, groups = found.weights, found.alike
         unused: list[str] = []
         for name, info in tensors.items():
             if info.dtype in _DTYPES and not name.endswith(_NOT_WEIGHTS):
@@ -226,11 +227,11 @@ class Fp8(NumberForm):
                 if not scale:
                     found.bare.append(name)
                     continue
-                found.weights[name] = StoredWeight(name, ((SCALE, scale),))
+                weights[name] = StoredWeight(name, ((SCALE, scale),))
                 beside = tensors[scale]
                 inverse = scale.endswith(_INVERSE)
                 alike = info.dtype, info.shape, beside.dtype, beside.shape, inverse
-                found.alike.setdefault(alike, []).append(name)
+                groups.setdefault(alike, []).append(name)
             elif name.endswith((_INVERSE, "weight_scale")):
                 # Nearly all scales have their weight beside them: a fast path.
                 weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
