@@ -65,11 +65,6 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (8 if known is None else known.bits) // 8
 
 
-def is_float(dtype: str) -> bool:
-    """Whether weights are served in this dtype, given by safetensors' name."""
-    return dtype in FLOATS
-
-
 def stored_name(dtype: object) -> str:
     """Return safetensors' name of an MLX or torch dtype, or its own where there is none.
 

@@ -27,6 +27,7 @@ _ENDINGS = {
     "_blocks": "mxfp4 blocks",
 }
 """Ending of a tensor's name → the published form that it identifies."""
+_ANY_ENDING = tuple(_ENDINGS)
 INT4 = "compressed-tensors int4"
 _EXPECTED = "floats, FP8, or weights packed in MLX's own form"
 
@@ -35,9 +36,9 @@ def check_packed(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterato
     """Yield the packed tensors that nothing reads."""
     forms: dict[str, list[str]] = {}
     for name in layout.tensors:
-        ending = next((end for end in _ENDINGS if name.endswith(end)), None)
-        if ending is not None:
-            forms.setdefault(_ENDINGS[ending], []).append(name)
+        if name.endswith(_ANY_ENDING):
+            form = next(form for end, form in _ENDINGS.items() if name.endswith(end))
+            forms.setdefault(form, []).append(name)
     if "nvfp4" in forms:
         # NVFP4 as compressed-tensors writes it has ``_global_scale`` beside ``_packed``.
         forms["nvfp4"] += forms.pop("compressed-tensors", [])
