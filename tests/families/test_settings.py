@@ -25,7 +25,7 @@ from parity.reference import new_config
 from parity.release import release_config
 from support.loading import load
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
-from vllm_moe_compat.families import forward_fixes as repairs
+from vllm_moe_compat.families.fixes import rotary as repairs
 from vllm_moe_compat.families.registry import (
     TRANSFORMS_BY_MODULE,
     row_of_model_type,

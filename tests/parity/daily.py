@@ -21,7 +21,7 @@ from vllm_moe_compat.families.row import Row
 
 OF_EVERY_FAMILY = ("release", "saved")
 # Fields of a row that name it, document it, or are about config.json or serving.
-_NO_PART_OF_A_SHAPE = {"module", "model_types", "workarounds", "translations", "cache"}
+_NO_PART_OF_A_SHAPE = {"module", "model_types", "workarounds", "translations", "cache", "fixes"}
 
 
 def shape(row: Row | None) -> Hashable:

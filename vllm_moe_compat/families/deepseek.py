@@ -7,7 +7,7 @@ prediction head appended as further decoder layers.
 from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
-from vllm_moe_compat.families import forward_fixes, settings, settings_by_family, workarounds
+from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, W123, Cache, Moe, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
@@ -44,7 +44,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         keeps=INT4_KEPT,
         dropped_here=EXTRA_LAYERS,
         translations=ROPE_ONLY,
-        sanitize_wrapper=forward_fixes.layer_61,
+        sanitize_wrapper=sanitize_wrappers.layer_61,
     ),
     block_fp8_row(
         "deepseek_v32",
@@ -67,7 +67,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=EXTRA_LAYERS | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
         translations=ROPE_ONLY,
-        sanitize_wrapper=forward_fixes.layer_61,
+        sanitize_wrapper=sanitize_wrappers.layer_61,
     ),
     # DeepSeek's layers with kv_b_proj whole, and a vision tower.
     moe_row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
-from vllm_moe_compat.families import forward_fixes, settings, settings_by_family, workarounds
+from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Cache, Moe, NormShift, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
@@ -113,7 +113,7 @@ MOE_ROWS: tuple[Row, ...] = (
         workarounds.TIED_HEAD,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
         translations=(settings.ROPE, settings.NUM_EXPERTS, settings.NORM_TOPK),
-        sanitize_wrapper=forward_fixes.tied_head,
+        sanitize_wrapper=sanitize_wrappers.tied_head,
     ),
     moe_row("olmoe", translations=ROPE_ONLY),
     moe_row("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=ROPE_ONLY),
@@ -169,7 +169,7 @@ MOE_ROWS: tuple[Row, ...] = (
         Moe(sources=("feed_forward.experts",), target="feed_forward.switch_mlp"),
         workarounds.JAMBA_ROUTER,
         translations=(settings_by_family.JAMBA_OFFSET,),
-        sanitize_wrapper=forward_fixes.jamba_router,
+        sanitize_wrapper=sanitize_wrappers.jamba_router,
     ),
     moe_row(
         "lfm2_moe",
@@ -201,7 +201,7 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
         translations=ROPE_ONLY,
-        sanitize_wrapper=forward_fixes.ernie_bias,
+        sanitize_wrapper=sanitize_wrappers.ernie_bias,
     ),
     block_fp8_row(
         "minimax",
@@ -250,7 +250,7 @@ MOE_ROWS: tuple[Row, ...] = (
             settings.ROPE,
             settings_by_family.HUNYUAN_ROPE,
         ),
-        sanitize_wrapper=forward_fixes.hunyuan_weights,
+        sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
     ),
     moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
     moe_row("mellum", translations=(settings.NUM_EXPERTS,)),

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.names import layer_of
+from vllm_moe_compat.families.fixes.fix import ForwardFix
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
 GLU = ("gate_proj", "up_proj", "down_proj")
@@ -188,6 +189,7 @@ class Row:
         sanitize_wrapper: called in place of ``sanitize``, with upstream's ``sanitize``, the
             model, the tensors and the original config.
         cache: differences between the module's cache and the one that the config implies.
+        fixes: settings that the module ignores and that are put into the instance.
     """
 
     module: str
@@ -206,6 +208,7 @@ class Row:
     translations: tuple[SettingTranslation, ...] = ()
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
+    fixes: tuple[ForwardFix, ...] = ()
 
     @property
     def ignored(self) -> Extras:

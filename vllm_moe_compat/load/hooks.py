@@ -18,7 +18,8 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.headers import weight_files
 from vllm_moe_compat.dtypes import STORED_NAMES
-from vllm_moe_compat.families import forward_fixes, registry
+from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import context, guard, memory
 from vllm_moe_compat.load.options import load_options, serving_here
@@ -153,6 +154,9 @@ def sanitize_hook(
 
         if load is not None:
             _scale_rope(load, model)
+            for fix, words in load.planned.fixes:
+                fix.apply(model, load.planned.settings)
+                logger.info("%s: put %s into %s", load.model_dir, words, row.module)
         sanitized, report = run_load(row, load, model, weights, sanitize)
         guard.check(model, sanitized, read_config, "" if load is None else str(load.model_dir))
     finally:
@@ -171,7 +175,7 @@ def _are_arrays(weights: Any) -> bool:
 
 def _scale_rope(load: context.LoadContext, model: Any) -> None:
     text = load.config.get("text_config")
-    if forward_fixes.scale_rope(model, text if isinstance(text, dict) else load.config):
+    if rotary.scale_rope(model, text if isinstance(text, dict) else load.config):
         logger.info(
             "%s: %s ignores rope_scaling; its rotary embeddings were replaced by scaled ones",
             load.model_dir,

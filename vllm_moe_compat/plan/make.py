@@ -25,10 +25,12 @@ from vllm_moe_compat.errors import (
     UnsupportedCheckpointError,
 )
 from vllm_moe_compat.families import modules, registry
+from vllm_moe_compat.families.fixes.fix import ForwardFix
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
+from vllm_moe_compat.plan.effective_config import Settings, resolve
 from vllm_moe_compat.plan.faults import (
     Fault,
     already_quantized,
@@ -72,6 +74,9 @@ class PlannedLoad:
     Attributes:
         original: the config as it was read.
         config: the effective config, from which the module is built.
+        settings: the language model's settings as transformers resolves them; those of the
+            config's section for the language model if transformers has no class for it.
+        fixes: forward fixes that the settings need, each with what it puts in, in words.
         translated: ids of the settings that were translated for mlx-lm.
         module: import path of the mlx-lm module; empty if mlx-lm has none.
         row: the module's row, or None.
@@ -86,6 +91,8 @@ class PlannedLoad:
 
     original: Mapping[str, Any]
     config: dict[str, Any]
+    settings: Settings
+    fixes: tuple[tuple[ForwardFix, str], ...]
     translated: tuple[str, ...]
     module: str
     row: Row | None
@@ -126,6 +133,7 @@ class PlannedLoad:
             self,
             config=config,
             row=None,
+            fixes=(),
             reason=reason,
             plan=None,
             needs_row=needs_row(layout),
@@ -181,11 +189,15 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
     translated: tuple[str, ...] = ()
     layout, plan, unsafe = None, None, ""
     module, row, reason = "", None, ""
+    settings: Settings = {}
+    fixes: tuple[tuple[ForwardFix, str], ...] = ()
     try:
         translated = translate(effective)
         found = modules.find(effective)
         module, row, reason = found.path, found.row, found.reason
         if row is not None:
+            settings = resolve(config) or text_section(effective)
+            fixes = _fixes(row, settings)
             faults += map(of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
         elif module:
@@ -208,6 +220,8 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
     return PlannedLoad(
         original=config,
         config=effective,
+        settings=settings,
+        fixes=fixes,
         translated=translated,
         module=module,
         row=row,
@@ -244,6 +258,18 @@ def make_from_tensors(
     layout = detect(tensors, config, row.ignored)
     split = serving.setting != NONE
     return make_plan(layout, row, config, split=split, exact=serving.exact, direct=direct)
+
+
+def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's section for the language model."""
+    text = config.get("text_config")
+    return dict(text if isinstance(text, Mapping) else config)
+
+
+def _fixes(row: Row, settings: Settings) -> tuple[tuple[ForwardFix, str], ...]:
+    """Return the forward fixes that the settings need, with what each puts in."""
+    each = ((fix, fix.needed(settings)) for fix in row.fixes)
+    return tuple((fix, words) for fix, words in each if words is not None)
 
 
 def _plan(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from vllm_moe_compat.errors import UnsupportedCheckpointError
+from vllm_moe_compat.families.fixes.fix import become, named
 
 Tensors = dict[str, Any]
 Config = Mapping[str, Any]
@@ -46,7 +46,7 @@ def jamba_router(sanitize: Sanitize, model: Any, weights: Tensors, config: Confi
     for layer in model.layers:
         block = layer.feed_forward
         if type(block).__name__ == "JambaSparseMoeBlock":
-            _become(block, _jamba_block)
+            become(block, _jamba_block)
     return sanitize(weights)
 
 
@@ -65,7 +65,7 @@ def _jamba_block(original: Any) -> type:
             scores = mx.take_along_axis(scores, chosen, axis=-1)
             return (self.switch_mlp(x, chosen) * scores[..., None]).sum(axis=-2)
 
-    return _named(Block, original)
+    return named(Block, original)
 
 
 def ernie_bias(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
@@ -82,7 +82,7 @@ def ernie_bias(sanitize: Sanitize, model: Any, weights: Tensors, config: Config)
     for name, bias in biases.items():
         layer = name.partition(".mlp.")[0]
         block = model.layers[int(layer.rpartition(".")[2])].mlp
-        _become(block, _ernie_block)
+        become(block, _ernie_block)
         block[_BIAS] = bias.reshape(-1)
         result[f"{layer}.mlp.{_BIAS}"] = bias.reshape(-1)
     return result
@@ -107,7 +107,7 @@ def _ernie_block(original: Any) -> type:
             y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
             return y if self.shared_experts is None else y + self.shared_experts(x)
 
-    return _named(Block, original)
+    return named(Block, original)
 
 
 def hunyuan_weights(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
@@ -119,7 +119,7 @@ def hunyuan_weights(sanitize: Sanitize, model: Any, weights: Tensors, config: Co
     if config.get("model_type") == "hunyuan_v1_moe":
         for layer in model.layers:
             if type(layer.mlp).__name__ == "MoeBlock":
-                _become(layer.mlp, _hunyuan_block)
+                become(layer.mlp, _hunyuan_block)
     return sanitize(weights)
 
 
@@ -141,7 +141,7 @@ def _hunyuan_block(original: Any) -> type:
             y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
             return y + self.shared_mlp(x) if self.use_shared_mlp else y
 
-    return _named(Block, original)
+    return named(Block, original)
 
 
 def tied_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
@@ -161,62 +161,3 @@ def tied_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) 
     if absent and "lm_head" not in model.language_model:
         result.pop("language_model.lm_head.weight", None)
     return result
-
-
-def scale_rope(model: Any, config: Mapping[str, Any]) -> bool:
-    """Replace each layer's rotary embedding by the scaled one that the config requires.
-
-    Several modules build an unscaled ``nn.RoPE`` whatever ``rope_scaling`` is. An embedding of
-    another class, or with a scale other than 1, already follows the config and is kept.
-
-    Args:
-        model: the instance.
-        config: the language model's config.
-
-    Returns:
-        Whether embeddings were replaced.
-
-    Raises:
-        UnsupportedCheckpointError: mlx-lm cannot build the embedding.
-    """
-    scaling = config.get("rope_scaling")
-    if not isinstance(scaling, Mapping):
-        return False
-    if scaling.get("type", scaling.get("rope_type")) in (None, "default", "mrope"):
-        return False
-    import mlx.nn as nn
-    from mlx_lm.models.rope_utils import initialize_rope
-
-    attentions = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", ())]
-    ropes = [(a, a.rope) for a in attentions if a is not None and hasattr(a, "rope")]
-    if not ropes or not all(type(rope) is nn.RoPE and rope.scale == 1.0 for _, rope in ropes):
-        return False
-    for attention, rope in ropes:
-        try:
-            attention.rope = initialize_rope(
-                rope.dims,
-                base=rope.base,
-                traditional=rope.traditional,
-                scaling_config=dict(scaling),
-                max_position_embeddings=config.get("max_position_embeddings"),
-            )
-        except (ValueError, TypeError, LookupError, AssertionError, ArithmeticError) as error:
-            raise UnsupportedCheckpointError(
-                f"config.json: rope_scaling is {dict(scaling)!r}, where a scaling that mlx-lm "
-                f"knows was expected ({type(error).__name__}: {error}); correct the config."
-            ) from error
-    return True
-
-
-def _become(block: Any, corrected: Callable[[Any], type]) -> None:
-    """Give one instance the corrected class; idempotent."""
-    if not getattr(type(block), "corrected", False):
-        block.__class__ = corrected(type(block))
-
-
-def _named(block: type, original: type) -> type:
-    """Give the corrected class the original's name and module."""
-    block.__name__, block.__qualname__ = original.__name__, original.__qualname__
-    block.__module__ = original.__module__
-    block.corrected = True  # type: ignore[attr-defined]
-    return block

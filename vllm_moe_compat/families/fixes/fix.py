@@ -1,0 +1,45 @@
+"""A ``ForwardFix``: one kind of setting that mlx-lm's modules ignore, and how it is put in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Settings: TypeAlias = Mapping[str, Any]
+"""The language model's settings as transformers' config class resolves them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardFix:
+    """A setting that a module ignores, put into an instance of it.
+
+    Attributes:
+        id: short name, for tables and messages: ``sliding-window``.
+        why: what the module does without it.
+        settings: keys of the settings that are put in.
+        needed: takes the settings; returns what will be put in, in words, or None if the module
+            computes the right thing by itself. Raises ``UnsupportedCheckpointError`` if a value
+            cannot be put in.
+        apply: takes the model and the settings; changes the instance.
+    """
+
+    id: str
+    why: str
+    settings: tuple[str, ...]
+    needed: Callable[[Settings], str | None]
+    apply: Callable[[Any, Settings], None]
+
+
+def become(part: Any, corrected: Callable[[Any], type]) -> None:
+    """Give one instance the corrected class; idempotent."""
+    if not getattr(type(part), "corrected", False):
+        part.__class__ = corrected(type(part))
+
+
+def named(part: type, original: type) -> type:
+    """Give the corrected class the original's name and module."""
+    part.__name__, part.__qualname__ = original.__name__, original.__qualname__
+    part.__module__ = original.__module__
+    part.corrected = True  # type: ignore[attr-defined]
+    return part
