@@ -18,6 +18,7 @@ from vllm_moe_compat.backend.step.mlx_sampling import (
     SamplingRequest,
     rejection_draws,
 )
+from vllm_moe_compat.backend.vllm import bridge
 
 VOCAB, ROWS, KEYS = 600, 2000, 8
 
@@ -225,6 +226,7 @@ def test_the_first_of_equals_is_the_greedy_one_as_in_torch() -> None:
 def test_rows_without_a_distribution_get_vllms_token(params: SamplingRequest) -> None:
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
+    bridge.sample_without_triton()  # As in serving; beside a GPU, the native path needs it.
     rows = np.stack([logits()] * 4)
     rows[0] = -np.inf
     rows[1, [9, 40]] = np.nan

@@ -121,3 +121,14 @@ def test_a_group_of_layers_of_several_shapes_has_a_spec_for_each() -> None:
     group: Any = SimpleNamespace(kv_cache_specs={"layers.1": "own"})
     assert bridge.layer_spec(group, "layers.1") == "own"
     assert bridge.layer_spec(group, "layers.0") is group
+
+
+def test_host_logits_are_sampled_beside_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler as sampler
+
+    monkeypatch.setattr(sampler, "HAS_TRITON", True)  # As vLLM finds beside a GPU.
+    bridge.sample_without_triton()
+    logits = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+    kept = sampler.apply_top_k_top_p(logits, torch.tensor([2]), None)
+    assert kept.isfinite().tolist() == [[False, True, False, True]]

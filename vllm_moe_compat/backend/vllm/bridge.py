@@ -70,6 +70,17 @@ def allow_shutdown_without_accelerator() -> None:
         torch.accelerator.empty_host_cache = nothing_to_empty
 
 
+def sample_without_triton() -> None:
+    """Let vLLM's sampler apply top-k and top-p with torch; idempotent.
+
+    Beside a GPU, vLLM uses its Triton kernels on every platform except its own CPU platform, but
+    our logits are on the host. Remove when vLLM decides by the logits' device.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+
+
 # --- configuration ------------------------------------------------------------
 
 

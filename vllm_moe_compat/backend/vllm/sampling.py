@@ -80,6 +80,7 @@ class TokenSampler:
         self.max_model_len = model.max_model_len
         self.vocab_size = model.get_vocab_size()
         self.logprobs_mode = model.logprobs_mode
+        bridge.sample_without_triton()
         self.sampler = Sampler(logprobs_mode=model.logprobs_mode)
         self.batch = InputBatch(
             max_num_reqs=scheduler.max_num_seqs,
