@@ -13,7 +13,6 @@ from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
     LIFTED,
     PLAIN,
-    ROPE_ONLY,
     STANDARD,
     block_fp8_row,
     make_row,
@@ -33,7 +32,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     moe_row("deepseek"),
     moe_row(
         "deepseek_v2",
-        translations=(settings.ROPE, settings.DEEPSEEK_V2_YARN),
+        translations=(settings.DEEPSEEK_V2_YARN,),
         cache=Cache(expands_latent=True),
     ),
     # Released in FP8 with blocks of 128x128; the prediction head is layer 61.
@@ -41,20 +40,19 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         "deepseek_v3",
         STANDARD,
         workarounds.LAYER_61,
+        workarounds.CONFIG,
         keeps=INT4_KEPT,
         dropped_here=EXTRA_LAYERS,
-        translations=ROPE_ONLY,
         sanitize_wrapper=sanitize_wrappers.layer_61,
     ),
     block_fp8_row(
-        "deepseek_v32",
-        dropped_upstream=EXTRA_LAYERS,
-        translations=(settings.ROPE, settings.FIRST_DENSE),
+        "deepseek_v32", dropped_upstream=EXTRA_LAYERS, translations=(settings.FIRST_DENSE,)
     ),
     block_fp8_row(
         "glm_moe_dsa",
         dropped_upstream=EXTRA_LAYERS,
-        translations=(settings.GLM_DSA, settings.FIRST_DENSE),
+        translations=(settings.FIRST_DENSE,),
+        defaults=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"), ("moe_layer_freq", 1)),
     ),
     make_row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
     # DeepSeek-V3's language model under language_model, with a vision tower; released as int4.
@@ -62,11 +60,11 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         "kimi_k25",
         STANDARD,
         workarounds.LAYER_61,
+        workarounds.CONFIG,
         keeps=INT4_KEPT,
         dropped_upstream=KIMI_VISION,
         dropped_here=EXTRA_LAYERS | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
-        translations=ROPE_ONLY,
         sanitize_wrapper=sanitize_wrappers.layer_61,
     ),
     # DeepSeek's layers with kv_b_proj whole, and a vision tower.
@@ -74,9 +72,9 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         "kimi_vl",
         STANDARD,
         workarounds.LATENT,
+        workarounds.CONFIG,
         dropped_upstream=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
         latent=True,
-        translations=ROPE_ONLY,
     ),
     # Per-expert w1/w3/w2 under block_sparse_moe; transformers 5 joins the convolutions of q, k, v.
     moe_row(
@@ -95,6 +93,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
             ),
         ),
         translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
+        defaults=(("rope_theta", 10000.0),),
     ),
     moe_row(
         "kimi_k3",
@@ -102,23 +101,26 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         keeps=("compressed-tensors",),
         dropped_upstream=KIMI_VISION | EXTRA_LAYERS | Extras(prefixes=("model.mtp", "mtp")),
     ),
-    moe_row("glm4_moe", dropped_upstream=EXTRA_LAYERS, translations=ROPE_ONLY),
+    moe_row("glm4_moe", STANDARD, workarounds.CONFIG, dropped_upstream=EXTRA_LAYERS),
     moe_row(
-        "solar_open", dropped_upstream=EXTRA_LAYERS, translations=(settings.ROPE, settings.SOLAR)
-    ),
-    moe_row(
-        "glm4_moe_lite",
+        "solar_open",
         dropped_upstream=EXTRA_LAYERS,
-        translations=(settings.ROPE, settings.FIRST_DENSE),
+        defaults=(("first_k_dense_replace", 0), ("partial_rotary_factor", 1.0)),
     ),
-    moe_row("dots1", PLAIN, translations=ROPE_ONLY),
+    moe_row("glm4_moe_lite", dropped_upstream=EXTRA_LAYERS, translations=(settings.FIRST_DENSE,)),
+    moe_row("dots1", PLAIN, workarounds.CONFIG),
     # Two attentions per layer; the checkpoint has weights for identity experts.
     *(
         moe_row(
             module,
             dropped_upstream=Extras(prefixes=("model.mtp",)),
             dropped_here=Extras(beyond_experts=True),
-            translations=(settings.ROPE, settings.LONGCAT),
+            defaults=(
+                ("attention_method", "MLA"),
+                ("zero_expert_type", "identity"),
+                ("mla_scale_q_lora", True),
+                ("mla_scale_kv_lora", True),
+            ),
             cache=Cache(attentions=2),
         )
         for module in ("longcat_flash", "longcat_flash_ngram")

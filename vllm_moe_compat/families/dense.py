@@ -5,33 +5,28 @@ from __future__ import annotations
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import settings, settings_by_family, workarounds
 from vllm_moe_compat.families.row import Cache, Row
-from vllm_moe_compat.families.row_builders import LIFTED, ROPE_ONLY, make_row
+from vllm_moe_compat.families.row_builders import LIFTED, make_row
 
 DENSE_ROWS: tuple[Row, ...] = (
     *(
-        make_row(m, workarounds.FP8, translations=ROPE_ONLY)
-        for m in ("llama", "qwen2", "olmo2", "phi3", "seed_oss")
+        make_row(m, workarounds.FP8, workarounds.CONFIG)
+        for m in ("llama", "qwen2", "olmo2", "olmo3", "phi3", "seed_oss", "smollm3", "nemotron")
     ),
     *(
-        make_row(m, workarounds.FP8, translations=ROPE_ONLY)
-        for m in ("smollm3", "nemotron", "granite", "glm4")
+        make_row(m, workarounds.FP8, workarounds.CONFIG)
+        for m in ("granite", "glm4", "stablelm", "ernie4_5", "starcoder2", "falcon_h1")
     ),
-    *(
-        make_row(m, workarounds.FP8, translations=ROPE_ONLY)
-        for m in ("stablelm", "ernie4_5", "starcoder2")
-    ),
-    make_row("gemma2", workarounds.FP8, translations=ROPE_ONLY, cache=Cache(ignores_window=True)),
+    make_row("gemma2", workarounds.FP8, workarounds.CONFIG, cache=Cache(ignores_window=True)),
     *(make_row(m, workarounds.FP8) for m in ("qwen3", "youtu_llm")),
     make_row(
         "qwen3_vl",
         workarounds.FP8,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
     ),
-    make_row("olmo3", workarounds.FP8, translations=(settings_by_family.OLMO3_ROPE,)),
     make_row(
         "minicpm3",
         workarounds.FP8,
-        translations=(settings.ROPE, settings_by_family.MINICPM_ROPE),
+        translations=(settings_by_family.MINICPM_ROPE,),
         cache=Cache(expands_latent=True),
     ),
     make_row(
@@ -42,37 +37,28 @@ DENSE_ROWS: tuple[Row, ...] = (
         ),
     ),
     make_row("ministral3", workarounds.MINISTRAL_FP8, misreads=("fp8 tensor",)),
-    make_row(
-        "exaone4",
-        workarounds.FP8,
-        translations=(settings.ROPE, settings.HEAD_DIM, settings_by_family.EXAONE4_PATTERN),
-    ),
-    make_row("cohere2", workarounds.FP8, translations=(settings.ROPE, settings.WINDOW_PATTERN)),
-    make_row(
-        "hunyuan_v1_dense",
-        workarounds.FP8,
-        translations=(settings.ROPE, settings_by_family.HUNYUAN_ROPE),
-    ),
+    make_row("exaone4", workarounds.FP8, translations=(settings_by_family.EXAONE4_PATTERN,)),
+    make_row("cohere2", workarounds.FP8, translations=(settings.WINDOW_PATTERN,)),
+    make_row("hunyuan_v1_dense", workarounds.FP8, translations=(settings_by_family.HUNYUAN_ROPE,)),
     make_row(
         "lfm2",
         workarounds.FP8,
         translations=(settings.BLOCK_DIM,),
         cache=Cache(states_skip_padding=True),
     ),
-    make_row("falcon_h1", workarounds.FP8, translations=(settings.ROPE, settings.HEAD_DIM)),
-    make_row("apertus", workarounds.FP8, translations=(settings.ROPE, settings.APERTUS)),
     make_row(
-        "gemma3_text",
+        "apertus",
         workarounds.FP8,
-        translations=(settings_by_family.GEMMA3_ROPE, settings.WINDOW_PATTERN),
+        defaults=(("mlp_bias", False), ("post_norm", False), ("qk_norm", True)),
     ),
+    make_row("gemma3_text", workarounds.FP8, translations=(settings.WINDOW_PATTERN,)),
     make_row(
         "gemma3",
         workarounds.FP8,
         dropped_upstream=Extras(prefixes=("vision_tower", "multi_modal_projector")),
         dropped_here=Extras(prefixes=("model.vision_tower", "model.multi_modal_projector")),
         renames=LIFTED,
-        translations=(settings_by_family.GEMMA3_ROPE, settings.WINDOW_PATTERN, settings.VOCAB_SIZE),
+        translations=(settings.WINDOW_PATTERN,),
     ),
     make_row(
         "olmo_hybrid",

@@ -9,7 +9,6 @@ from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
     LIFTED,
     PLAIN,
-    ROPE_ONLY,
     STANDARD,
     block_fp8_row,
     make_row,
@@ -101,27 +100,27 @@ MOE_ROWS: tuple[Row, ...] = (
         workarounds.EARLY_RETURN,
         dropped_upstream=Extras(parts=("mtp.",)),
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
-        translations=(settings.ROPE, settings.ATTENTION_INTERVAL),
+        translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
     ),
-    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
-    moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
+    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,)),
+    moe_row("qwen3_moe", STANDARD, workarounds.CONFIG),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
         Moe(stacks=(TRANSPOSED,), transposed=True),
         workarounds.TIED_HEAD,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
-        translations=(settings.ROPE, settings.NUM_EXPERTS, settings.NORM_TOPK),
+        defaults=(("norm_topk_prob", True),),
         sanitize_wrapper=sanitize_wrappers.tied_head,
     ),
-    moe_row("olmoe", translations=ROPE_ONLY),
-    moe_row("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=ROPE_ONLY),
+    moe_row("olmoe", STANDARD, workarounds.CONFIG),
+    moe_row("mixtral", BLOCK_SPARSE, workarounds.CONFIG, renames=BLOCK_NAMES),
     moe_row(
         "phimoe",
         BLOCK_SPARSE,
+        workarounds.CONFIG,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
-        translations=ROPE_ONLY,
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
     # experts [E, H, 2I] in which gate and up alternate.
@@ -129,9 +128,9 @@ MOE_ROWS: tuple[Row, ...] = (
         "gpt_oss",
         workarounds.FP8,
         workarounds.GPT_OSS_BF16,
+        workarounds.CONFIG,
         moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
-        translations=ROPE_ONLY,
     ),
     # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
     moe_row(
@@ -142,21 +141,21 @@ MOE_ROWS: tuple[Row, ...] = (
             stacks=(TRANSPOSED,),
             transposed=True,
         ),
+        workarounds.CONFIG,
         dropped_upstream=LLAMA_VISION,
-        translations=ROPE_ONLY,
     ),
     moe_row(
         "gemma4",
         GEMMA_4,
         dropped_upstream=GEMMA_VISION,
-        translations=(settings_by_family.GEMMA4_HEADS, settings.VOCAB_SIZE),
+        translations=(settings_by_family.GEMMA4_HEADS,),
     ),
     moe_row("gemma4_text", GEMMA_4, translations=(settings_by_family.GEMMA4_HEADS,)),
     moe_row(
         "granitemoe",
         GRANITE,
+        workarounds.CONFIG,
         renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
-        translations=ROPE_ONLY,
     ),
     moe_row(
         "granitemoehybrid",
@@ -196,18 +195,19 @@ MOE_ROWS: tuple[Row, ...] = (
         "ernie4_5_moe",
         STANDARD,
         workarounds.ERNIE_BIAS,
+        workarounds.CONFIG,
         dropped_upstream=Extras(
             parts=("mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm.")
         ),
         renames=((r"\.gate\.moe_statics\.", ".moe_statics."),),
-        translations=ROPE_ONLY,
         sanitize_wrapper=sanitize_wrappers.ernie_bias,
     ),
     block_fp8_row(
         "minimax",
         BLOCK_SPARSE,
         renames=BLOCK_NAMES,
-        translations=(settings.ROPE, *settings.MINIMAX),
+        translations=(settings.ROTARY_DIM,),
+        defaults=(("shared_intermediate_size", 0),),
     ),
     moe_row(
         "minimax_m3_vl",
@@ -234,7 +234,7 @@ MOE_ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    moe_row("afmoe", PLAIN, translations=ROPE_ONLY),
+    moe_row("afmoe", PLAIN, workarounds.CONFIG),
     moe_row("Klear", PLAIN),
     moe_row(
         "exaone_moe",
@@ -245,15 +245,12 @@ MOE_ROWS: tuple[Row, ...] = (
         "hunyuan",
         STANDARD,
         workarounds.HUNYUAN_ROUTER,
-        translations=(
-            settings_by_family.HUNYUAN_MOE,
-            settings.ROPE,
-            settings_by_family.HUNYUAN_ROPE,
-        ),
+        model_types=("hunyuan_v1_moe",),
+        translations=(settings_by_family.HUNYUAN_MOE, settings_by_family.HUNYUAN_ROPE),
         sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
     ),
     moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
-    moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
+    moe_row("mellum", STANDARD, workarounds.CONFIG),
     moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
     # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
     moe_row(

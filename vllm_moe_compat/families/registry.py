@@ -20,7 +20,6 @@ TRANSFORMS_BY_MODULE: dict[str, Row] = {
 """Import path of an mlx-lm module → its row."""
 
 _BY_MODEL_TYPE = {name: row for row in TRANSFORMS_BY_MODULE.values() for name in row.model_types}
-_BY_MODEL_TYPE["hunyuan_v1_moe"] = TRANSFORMS_BY_MODULE["mlx_lm.models.hunyuan"]
 
 
 def row_for(model_class: type) -> Row | None:
@@ -53,6 +52,18 @@ def row_of_model_type(config: Mapping[str, Any], remapping: Mapping[str, str]) -
     return TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{remapping.get(kind, kind)}")
 
 
+def name_module(row: Row, config: dict[str, Any]) -> bool:
+    """Set a ``model_type`` that only the row knows to the module's name, in place.
+
+    Returns:
+        Whether it was one.
+    """
+    known = config.get("model_type") in row.model_types
+    if known:
+        config["model_type"] = row.module.rpartition(".")[2]
+    return known
+
+
 def translate_config(row: Row, config: dict[str, Any]) -> list[str]:
     """Translate a config's settings for the row's module, in place.
 
@@ -63,11 +74,8 @@ def translate_config(row: Row, config: dict[str, Any]) -> list[str]:
         UnsupportedCheckpointError: the module cannot represent a setting.
     """
     changed = []
-    if config.get("model_type") in row.model_types:
-        changed.append("model_type")
-        config["model_type"] = row.module.rpartition(".")[2]
     for translation in row.translations:
         text = config.get("text_config")
         if translation.apply(config, text if isinstance(text, dict) else config):
             changed.append(translation.id)
-    return changed
+    return ["model_type", *changed] if name_module(row, config) else changed

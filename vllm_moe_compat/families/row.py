@@ -190,6 +190,9 @@ class Row:
             model, the tensors and the original config.
         cache: differences between the module's cache and the one that the config implies.
         fixes: settings that the module ignores and that are put into the instance.
+        defaults: pairs of key and value of settings that the release's own code or transformers'
+            takes for granted, where no config class has them and the module requires them or has
+            another default.
     """
 
     module: str
@@ -209,6 +212,7 @@ class Row:
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
     fixes: tuple[ForwardFix, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     @property
     def ignored(self) -> Extras:

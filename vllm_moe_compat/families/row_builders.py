@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
-from vllm_moe_compat.families import settings, workarounds
+from vllm_moe_compat.families import workarounds
 from vllm_moe_compat.families.row import Moe, Row, Workaround
 
-ROPE_ONLY = (settings.ROPE,)
 STANDARD = Moe()
 """Experts one by one under ``mlp.experts``, stacked by ``sanitize`` under ``mlp.switch_mlp``."""
 PLAIN = Moe(target="mlp.experts")
@@ -28,7 +27,7 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
 
     The workarounds for config keys and tensor names are added where the row has such fields.
     """
-    if fields.get("translations"):
+    if fields.get("translations") or fields.get("defaults"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
         needed += (workarounds.NAMES,)

@@ -6,7 +6,6 @@ from vllm_moe_compat.families.row import SettingTranslation
 from vllm_moe_compat.families.settings import (
     Section,
     computed,
-    flat_rope,
     kinds_of,
     renamed_layers,
     section,
@@ -45,26 +44,6 @@ EXAONE4_PATTERN = computed(
 GRANITE_LAYERS = renamed_layers({"linear_attention": "mamba", "full_attention": "attention"})
 
 
-def _gemma3(config: Section, text: Section) -> bool:
-    rope = text.get("rope_parameters")
-    if not isinstance(rope, dict) or not isinstance(rope.get("full_attention"), dict):
-        return False
-    full, sliding = rope["full_attention"], section(rope.get("sliding_attention"))
-    text["rope_theta"] = full.get("rope_theta", 1e6)
-    text["rope_local_base_freq"] = sliding.get("rope_theta", 1e4)
-    kind = full.get("rope_type", "default")
-    if kind != "default":
-        text["rope_scaling"] = {
-            **{k: v for k, v in full.items() if k != "rope_theta"},
-            "type": kind,
-        }
-    del text["rope_parameters"]
-    return True
-
-
-GEMMA3_ROPE = SettingTranslation("rope", "rope_parameters per kind of layer are not read", _gemma3)
-
-
 def _gemma4_heads(config: Section, text: Section) -> bool:
     layers, kinds = text.get("per_layer_config"), text.get("layer_types")
     if not isinstance(layers, dict) or not isinstance(kinds, list):
@@ -99,7 +78,6 @@ def _kimi_linear(config: Section, text: Section) -> bool:
         "num_heads": text.get("linear_num_heads"),
         "short_conv_kernel_size": text.get("linear_conv_kernel_dim"),
     }
-    text.setdefault("rope_theta", 10000.0)
     text["mla_use_nope"] = True
     return True
 
@@ -122,7 +100,6 @@ def _hunyuan_moe(config: Section, text: Section) -> bool:
     if config.get("model_type") != "hunyuan_v1_moe":
         return False
     wanted = {
-        "model_type": "hunyuan",
         "num_shared_expert": config.get("num_shared_expert") or 1,
         "use_mixed_mlp_moe": True,
         "use_qk_norm": True,
@@ -148,23 +125,12 @@ def _minicpm_rope(config: Section, text: Section) -> bool:
 MINICPM_ROPE = SettingTranslation("rope_scaling", "a dict is required", _minicpm_rope)
 
 
-def _full_rope(config: Section, text: Section) -> bool:
-    rope = text.get("rope_parameters")
-    if not isinstance(rope, dict) or not isinstance(rope.get("full_attention"), dict):
-        return False
-    text["rope_parameters"] = rope["full_attention"]
-    return flat_rope(config, text)
-
-
-OLMO3_ROPE = SettingTranslation(
-    "rope", "rope_parameters per kind of layer are not read", _full_rope
-)
-
-
 def _mimo(config: Section, text: Section) -> bool:
     kinds, mlps, rope = (text.get(k) for k in ("layer_types", "mlp_layer_types", "rope_parameters"))
     if not isinstance(kinds, list) or not isinstance(mlps, list) or not isinstance(rope, dict):
         return False
+    if text.get("hybrid_layer_pattern") is not None:
+        return False  # A release says it in the module's words.
     full, sliding = (section(rope.get(f"{kind}_attention")) for kind in ("full", "sliding"))
     heads = text.get("num_key_value_heads")
     text.update(
@@ -185,7 +151,6 @@ def _mimo(config: Section, text: Section) -> bool:
         swa_v_head_dim=text.get("v_head_dim"),
         partial_rotary_factor=full.get("partial_rotary_factor", 1.0),
     )
-    del text["rope_parameters"]
     return True
 
 

@@ -27,7 +27,7 @@ from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import estimate
-from vllm_moe_compat.plan.make import make, read_headers_of, translate
+from vllm_moe_compat.plan.make import make, name_module, read_headers_of
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.serving import NONE
 
@@ -62,7 +62,7 @@ def load_config_hook(
     if not weight_files(model_dir):
         return config  # A tokenizer's folder, or mlx-lm reports missing files.
     if _is_for_tokenizer(utils):
-        translate(config)
+        name_module(config)
         return config
 
     headers = read_headers_of(model_dir)

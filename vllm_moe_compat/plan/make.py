@@ -30,7 +30,7 @@ from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
-from vllm_moe_compat.plan.effective_config import Settings, resolve
+from vllm_moe_compat.plan.effective_config import Settings, effective_config
 from vllm_moe_compat.plan.faults import (
     Fault,
     already_quantized,
@@ -74,10 +74,10 @@ class PlannedLoad:
     Attributes:
         original: the config as it was read.
         config: the effective config, from which the module is built.
-        settings: the language model's settings as transformers resolves them; those of the
-            config's section for the language model if transformers has no class for it.
+        settings: the language model's settings, see ``effective_config.resolve``; empty without
+            a row.
         fixes: forward fixes that the settings need, each with what it puts in, in words.
-        translated: ids of the settings that were translated for mlx-lm.
+        translated: see ``EffectiveConfig.translated``.
         module: import path of the mlx-lm module; empty if mlx-lm has none.
         row: the module's row, or None.
         reason: the reason for a missing row.
@@ -125,9 +125,8 @@ class PlannedLoad:
 
     def unpatched(self, reason: str) -> PlannedLoad:
         """Return the load for a class that cannot be wrapped: without a row and a plan."""
-        config = copy.deepcopy(dict(self.original))
-        translate(config)
         assert self.layout is not None, "a row was found"
+        config = effective_config(self.original).config
         folder, layout, serving = self.headers.folder, self.layout, self.serving
         return replace(
             self,
@@ -163,17 +162,11 @@ def read_headers_of(folder: Path) -> Headers:
     return Headers(folder, tensors, index, sizes, tuple(faults), extern)
 
 
-def translate(config: dict[str, Any]) -> tuple[str, ...]:
-    """Translate a config's settings for its mlx-lm module, in place.
-
-    Returns:
-        The ids of the translations that changed the config.
-
-    Raises:
-        UnsupportedCheckpointError: the module cannot represent a setting.
-    """
+def name_module(config: dict[str, Any]) -> None:
+    """Set ``model_type`` to the name of the mlx-lm module, in place; the rest stays."""
     row = modules.row_of_config(config)
-    return () if row is None else tuple(registry.translate_config(row, config))
+    if row is not None:
+        registry.name_module(row, config)
 
 
 def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> PlannedLoad:
@@ -192,11 +185,12 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
     settings: Settings = {}
     fixes: tuple[tuple[ForwardFix, str], ...] = ()
     try:
-        translated = translate(effective)
+        name_module(effective)
         found = modules.find(effective)
         module, row, reason = found.path, found.row, found.reason
         if row is not None:
-            settings = resolve(config) or text_section(effective)
+            made = effective_config(config)
+            effective, settings, translated = made.config, made.settings, made.translated
             fixes = _fixes(row, settings)
             faults += map(of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
@@ -258,12 +252,6 @@ def make_from_tensors(
     layout = detect(tensors, config, row.ignored)
     split = serving.setting != NONE
     return make_plan(layout, row, config, split=split, exact=serving.exact, direct=direct)
-
-
-def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's section for the language model."""
-    text = config.get("text_config")
-    return dict(text if isinstance(text, Mapping) else config)
 
 
 def _fixes(row: Row, settings: Settings) -> tuple[tuple[ForwardFix, str], ...]:

@@ -23,8 +23,8 @@ from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.checkpoint.numbers.fp8_ops import WrittenFp8
 from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.dtypes import mlx_dtype
-from vllm_moe_compat.families.registry import translate_config
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
+from vllm_moe_compat.plan.effective_config import effective_config
 from vllm_moe_compat.probes.recipes import Array, Family, Recipe
 from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
@@ -200,8 +200,7 @@ def _laid_out(family: Family, row: Row, form: WrittenLayout) -> Tensors | None:
     tensors = dict(family.release.values())
     if not _expert_names(tensors, family, row):
         return None
-    config = _config(family.release)
-    translate_config(row, config)
+    config = effective_config(_config(family.release)).config
     weights = {name: mx.array(value) for name, value in tensors.items()}
     try:
         made = rewrite(weights, row, config, form, tensors=_infos(tensors), dtype="float32")
