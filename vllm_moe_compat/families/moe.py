@@ -161,7 +161,7 @@ MOE_ROWS: tuple[Row, ...] = (
         "granitemoehybrid",
         GRANITE,
         renames=((r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),),
-        translations=(settings_by_family.GRANITE_LAYERS,),
+        translations=(settings_by_family.GRANITE_LAYERS, settings_by_family.GRANITE_NOPE),
     ),
     moe_row(
         "jamba",
@@ -223,6 +223,7 @@ MOE_ROWS: tuple[Row, ...] = (
             (r"\.mlp\.(gate|shared_experts)\.", r".block_sparse_moe.\1."),
             (r"\.indexer\.([qk])_", r".index_\1_"),
         ),
+        translations=(settings.ALL_ROTARY_DIM,),
         splits=(
             (
                 ".mlp.gate_up_proj.weight",

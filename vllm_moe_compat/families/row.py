@@ -190,9 +190,8 @@ class Row:
             model, the tensors and the original config.
         cache: differences between the module's cache and the one that the config implies.
         fixes: settings that the module ignores and that are put into the instance.
-        defaults: pairs of key and value of settings that the release's own code or transformers'
-            takes for granted, where no config class has them and the module requires them or has
-            another default.
+        defaults: pairs of key and value of arguments that no config class of a release has,
+            since its code takes them for granted.
     """
 
     module: str

@@ -112,6 +112,9 @@ DEEPSEEK_V2_YARN = computed(
     lambda text: {"type": "yarn", "factor": 1.0},
 )
 ROTARY_DIM = computed("rotary_dim", "partial_rotary_factor is not read", _rotary_dim)
+ALL_ROTARY_DIM = computed(
+    "rotary_dim", "rotary_dim is read before partial_rotary_factor", _rotary_dim, always=True
+)
 IS_MOE_LAYER = computed(
     "is_moe_layer",
     "mlp_layer_types is not read",

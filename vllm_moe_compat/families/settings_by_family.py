@@ -41,6 +41,12 @@ EXAONE4_PATTERN = computed(
 )
 
 
+GRANITE_NOPE = computed(
+    "position_embedding_type",
+    "no rotary embedding is said by nope",
+    lambda text: "rope" if text.get("position_embedding_type") == "rope" else "nope",
+    always=True,
+)
 GRANITE_LAYERS = renamed_layers({"linear_attention": "mamba", "full_attention": "attention"})
 
 

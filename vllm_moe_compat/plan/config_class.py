@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families import modules
+from vllm_moe_compat.families.release_defaults import CLASS_OF
 
 Settings = dict[str, Any]
 
@@ -97,7 +98,7 @@ def config_class(config: Mapping[str, Any]) -> ConfigClass | None:
     kind = config.get("model_type")
     if known is None or not isinstance(kind, str):
         return None
-    for name in (kind, modules.mlx_lm().by_type.get(kind)):
+    for name in (kind, CLASS_OF.get(kind), modules.mlx_lm().by_type.get(kind)):
         if name in known:
             cls = known[name]
             return ConfigClass(cls.__name__, cls)

@@ -22,8 +22,9 @@ from vllm_moe_compat.families.arguments import (
     Defaults,
     arguments,
 )
+from vllm_moe_compat.families.release_defaults import release_defaults
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.plan.config_class import ConfigClass, config_class
+from vllm_moe_compat.plan.config_class import ConfigClass, config_class, installed
 from vllm_moe_compat.plan.rope_words import FLAT, flat_words, rope_parameters
 
 Settings = dict[str, Any]
@@ -66,12 +67,16 @@ class EffectiveConfig:
     source: str
 
 
+def _given(section: Mapping[str, Any]) -> Settings:
+    return {key: value for key, value in section.items() if value is not None}
+
+
 def resolve(config: Mapping[str, Any]) -> Settings:
     """Return the language model's settings, defaults included, in transformers' words.
 
     Rotary settings are under ``rope_parameters``, kinds of layers under ``layer_types``.
     ``tie_word_embeddings`` is that of the whole model. Without a config class in transformers,
-    they are the file's and the row's recorded defaults.
+    they are the file's and the defaults that ``families.release_defaults`` records.
 
     Args:
         config: the config as it was read.
@@ -86,18 +91,16 @@ def _resolve(config: Mapping[str, Any]) -> Resolved:
     cls = config_class(config)
     if cls is not None:
         return _of_class(cls, config)
-    row = modules.row_of_config(config)
-    text = config.get("text_config")
-    section = text if isinstance(text, Mapping) else config
-    inner = config_class(text) if isinstance(text, Mapping) else None
+    section = _section(config)
+    inner = None if section is config else config_class(section)
     if inner is not None:
         found = _of_class(inner, section)
     else:
-        recorded = {} if row is None else dict(row.defaults)
-        settings = {**recorded, **{k: v for k, v in section.items() if v is not None}}
-        rope = rope_parameters(settings)
-        settings = copy.deepcopy(settings | ({"rope_parameters": rope} if rope else {}))
-        found = Resolved(settings, flat_words(settings), "the config and recorded defaults")
+        settings = copy.deepcopy(release_defaults(config) | _given(section))
+        if rope := rope_parameters(settings):
+            settings["rope_parameters"] = rope
+        missing = "" if installed() else ", since transformers is not installed"
+        found = Resolved(settings, flat_words(settings), f"recorded defaults{missing}")
     # The language model is a part with a head of its own here, so its section goes first.
     if section.get("tie_word_embeddings") is None and "tie_word_embeddings" in config:
         found.settings["tie_word_embeddings"] = config["tie_word_embeddings"]
@@ -193,7 +196,7 @@ def _section(config: Any) -> Any:
 def _missing(text: Mapping[str, Any], row: Row | None, resolved: Resolved) -> Settings:
     """Return the settings that a section leaves out, and rotary ones that it says otherwise."""
     defaults = {} if row is None else dict(row.defaults)
-    settings = {k: v for k, v in resolved.settings.items() if v is not None}
+    settings = _given(resolved.settings)
     rope = {k: resolved.further[k] for k in FLAT if k in resolved.further}
     known = {**resolved.settings, **defaults, **resolved.further, **settings, **rope}
     new_words = isinstance(text.get("rope_parameters"), Mapping)
