@@ -26,7 +26,8 @@ from support.checkpoints import Checkpoint
 from support.loading import read
 from support.rewriting import layout_to
 from vllm_moe_compat.checkpoint.headers import read_headers
-from vllm_moe_compat.families.registry import row_of_model_type, translate_config
+from vllm_moe_compat.families.registry import row_of_model_type
+from vllm_moe_compat.plan.effective_config import effective_config
 from vllm_moe_compat.rewrite.run_rewrite import rewrite
 from vllm_moe_compat.rewrite.written_layout import LAYOUTS
 
@@ -55,8 +56,7 @@ def test_every_layout_computes_the_same(family: Family, tmp_path: Path):
         config = json.loads((folder / "config.json").read_text())
         row = row_of_model_type(config, mlx_lm.utils.MODEL_REMAPPING)
         assert row is not None
-        fixed = json.loads((folder / "config.json").read_text())
-        translate_config(row, fixed)
+        fixed = effective_config(config).config
         for layout in LAYOUTS:
             form = layout_to(layout, block=block, e8m0=block is not None)
             headers = read_headers(folder)

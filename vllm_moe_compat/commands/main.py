@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    args.own_process = argv is None
     try:
         code: int = args.run(args)
         sys.stdout.flush()

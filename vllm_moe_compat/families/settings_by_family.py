@@ -112,8 +112,9 @@ def _hunyuan_moe(config: Section, text: Section) -> bool:
         "use_cla": False,
         "cla_share_factor": 1,
     }
+    changed = any(config.get(key) != value for key, value in wanted.items())
     config.update(wanted)
-    return True
+    return changed
 
 
 HUNYUAN_MOE = SettingTranslation(

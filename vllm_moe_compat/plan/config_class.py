@@ -8,6 +8,9 @@ The import takes seconds, so it happens when a config is resolved, not before.
 from __future__ import annotations
 
 import copy
+import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +34,8 @@ UNRELATED = frozenset(
     }
 )
 """Keys that say nothing about the language model's arithmetic."""
+
+_FIELD = re.compile(r"for field '(\w+)'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class ConfigClass:
             try:
                 return self._read(clean)
             except Exception as error:
-                where = _culprit(self._read, clean)
+                where = _culprit(self._read, clean, error)
                 said = " ".join(str(error).split())[:200]
                 raise UnsupportedCheckpointError(
                     f"config.json: {where}transformers' {self.name} refuses it "
@@ -110,12 +115,31 @@ def installed() -> bool:
     return _classes() is not None
 
 
+def leave_torch_out() -> None:
+    """Import transformers without torch from here on, in a process that needs neither's models.
+
+    Config classes do without it, and its import takes most of the time.
+    """
+    if not {"torch", "transformers"} & sys.modules.keys():
+        _without.append("torch")
+
+
+_without: list[str] = []
+
+
 @cache
 def _classes() -> Any:
+    hidden: dict[str, Any] = dict.fromkeys(_without)
     try:
+        if hidden:
+            os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+            sys.modules.update(hidden)  # None: it is not there.
         from transformers import CONFIG_MAPPING
     except ImportError:
         return None
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
     return CONFIG_MAPPING
 
 
@@ -138,23 +162,32 @@ def _check_layers(config: Mapping[str, Any]) -> None:
             )
 
 
-def _culprit(read: Callable[[Settings], Any], config: Settings) -> str:
-    """Return the key without which the class takes the config, in words; empty for none."""
+def _culprit(read: Callable[[Settings], Any], config: Settings, error: Exception) -> str:
+    """Return the key that the class refuses, with its value, in words; empty for none.
+
+    It is the key that the class names, or the one without which the class takes the config.
+    """
     text = config.get("text_config")
     sections: list[tuple[Settings, Callable[[Settings], Settings]]] = [(config, lambda c: c)]
     if isinstance(text, dict):
         sections.insert(0, (text, lambda inner: {**config, "text_config": inner}))
+    named = _FIELD.search(str(error))
     for section, whole in sections:
-        for key in section:
-            if key == "model_type":
-                continue
-            try:
-                read(whole({k: v for k, v in section.items() if k != key}))
-            except Exception:  # noqa: BLE001 - an untrusted value may raise anything
-                continue
-            shown = repr(section[key])
-            return f"{key} is {shown[:200]}{'…' * (len(shown) > 200)}, and "
+        for key, value in section.items():
+            if key == (named[1] if named else key) and key != "model_type":
+                without = whole({k: v for k, v in section.items() if k != key})
+                if named or _takes(read, without):
+                    shown = repr(value)
+                    return f"{key} is {shown[:200]}{'…' * (len(shown) > 200)}, and "
     return ""
+
+
+def _takes(read: Callable[[Settings], Any], config: Settings) -> bool:
+    try:
+        read(config)
+    except Exception:  # noqa: BLE001 - an untrusted value may raise anything
+        return False
+    return True
 
 
 @contextmanager

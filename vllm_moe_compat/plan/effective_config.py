@@ -154,7 +154,8 @@ def effective_config(config: Mapping[str, Any]) -> EffectiveConfig:
         given = {**config, **given}
     if "head_dim" in resolved.further and read.text.get("head_dim", REQUIRED) is None:
         text.pop("head_dim", None)  # The module derives it in the same way.
-    if "rope_theta" in read.text and "rope_parameters" not in read.text:
+    flat = "rope_theta" in read.text and "rope_theta" in text
+    if flat and "rope_parameters" not in read.text:
         text.pop("rope_parameters", None)  # The old words say it all.
         if given.get("rope_parameters") is not None:
             given.setdefault("rope_scaling", None)  # Else a second reading scales by default.
@@ -162,8 +163,9 @@ def effective_config(config: Mapping[str, Any]) -> EffectiveConfig:
     if text is not whole:
         filled += _settle_whole(whole, text, resolved.settings, read)
     _check_required(whole, text, read, module)
-    changed = tuple(dict.fromkeys([*translated, *sorted(filled)]))
-    return EffectiveConfig(whole, resolved.settings, changed, resolved.source)
+    same = {k for k, v in read.text.items() if not _differs(given.get(k, v), text.get(k, v))}
+    changed = dict.fromkeys([*(id for id in translated if id not in same), *sorted(filled)])
+    return EffectiveConfig(whole, resolved.settings, tuple(changed), resolved.source)
 
 
 def _settle_whole(

@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
         SettingError: there is no such checkpoint, or an environment variable is not valid.
     """
     from vllm_moe_compat.commands.inspect.collect import inspect
+    from vllm_moe_compat.plan.config_class import leave_torch_out
 
+    if getattr(args, "own_process", False):
+        leave_torch_out()
     with _without_gc():
         found = inspect(args.checkpoint)
     if args.format == "json":
