@@ -53,5 +53,5 @@ def check_agreement(folder: Path, plans: list[PlannedLoad], refusal: str | None)
     assert planned.layout is not None
     assert report.verdict == "loads"
     assert report.ours is not None
-    wanted = steps(planned.plan, planned.layout, planned.row, planned.translated)
+    wanted = steps(planned, planned.plan, planned.layout, planned.row)
     assert report.ours.steps == wanted

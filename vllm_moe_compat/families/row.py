@@ -12,7 +12,7 @@ from typing import Any
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.names import layer_of
-from vllm_moe_compat.families.fixes.fix import ForwardFix
+from vllm_moe_compat.families.fixes.fix import ForwardFix, LengthLimit
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
 GLU = ("gate_proj", "up_proj", "down_proj")
@@ -190,6 +190,7 @@ class Row:
             model, the tensors and the original config.
         cache: differences between the module's cache and the one that the config implies.
         fixes: settings that the module ignores and that are put into the instance.
+        limits: settings that the module ignores, which is right up to some length.
     """
 
     module: str
@@ -209,6 +210,7 @@ class Row:
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
     fixes: tuple[ForwardFix, ...] = ()
+    limits: tuple[LengthLimit, ...] = ()
 
     @property
     def ignored(self) -> Extras:

@@ -243,6 +243,13 @@ def _describe_mapped(
     if planned.plan is None:
         outcome.ours = PluginResult(REFUSES, [])
         return
+    if planned.max_length is not None:
+        contents.add(
+            "length-limited",
+            f"the answers are right up to {planned.max_length:,} tokens, since beyond that "
+            f"{planned.max_length_reason}",
+            f"leave --max-model-len out, or set it to at most {planned.max_length}",
+        )
     if row.moe is not None and not layout.experts and (count := expert_count(planned.config)):
         contents.add(
             "experts-none",
@@ -261,9 +268,7 @@ def _describe_mapped(
         extern=contents.extern,
     )
     applied = {w.id: w.why for w in row.workarounds}
-    outcome.ours = PluginResult(
-        "loads", steps(planned.plan, layout, row, planned.translated), applied
-    )
+    outcome.ours = PluginResult("loads", steps(planned, planned.plan, layout, row), applied)
     _add_memory(contents, outcome, planned)
 
 
