@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes import windows
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, W123, Cache, Moe, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
@@ -111,7 +112,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.ROPE, settings.FIRST_DENSE),
     ),
-    moe_row("dots1", PLAIN, translations=ROPE_ONLY),
+    moe_row("dots1", PLAIN, translations=ROPE_ONLY, fixes=(windows.LAYER_TYPES,)),
     # Two attentions per layer; the checkpoint has weights for identity experts.
     *(
         moe_row(
@@ -129,6 +130,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
         translations=(settings_by_family.MIMO,),
+        fixes=(windows.MIXED,),
     ),
     moe_row("bailing_hybrid", dropped_upstream=EXTRA_LAYERS),
     moe_row("bailing_moe"),
@@ -141,5 +143,6 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         moe=MISTRAL_4,
         dropped_upstream=MISTRAL_VISION,
         misreads=("fp8 tensor",),
+        fixes=(windows.MISTRAL,),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes import layer_types, windows
 from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Cache, Moe, NormShift, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
@@ -75,6 +76,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_text",),
         translations=(settings.ATTENTION_INTERVAL,),
+        fixes=layer_types.HYBRID,
         cache=PADDED_STATES,
     ),
     # The same with combined experts.
@@ -91,6 +93,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_moe_text",),
         translations=(settings.ATTENTION_INTERVAL,),
+        fixes=layer_types.HYBRID,
         cache=PADDED_STATES,
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
@@ -102,10 +105,17 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(parts=("mtp.",)),
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ROPE, settings.ATTENTION_INTERVAL),
+        fixes=layer_types.HYBRID,
         cache=PADDED_STATES,
     ),
-    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
-    moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
+    moe_row(
+        "qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE), fixes=(windows.LAYER_TYPES,)
+    ),
+    moe_row(
+        "qwen3_moe",
+        translations=(settings.ROPE, settings.NUM_EXPERTS),
+        fixes=(windows.EVERY_LAYER,),
+    ),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
@@ -116,12 +126,19 @@ MOE_ROWS: tuple[Row, ...] = (
         sanitize_wrapper=sanitize_wrappers.tied_head,
     ),
     moe_row("olmoe", translations=ROPE_ONLY),
-    moe_row("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=ROPE_ONLY),
+    moe_row(
+        "mixtral",
+        BLOCK_SPARSE,
+        renames=BLOCK_NAMES,
+        translations=ROPE_ONLY,
+        fixes=(windows.EVERY_LAYER,),
+    ),
     moe_row(
         "phimoe",
         BLOCK_SPARSE,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
         translations=ROPE_ONLY,
+        fixes=(windows.EVERY_LAYER,),
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
     # experts [E, H, 2I] in which gate and up alternate.
@@ -132,6 +149,7 @@ MOE_ROWS: tuple[Row, ...] = (
         moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
         translations=ROPE_ONLY,
+        fixes=(windows.MIXED,),
     ),
     # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
     moe_row(
@@ -234,7 +252,7 @@ MOE_ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    moe_row("afmoe", PLAIN, translations=ROPE_ONLY),
+    moe_row("afmoe", PLAIN, translations=ROPE_ONLY, fixes=(windows.MIXED,)),
     moe_row("Klear", PLAIN),
     moe_row(
         "exaone_moe",
@@ -252,7 +270,9 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
     ),
-    moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
+    moe_row(
+        "laguna", renames=((r"\.shared_experts\.", ".shared_expert."),), fixes=(windows.MIXED,)
+    ),
     moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
     moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
     # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.

@@ -130,7 +130,7 @@ def _first_dense(text: Section) -> int | None:
     return dense if all(kind == "sparse" for kind in kinds[dense:]) else None
 
 
-def _position(text: Section, kind: str = "full_attention") -> int | None:
+def position(text: Section, kind: str = "full_attention") -> int | None:
     """Return the period of ``layer_types`` if ``kind`` ends each period, else None."""
     kinds = text.get("layer_types")
     if not isinstance(kinds, list) or kind not in kinds:
@@ -163,10 +163,10 @@ FIRST_DENSE = computed(
     always=True,
 )
 ATTENTION_INTERVAL = computed(
-    "full_attention_interval", "layer_types is not read", _position, always=True
+    "full_attention_interval", "layer_types is not read", position, always=True
 )
 WINDOW_PATTERN = computed(
-    "sliding_window_pattern", "layer_types is not read", _position, always=True
+    "sliding_window_pattern", "layer_types is not read", position, always=True
 )
 DEEPSEEK_V2_YARN = computed(
     "rope_scaling",
