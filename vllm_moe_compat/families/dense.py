@@ -13,10 +13,20 @@ DENSE_ROWS: tuple[Row, ...] = (
         make_row(m, workarounds.FP8, translations=ROPE_ONLY)
         for m in ("olmo2", "seed_oss", "nemotron", "granite", "glm4", "stablelm", "ernie4_5")
     ),
-    make_row("llama", workarounds.FP8, translations=ROPE_ONLY, fixes=(windows.MISTRAL,)),
+    make_row(
+        "llama",
+        workarounds.FP8,
+        translations=(settings.ROPE, settings.UNIFORM_KINDS),
+        fixes=(windows.MISTRAL,),
+    ),
     make_row("qwen2", workarounds.FP8, translations=ROPE_ONLY, fixes=(windows.LAYER_TYPES,)),
     make_row("phi3", workarounds.FP8, translations=ROPE_ONLY, fixes=(windows.EVERY_LAYER,)),
-    make_row("smollm3", workarounds.FP8, translations=ROPE_ONLY, fixes=(windows.LAYER_TYPES,)),
+    make_row(
+        "smollm3",
+        workarounds.FP8,
+        translations=(settings.ROPE, settings.UNIFORM_KINDS),
+        fixes=(windows.LAYER_TYPES,),
+    ),
     make_row("starcoder2", workarounds.FP8, translations=ROPE_ONLY, fixes=(windows.EVERY_LAYER,)),
     make_row("gemma2", workarounds.FP8, translations=ROPE_ONLY, fixes=(windows.GEMMA_2,)),
     make_row("qwen3", workarounds.FP8, fixes=(windows.LAYER_TYPES,)),
@@ -29,7 +39,7 @@ DENSE_ROWS: tuple[Row, ...] = (
     make_row(
         "olmo3",
         workarounds.FP8,
-        translations=(settings_by_family.OLMO3_ROPE,),
+        translations=(settings_by_family.OLMO3_ROPE, settings.UNIFORM_KINDS),
         fixes=(windows.MIXED,),
     ),
     make_row(
@@ -46,7 +56,11 @@ DENSE_ROWS: tuple[Row, ...] = (
         ),
     ),
     make_row(
-        "ministral3", workarounds.MINISTRAL_FP8, misreads=("fp8 tensor",), fixes=(windows.MISTRAL,)
+        "ministral3",
+        workarounds.MINISTRAL_FP8,
+        translations=(settings.UNIFORM_KINDS,),
+        misreads=("fp8 tensor",),
+        fixes=(windows.MISTRAL,),
     ),
     make_row(
         "exaone4",
@@ -69,6 +83,7 @@ DENSE_ROWS: tuple[Row, ...] = (
         "lfm2",
         workarounds.FP8,
         translations=(settings.BLOCK_DIM,),
+        fixes=(layer_types.needs("full_attention", "conv"),),
         cache=Cache(states_skip_padding=True),
     ),
     make_row("falcon_h1", workarounds.FP8, translations=(settings.ROPE, settings.HEAD_DIM)),

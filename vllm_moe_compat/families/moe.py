@@ -148,7 +148,7 @@ MOE_ROWS: tuple[Row, ...] = (
         workarounds.GPT_OSS_BF16,
         moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
-        translations=ROPE_ONLY,
+        translations=(settings.ROPE, settings.UNIFORM_KINDS),
         fixes=(windows.MIXED,),
     ),
     # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
@@ -162,6 +162,7 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=LLAMA_VISION,
         translations=ROPE_ONLY,
+        fixes=(layer_types.LLAMA_4,),
     ),
     moe_row(
         "gemma4",
@@ -196,6 +197,7 @@ MOE_ROWS: tuple[Row, ...] = (
             target="feed_forward.switch_mlp",
             spelling=(*W123, *GLU),
         ),
+        fixes=(layer_types.needs("full_attention", "conv"),),
         cache=PADDED_STATES,
     ),
     # Per-expert without a gate: up_proj and down_proj under mixer.experts.
@@ -252,12 +254,15 @@ MOE_ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    moe_row("afmoe", PLAIN, translations=ROPE_ONLY, fixes=(windows.MIXED,)),
+    moe_row(
+        "afmoe", PLAIN, translations=(settings.ROPE, settings.UNIFORM_KINDS), fixes=(windows.MIXED,)
+    ),
     moe_row("Klear", PLAIN),
     moe_row(
         "exaone_moe",
         dropped_upstream=Extras(prefixes=("mtp.",)),
         translations=(settings.IS_MOE_LAYER,),
+        fixes=(layer_types.EXAONE_MOE, windows.MIXED),
     ),
     moe_row(
         "hunyuan",
@@ -271,9 +276,14 @@ MOE_ROWS: tuple[Row, ...] = (
         sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
     ),
     moe_row(
-        "laguna", renames=((r"\.shared_experts\.", ".shared_expert."),), fixes=(windows.MIXED,)
+        "laguna",
+        renames=((r"\.shared_experts\.", ".shared_expert."),),
+        translations=(settings.UNIFORM_KINDS,),
+        fixes=(windows.MIXED,),
     ),
-    moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
+    moe_row(
+        "mellum", translations=(settings.NUM_EXPERTS,), fixes=(layer_types.needs("full_attention"),)
+    ),
     moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
     # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
     moe_row(

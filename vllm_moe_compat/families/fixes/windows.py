@@ -24,6 +24,7 @@ from vllm_moe_compat.families.fixes.fix import ForwardFix, Settings, become, nam
 
 Windows: TypeAlias = tuple[int | None, ...]
 Rule: TypeAlias = Callable[[Settings], Windows]
+Computed: TypeAlias = Callable[[Settings], Windows | None]
 SLIDING = "sliding_attention"
 
 
@@ -62,20 +63,23 @@ def of_mistral(settings: Settings) -> Windows:
     return by_layer_types(settings) or in_every_layer(settings)
 
 
-def of_mixed_layer_types(settings: Settings) -> Windows:
+def of_mixed_layer_types(settings: Settings) -> Windows | None:
     """Return what modules compute that follow ``layer_types`` if it has both kinds."""
-    windows = by_layer_types(settings)
-    return windows if len(set(windows)) > 1 else ()
+    kinds = settings.get("layer_types")
+    if not isinstance(kinds, list):
+        return ()
+    return by_layer_types(settings) if len(set(kinds)) > 1 else None
 
 
 def sliding_windows(
-    windows: Rule, computed: Rule = lambda settings: (), *, grouped: bool = False
+    windows: Rule, computed: Computed = lambda settings: (), *, grouped: bool = False
 ) -> WindowFix:
     """Return the fix of a module.
 
     Args:
         windows: the rule by which transformers' class computes.
-        computed: the rule by which the module computes; by default it ignores windows.
+        computed: the rule by which the module computes; by default it ignores windows. None for
+            settings with which it fails.
         grouped: whether the module adds its mask to scores ``[B, Hkv, G, T, L]`` itself. A mask
             of a batch, ``[B, 1, T, L]``, then gets an axis for G, and is always an array.
     """
@@ -83,9 +87,9 @@ def sliding_windows(
     def needed(settings: Settings) -> str | None:
         wanted, have = windows(settings), computed(settings)
         layers, longest = len(wanted), _number(settings, "max_position_embeddings")
-        if wanted == have or not (any(wanted) or any(have)):
+        if not wanted or (have is not None and (wanted == have or not any((*wanted, *have)))):
             return None
-        if longest and not any(have) and min(filter(None, wanted)) >= longest:
+        if have == () and longest and min(filter(None, wanted)) >= longest:
             return None  # No position is outside the window.
         counted = Counter(window for window in wanted if window).items()
         parts = [f"a window of {w} tokens in {n} of {layers} layers" for w, n in sorted(counted)]
