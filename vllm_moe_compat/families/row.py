@@ -152,14 +152,12 @@ class Cache:
     Attributes:
         expands_latent: whether latent attention (MLA) keeps the expanded keys and values
             instead of the latent.
-        ignores_window: whether layers with a sliding window keep all tokens.
         attentions: number of attentions per layer, each with keys and values.
         states_skip_padding: whether the code of layers with a state skips padding on the right
             of a row, so that rows of different lengths share a pass.
     """
 
     expands_latent: bool = False
-    ignores_window: bool = False
     attentions: int = 1
     states_skip_padding: bool = False
 

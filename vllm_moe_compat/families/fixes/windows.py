@@ -34,9 +34,18 @@ class WindowFix(ForwardFix):
 
     Attributes:
         windows: the rule by which transformers' class computes.
+        computed: the rule by which the module computes without the fix.
     """
 
     windows: Rule = lambda settings: ()
+    computed: Computed = lambda settings: ()
+
+    def in_force(self, settings: Settings) -> Windows:
+        """Return the window of each layer of a loaded model."""
+        if self.needed(settings) is not None:
+            return self.windows(settings)
+        layers = _number(settings, "num_hidden_layers") or 0
+        return self.computed(settings) or (None,) * layers
 
 
 def in_every_layer(settings: Settings) -> Windows:
@@ -105,6 +114,7 @@ def sliding_windows(
         needed,
         apply,
         windows,
+        computed,
     )
 
 
