@@ -100,7 +100,7 @@ def test_layers_of_one_kind(name: str, letter: str, tmp_path: Path) -> None:
 def test_llama_4_refuses_what_its_module_cannot_build(kinds: str, tmp_path: Path) -> None:
     names = [FULL if letter == "F" else "chunked_attention" for letter in kinds]
     oracle = Oracle(tmp_path, "llama4", layer_types=names, num_hidden_layers=len(names))
-    with pytest.raises(UnsupportedCheckpointError, match="layer_types is .* every fourth layer"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"layer_types is .* every fourth layer"):
         oracle.load()
     assert inspect(str(tmp_path)).exit_code == 1
 

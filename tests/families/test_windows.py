@@ -122,7 +122,9 @@ def test_caches_without_a_window_get_its_mask(name: str, tmp_path: Path) -> None
     settings, _ = IGNORED[name]
     oracle = Oracle(tmp_path, name, **settings)
     model, caches = oracle.load(), [KVCache(), KVCache()]
-    found = [np.array(model(mx.array([part]), cache=caches)[0]) for part in (TOKENS[:21], TOKENS[21:])]
+    found = [
+        np.array(model(mx.array([part]), cache=caches)[0]) for part in (TOKENS[:21], TOKENS[21:])
+    ]
     assert distance(np.concatenate(found), oracle.logits(TOKENS)) < 1e-5
 
 
@@ -199,9 +201,7 @@ def test_the_backend_pages_windows_of_whole_batches(name: str, tmp_path: Path) -
     assert dry_run(model, layers).failure == ""
 
 
-def test_quantised_weights_keep_the_window(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantised_weights_keep_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = Oracle(tmp_path, "mistral", **ON)
     monkeypatch.setenv("VLLM_MOE_COMPAT_QUANTIZE", "8bit")
     model = oracle.load()
