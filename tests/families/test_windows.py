@@ -182,7 +182,9 @@ def test_inspect_and_the_load_say_it(tmp_path: Path, caplog: pytest.LogCaptureFi
     found = inspect(str(tmp_path))
     words = f"a window of {WINDOW} tokens in 1 of 2 layers"
     assert found.ours is not None
-    assert f"put in {words}" in [step.action for step in found.ours.steps]
+    assert ("put into the forward pass", words) in [(s.action, s.targets) for s in found.ours.steps]
+    assert found.stock is not None
+    assert any(words in reason for reason in found.stock.reasons)
     assert found.memory is not None
     kinds = {kind.kind: kind for kind in found.memory.cache}
     assert (kinds["window"].layers, kinds["window"].window) == (1, WINDOW)

@@ -257,18 +257,22 @@ def _describe_mapped(
             "check whether shards are missing or the config belongs to another model",
         )
     known = modules.mlx_lm().folder is None or bool(modules.find(contents.config).path)
+    put_in = [words for _, words in planned.fixes]
     outcome.stock = stock(
         planned.plan,
         layout,
         row,
         contents.config,
         planned.config,
+        put_in,
         planned.translated,
         known=known,
         extern=contents.extern,
     )
     applied = {w.id: w.why for w in row.workarounds}
-    outcome.ours = PluginResult("loads", steps(planned, planned.plan, layout, row), applied)
+    outcome.ours = PluginResult(
+        "loads", steps(planned.plan, layout, row, planned.translated, put_in), applied
+    )
     _add_memory(contents, outcome, planned)
 
 

@@ -11,23 +11,25 @@ from vllm_moe_compat.commands.inspect.model import Step
 from vllm_moe_compat.commands.inspect.problems import clean
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.build import Build
-from vllm_moe_compat.plan.make import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 
 
-def steps(planned: PlannedLoad, plan: Plan, layout: Layout, row: Row) -> list[Step]:
+def steps(
+    plan: Plan, layout: Layout, row: Row, changed: Sequence[str], put_in: Sequence[str] = ()
+) -> list[Step]:
     """List the steps of a load, in order.
 
     Args:
-        planned: the planned load.
-        plan: its plan.
-        layout: its layout.
-        row: its row.
+        plan: the plan.
+        layout: the checkpoint's layout.
+        row: the module's row.
+        changed: ids of the translations that were applied to the config.
+        put_in: settings that are put into the forward pass, in words.
     """
     found = []
-    if changed := ", ".join(planned.translated):
-        found.append(Step("translate config.json keys for mlx-lm", 0, 0, changed))
-    found += [Step(f"put in {clean(words)}", 0, 0, "") for _, words in planned.fixes]
+    if changed:
+        found.append(Step("translate config.json keys for mlx-lm", 0, 0, ", ".join(changed)))
+    found += [Step("put into the forward pass", 0, 0, clean(words, 240)) for words in put_in]
     ours = dropped_by_us(plan, layout)
     theirs = sorted(layout.ignored.difference(ours))
     if static := layout.numbers.unused:

@@ -113,8 +113,8 @@ def sliding_windows(
         ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers"),
         needed,
         apply,
-        windows,
-        computed,
+        windows=windows,
+        computed=computed,
     )
 
 
