@@ -41,10 +41,6 @@ UNPROVED = {
     ("qwen3_5_moe", "norm-mark"): "released with linear attention only; qwen3_5 shows it",
     ("jamba", "config"): "releases have the layout that mlx-lm expects; tests/test_configs.py",
     ("longcat_flash_ngram", "config"): "transformers has no class for it",
-    **{
-        (module, "config"): "for layers of one kind only; tests/families/test_layer_types.py"
-        for module in ("laguna", "ministral3", "mistral3")
-    },
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.fixes import layer_types, windows
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, W123, Cache, Moe, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
@@ -96,7 +95,6 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
             ),
         ),
         translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
-        fixes=(layer_types.needs("full_attention", "linear_attention"),),
     ),
     moe_row(
         "kimi_k3",
@@ -113,7 +111,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.ROPE, settings.FIRST_DENSE),
     ),
-    moe_row("dots1", PLAIN, translations=ROPE_ONLY, fixes=(windows.LAYER_TYPES,)),
+    moe_row("dots1", PLAIN, translations=ROPE_ONLY),
     # Two attentions per layer; the checkpoint has weights for identity experts.
     *(
         moe_row(
@@ -130,8 +128,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         "mimo_v2_flash",
         dropped_here=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
-        translations=(settings_by_family.MIMO, settings.UNIFORM_PATTERN),
-        fixes=(windows.MIXED,),
+        translations=(settings_by_family.MIMO,),
     ),
     moe_row("bailing_hybrid", dropped_upstream=EXTRA_LAYERS),
     moe_row("bailing_moe"),
@@ -144,7 +141,5 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         moe=MISTRAL_4,
         dropped_upstream=MISTRAL_VISION,
         misreads=("fp8 tensor",),
-        translations=(settings.UNIFORM_KINDS,),
-        fixes=(windows.MISTRAL,),
     ),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.fixes import layer_types, windows
 from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Cache, Moe, NormShift, Row
 from vllm_moe_compat.families.row_builders import (
     EXTRA_LAYERS,
@@ -76,7 +75,6 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_text",),
         translations=(settings.ATTENTION_INTERVAL,),
-        fixes=layer_types.HYBRID,
         cache=PADDED_STATES,
     ),
     # The same with combined experts.
@@ -93,7 +91,6 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "conv1d"),
         model_types=("qwen3_5_moe_text",),
         translations=(settings.ATTENTION_INTERVAL,),
-        fixes=layer_types.HYBRID,
         cache=PADDED_STATES,
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
@@ -105,17 +102,10 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(parts=("mtp.",)),
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ROPE, settings.ATTENTION_INTERVAL),
-        fixes=layer_types.HYBRID,
         cache=PADDED_STATES,
     ),
-    moe_row(
-        "qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE), fixes=(windows.LAYER_TYPES,)
-    ),
-    moe_row(
-        "qwen3_moe",
-        translations=(settings.ROPE, settings.NUM_EXPERTS),
-        fixes=(windows.EVERY_LAYER,),
-    ),
+    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
+    moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
@@ -126,19 +116,12 @@ MOE_ROWS: tuple[Row, ...] = (
         sanitize_wrapper=sanitize_wrappers.tied_head,
     ),
     moe_row("olmoe", translations=ROPE_ONLY),
-    moe_row(
-        "mixtral",
-        BLOCK_SPARSE,
-        renames=BLOCK_NAMES,
-        translations=ROPE_ONLY,
-        fixes=(windows.EVERY_LAYER,),
-    ),
+    moe_row("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=ROPE_ONLY),
     moe_row(
         "phimoe",
         BLOCK_SPARSE,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
         translations=ROPE_ONLY,
-        fixes=(windows.EVERY_LAYER,),
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
     # experts [E, H, 2I] in which gate and up alternate.
@@ -148,8 +131,7 @@ MOE_ROWS: tuple[Row, ...] = (
         workarounds.GPT_OSS_BF16,
         moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
-        translations=(settings.ROPE, settings.UNIFORM_KINDS),
-        fixes=(windows.MIXED,),
+        translations=ROPE_ONLY,
     ),
     # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
     moe_row(
@@ -162,7 +144,6 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=LLAMA_VISION,
         translations=ROPE_ONLY,
-        fixes=(layer_types.LLAMA_4,),
     ),
     moe_row(
         "gemma4",
@@ -197,7 +178,6 @@ MOE_ROWS: tuple[Row, ...] = (
             target="feed_forward.switch_mlp",
             spelling=(*W123, *GLU),
         ),
-        fixes=(layer_types.needs("full_attention", "conv"),),
         cache=PADDED_STATES,
     ),
     # Per-expert without a gate: up_proj and down_proj under mixer.experts.
@@ -254,15 +234,12 @@ MOE_ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    moe_row(
-        "afmoe", PLAIN, translations=(settings.ROPE, settings.UNIFORM_KINDS), fixes=(windows.MIXED,)
-    ),
+    moe_row("afmoe", PLAIN, translations=ROPE_ONLY),
     moe_row("Klear", PLAIN),
     moe_row(
         "exaone_moe",
         dropped_upstream=Extras(prefixes=("mtp.",)),
         translations=(settings.IS_MOE_LAYER,),
-        fixes=(layer_types.EXAONE_MOE, windows.MIXED),
     ),
     moe_row(
         "hunyuan",
@@ -275,15 +252,8 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
     ),
-    moe_row(
-        "laguna",
-        renames=((r"\.shared_experts\.", ".shared_expert."),),
-        translations=(settings.UNIFORM_KINDS,),
-        fixes=(windows.MIXED,),
-    ),
-    moe_row(
-        "mellum", translations=(settings.NUM_EXPERTS,), fixes=(layer_types.needs("full_attention"),)
-    ),
+    moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
+    moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
     moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
     # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
     moe_row(

@@ -130,7 +130,7 @@ def _first_dense(text: Section) -> int | None:
     return dense if all(kind == "sparse" for kind in kinds[dense:]) else None
 
 
-def position(text: Section, kind: str = "full_attention") -> int | None:
+def _position(text: Section, kind: str = "full_attention") -> int | None:
     """Return the period of ``layer_types`` if ``kind`` ends each period, else None."""
     kinds = text.get("layer_types")
     if not isinstance(kinds, list) or kind not in kinds:
@@ -154,32 +154,6 @@ def _rotary_dim(text: Section) -> int | None:
     return int(width * part) if isinstance(part, int | float) and 0 <= part <= 1 else None
 
 
-class Kinds(list[Any]):
-    """Kinds of layers; a kind that no layer has is found in layer 0.
-
-    Several modules look up the first layer of each kind, to make a mask from its cache.
-    """
-
-    def index(self, kind: Any, *bounds: Any) -> int:
-        """Return the first layer of a kind, or 0."""
-        return super().index(kind, *bounds) if kind in self else 0
-
-
-def _uniform(key: str) -> SettingTranslation:
-    def apply(config: Section, text: Section) -> bool:
-        kinds = text.get(key)
-        if not isinstance(kinds, list) or isinstance(kinds, Kinds) or not kinds:
-            return False
-        if any(kind != kinds[0] for kind in kinds):
-            return False
-        text[key] = Kinds(kinds)
-        return True
-
-    return SettingTranslation(key, "layers of both kinds are looked up", apply)
-
-
-UNIFORM_KINDS = _uniform("layer_types")
-UNIFORM_PATTERN = _uniform("hybrid_layer_pattern")
 NUM_EXPERTS = _copied("num_experts", "num_local_experts")
 HEAD_DIM = computed("head_dim", "head_dim has another default", _head_dim)
 FIRST_DENSE = computed(
@@ -189,10 +163,10 @@ FIRST_DENSE = computed(
     always=True,
 )
 ATTENTION_INTERVAL = computed(
-    "full_attention_interval", "layer_types is not read", position, always=True
+    "full_attention_interval", "layer_types is not read", _position, always=True
 )
 WINDOW_PATTERN = computed(
-    "sliding_window_pattern", "layer_types is not read", position, always=True
+    "sliding_window_pattern", "layer_types is not read", _position, always=True
 )
 DEEPSEEK_V2_YARN = computed(
     "rope_scaling",

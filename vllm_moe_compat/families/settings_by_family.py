@@ -34,7 +34,7 @@ JAMBA_OFFSET = SettingTranslation(
 
 
 class Pattern(str):
-    """Letters of layers; one that no layer has is found in layer 0, as in ``settings.Kinds``."""
+    """Letters of layers; one that no layer has is found in layer 0, as in ``layers_by_module``."""
 
     def __new__(cls, letters: Iterable[str]) -> Pattern:
         """Join the letters."""

@@ -1,11 +1,11 @@
 """Kinds of layers as ``layer_types`` has them, for modules that count a period instead.
 
 Some modules make every n-th layer a full-attention one, and the others windowed or linear. The
-translations of ``settings`` turn a regular ``layer_types`` into that n. A pruned or merged model
-follows no period. Its wrong layers are then made anew by the module's own class, from arguments
-with a period by which this one layer is of the right kind: n = i + 1 for full attention in layer
-i, n = i + 2 for the other kind. This happens before weights are loaded, and MLX never evaluates
-the replaced ones.
+translations in ``families.settings`` turn a regular ``layer_types`` into that n. A pruned or
+merged model follows no period. Its wrong layers are then made anew by the module's own class,
+from arguments with a period by which this one layer is of the right kind: n = i + 1 for full
+attention in layer i, n = i + 2 for the other kind. This happens before weights are loaded, and
+MLX never evaluates the replaced ones.
 
 What a module cannot be brought to compute is refused by name.
 """
@@ -25,7 +25,6 @@ from vllm_moe_compat.families.fixes.windows import (
     owner_of_layers,
     sliding_windows,
 )
-from vllm_moe_compat.families.settings import position
 
 FULL = "full_attention"
 
@@ -79,7 +78,10 @@ def _set_first_of_each_kind(owner: Any, settings: Settings) -> None:
 def _is_periodic(settings: Settings) -> bool:
     """Return whether the translations give the module a period with both kinds of layers."""
     kinds = settings["layer_types"]
-    return len(set(kinds)) > 1 and position({"layer_types": kinds}) is not None
+    if FULL not in kinds or len(set(kinds)) < 2:
+        return False
+    period = kinds.index(FULL) + 1
+    return all((kind == FULL) == (i % period == 0) for i, kind in enumerate(kinds, start=1))
 
 
 def _of_period(settings: Settings) -> Windows | None:
