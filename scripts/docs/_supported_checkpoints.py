@@ -225,7 +225,6 @@ def _limits() -> str:
 In these cases weights load right and the logits still differ from those of transformers. The \
 plugin neither corrects nor refuses them, and the settings of the parity tests avoid them.
 
-- `gemma2` has no sliding window: right while a sequence fits into it.
 - `starcoder2` computes the exact GELU, whatever `hidden_act` says: about 2e-4.
 - `phi3`, `phimoe` and `minicpm3` with `longrope` use the long factors only: sequences that are \
 not longer than `original_max_position_embeddings` differ.

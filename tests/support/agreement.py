@@ -53,5 +53,6 @@ def check_agreement(folder: Path, plans: list[PlannedLoad], refusal: str | None)
     assert planned.layout is not None
     assert report.verdict == "loads"
     assert report.ours is not None
-    wanted = steps(planned.plan, planned.layout, planned.row, planned.translated)
+    put_in = [words for _, words in planned.fixes]
+    wanted = steps(planned.plan, planned.layout, planned.row, planned.translated, put_in)
     assert report.ours.steps == wanted

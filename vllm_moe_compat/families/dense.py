@@ -16,7 +16,7 @@ DENSE_ROWS: tuple[Row, ...] = (
         make_row(m, workarounds.FP8, workarounds.CONFIG)
         for m in ("granite", "glm4", "stablelm", "ernie4_5", "starcoder2", "falcon_h1")
     ),
-    make_row("gemma2", workarounds.FP8, workarounds.CONFIG, cache=Cache(ignores_window=True)),
+    make_row("gemma2", workarounds.FP8, workarounds.CONFIG),
     *(make_row(m, workarounds.FP8) for m in ("qwen3", "youtu_llm")),
     make_row(
         "qwen3_vl",

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.names import layer_of
-from vllm_moe_compat.families.fixes.fix import ForwardFix
+from vllm_moe_compat.families.fixes.fix import ForwardFix, LengthLimit
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
 GLU = ("gate_proj", "up_proj", "down_proj")
@@ -152,14 +152,12 @@ class Cache:
     Attributes:
         expands_latent: whether latent attention (MLA) keeps the expanded keys and values
             instead of the latent.
-        ignores_window: whether layers with a sliding window keep all tokens.
         attentions: number of attentions per layer, each with keys and values.
         states_skip_padding: whether the code of layers with a state skips padding on the right
             of a row, so that rows of different lengths share a pass.
     """
 
     expands_latent: bool = False
-    ignores_window: bool = False
     attentions: int = 1
     states_skip_padding: bool = False
 
@@ -192,6 +190,7 @@ class Row:
         fixes: settings that the module ignores and that are put into the instance.
         defaults: pairs of key and value of arguments that no config class of a release has,
             since its code takes them for granted.
+        limits: settings that the module ignores, which is right up to some length.
     """
 
     module: str
@@ -212,6 +211,7 @@ class Row:
     cache: Cache = Cache()
     fixes: tuple[ForwardFix, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    limits: tuple[LengthLimit, ...] = ()
 
     @property
     def ignored(self) -> Extras:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import workarounds
+from vllm_moe_compat.families.layers_by_module import FIXES, TRANSLATIONS
 from vllm_moe_compat.families.row import Moe, Row, Workaround
 
 STANDARD = Moe()
@@ -25,12 +26,15 @@ multimodal modules expect it under ``language_model.model``."""
 def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """Return the row of ``mlx_lm.models.{module}``.
 
-    The workarounds for config keys and tensor names are added where the row has such fields.
+    The workarounds for config keys and tensor names are added where the row has such fields, the
+    module's windows and kinds of layers from ``layers_by_module``.
     """
     if fields.get("translations") or fields.get("defaults"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
         needed += (workarounds.NAMES,)
+    fields["translations"] = (*fields.get("translations", ()), *TRANSLATIONS.get(module, ()))
+    fields["fixes"] = (*FIXES.get(module, ()), *fields.get("fixes", ()))
     return Row(f"mlx_lm.models.{module}", workarounds=needed, **fields)
 
 

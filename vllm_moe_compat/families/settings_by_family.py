@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from vllm_moe_compat.families.row import SettingTranslation
 from vllm_moe_compat.families.settings import (
     Section,
@@ -29,11 +32,23 @@ JAMBA_OFFSET = SettingTranslation(
 )
 
 
+class Pattern(str):
+    """Letters of layers; one that no layer has is found in layer 0, as in ``layers_by_module``."""
+
+    def __new__(cls, letters: Iterable[str]) -> Pattern:
+        """Join the letters."""
+        return super().__new__(cls, "".join(letters))
+
+    def index(self, letter: str, *bounds: Any) -> int:
+        """Return the first layer of a kind, or 0."""
+        return super().index(letter, *bounds) if letter in self else 0
+
+
 def _exaone4_pattern(text: Section) -> str | None:
     kinds = text.get("layer_types")
     if not isinstance(kinds, list) or not text.get("sliding_window"):
         return None
-    return "".join("G" if kind == "full_attention" else "L" for kind in kinds)
+    return Pattern("G" if kind == "full_attention" else "L" for kind in kinds)
 
 
 EXAONE4_PATTERN = computed(

@@ -86,6 +86,13 @@ def load_config_hook(
             planned.needs_row,
         )
     planned.refuse()
+    if planned.max_length is not None:
+        logger.warning(
+            "%s: right up to %d tokens, since beyond that %s",
+            model_dir,
+            planned.max_length,
+            planned.max_length_reason,
+        )
     config.clear()
     config.update(planned.config)
     if planned.row is None or planned.plan is None:

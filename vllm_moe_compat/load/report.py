@@ -28,6 +28,8 @@ class LoadReport:
         saved: bytes saved by quantising, compared with the dtype of the values.
         peak: largest number of bytes that MLX held; 0 if the plan was empty.
         digested: number of weights that upstream dequantised or keeps.
+        max_length: tokens up to which the module is right; None for any.
+        max_length_reason: what it computes beyond that.
     """
 
     path: str | None
@@ -47,6 +49,8 @@ class LoadReport:
     saved: int = 0
     peak: int = 0
     digested: int = 0
+    max_length: int | None = None
+    max_length_reason: str = ""
 
     def __str__(self) -> str:
         done = []

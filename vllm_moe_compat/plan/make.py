@@ -77,6 +77,8 @@ class PlannedLoad:
         settings: the language model's settings, see ``effective_config.resolve``; empty without
             a row.
         fixes: forward fixes that the settings need, each with what it puts in, in words.
+        max_length: tokens up to which the module computes what the settings say; None for any.
+        max_length_reason: what it computes beyond that; empty without a limit.
         translated: see ``EffectiveConfig.translated``.
         module: import path of the mlx-lm module; empty if mlx-lm has none.
         row: the module's row, or None.
@@ -103,6 +105,8 @@ class PlannedLoad:
     serving: Serving
     faults: tuple[Fault, ...]
     needs_row: str = ""
+    max_length: int | None = None
+    max_length_reason: str = ""
 
     def refuse(self) -> None:
         """Raise for the first fault.
@@ -184,6 +188,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
     module, row, reason = "", None, ""
     settings: Settings = {}
     fixes: tuple[tuple[ForwardFix, str], ...] = ()
+    longest: tuple[int | None, str] = (None, "")
     try:
         name_module(effective)
         found = modules.find(effective)
@@ -192,6 +197,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
             made = effective_config(config)
             effective, settings, translated = made.config, made.settings, made.translated
             fixes = _fixes(row, settings)
+            longest = _longest(row, settings)
             faults += map(of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
         elif module:
@@ -226,6 +232,8 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         serving=serving,
         faults=tuple(faults),
         needs_row=unsafe,
+        max_length=longest[0],
+        max_length_reason=longest[1],
     )
 
 
@@ -258,6 +266,13 @@ def _fixes(row: Row, settings: Settings) -> tuple[tuple[ForwardFix, str], ...]:
     """Return the forward fixes that the settings need, with what each puts in."""
     each = ((fix, fix.needed(settings)) for fix in row.fixes)
     return tuple((fix, words) for fix, words in each if words is not None)
+
+
+def _longest(row: Row, settings: Settings) -> tuple[int | None, str]:
+    """Return the lowest of the row's limits of length, with its reason."""
+    each = ((limit.longest(settings), limit.why) for limit in row.limits)
+    found = [(tokens, why) for tokens, why in each if tokens is not None]
+    return min(found, default=(None, ""))
 
 
 def _plan(

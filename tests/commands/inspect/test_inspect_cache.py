@@ -23,7 +23,7 @@ CHOSEN = (
     *("mixtral", "qwen3_5_moe", "gpt_oss", "llama4", "gemma4", "granitemoehybrid"),
     *("jamba", "lfm2_moe", "nemotron_h", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
     *("longcat_flash", "kimi_linear", "mimo_v2_flash", "gemma2", "falcon_h1", "minicpm3"),
-    "gemma3",
+    *("gemma3", "mistral", "qwen2", "qwen3_moe", "phi3", "cohere2", "exaone_moe", "laguna"),
 )
 
 

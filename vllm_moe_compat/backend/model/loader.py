@@ -21,6 +21,7 @@ from vllm_moe_compat.backend.model.dry_run import DryRun, dry_run
 from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.load.options import loading_with
+from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.who_serves import who_serves
 
@@ -34,12 +35,16 @@ class ServedModel:
         layers: one description per cache.
         weight_bytes: bytes of all weights.
         widened_bytes: the part of them added by widening experts to float32.
+        max_length: tokens up to which the model is right; None for any.
+        max_length_reason: what it computes beyond that.
     """
 
     model: nn.Module
     layers: list[Layer]
     weight_bytes: int
     widened_bytes: int
+    max_length: int | None = None
+    max_length_reason: str = ""
 
 
 def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
@@ -56,6 +61,11 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
         path = Path(utils._download(model, revision=revision))
     with loading_with(dtype=str(dtype).rpartition(".")[2]):
         loaded, _ = utils.load_model(path, lazy=True)
+    report = last_report()
+    if report is None or report.path != str(path):  # That of another load: this one had no plan.
+        limit, reason = None, ""
+    else:
+        limit, reason = report.max_length, report.max_length_reason
     # Both calls only build graphs. The first one refuses a model before its weights are read,
     # the second one sees the final dtypes.
     dry_run(loaded, describe(loaded))
@@ -76,7 +86,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
         _layer_counts(result.layers),
         _single_sequence(result),
     )
-    return ServedModel(loaded, result.layers, weights, widened)
+    return ServedModel(loaded, result.layers, weights, widened, limit, reason)
 
 
 def _layer_counts(layers: Sequence[Layer]) -> str:

@@ -23,6 +23,7 @@ from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import bridge, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
+from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
@@ -68,6 +69,7 @@ class MlxWorker(WorkerBase):
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
         with loading_with(progress=self.load_config.use_tqdm_on_load):
             self.served = loader.load(self.model_config.model, self.model_config.revision, dtype)
+        limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
         kv_specs.align_pages(self.vllm_config, self.served.layers)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:

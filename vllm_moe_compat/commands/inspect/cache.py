@@ -9,7 +9,7 @@ in bfloat16. The config is untrusted: an invalid number makes the result "not kn
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import sections
@@ -35,19 +35,22 @@ class _UnknownError(Exception):
     """The config does not determine the cache; the argument is the reason."""
 
 
-def cache(config: Mapping[str, Any], facts: Cache) -> tuple[list[CacheKind], str]:
+def cache(
+    config: Mapping[str, Any], facts: Cache, windows: Sequence[int | None] = ()
+) -> tuple[list[CacheKind], str]:
     """Compute the cache of one sequence, by kind of layer.
 
     Args:
         config: the config translated for mlx-lm.
         facts: what the module's cache holds beyond what the config says.
+        windows: the window of each layer; if empty, the config tells.
 
     Returns:
         The kinds, the most frequent first, and the assumption made; if the config does not
         determine the cache, no kinds and the reason.
     """
     try:
-        return _cache(_Numbers(config), facts), "2 bytes a number"
+        return _cache(_Numbers(config), facts, windows), "2 bytes a number"
     except _UnknownError as error:
         return [], f"not known: {error}"
 
@@ -83,12 +86,13 @@ class _Numbers:
         return None
 
 
-def _cache(numbers: _Numbers, facts: Cache) -> list[CacheKind]:
+def _cache(numbers: _Numbers, facts: Cache, windows: Sequence[int | None]) -> list[CacheKind]:
     if numbers.maybe("num_kv_shared_layers"):
         raise _UnknownError("some layers share their keys and values")
+    if windows:
+        sizes = Counter(windows).most_common()
+        return [_softmax(numbers, count, window) for window, count in sizes]
     counts = _kinds(numbers)
-    if facts.ignores_window:
-        counts[_FULL] += counts.pop(_WINDOWED, 0)
     for kind in _ALL_KEPT & counts.keys():
         counts[_FULL] += counts.pop(kind)
     counts[_FULL] *= facts.attentions
@@ -132,16 +136,21 @@ def _one(numbers: _Numbers, kind: str, count: int, facts: Cache) -> CacheKind:
             row = rank + numbers.need("qk_rope_head_dim")
             row += 2 * (numbers.maybe("index_head_dim") or 0)  # as keys and as values
             return CacheKind("latent", count, count * row * _WIDTH * TOKENS)
-        return CacheKind("softmax", count, count * _token(numbers, "global_") * TOKENS)
+        return _softmax(numbers, count, None)
     if kind == _WINDOWED:
-        window = numbers.need("sliding_window", "sliding_window_size")
-        tokens = min(TOKENS, window)
-        return CacheKind("window", count, count * _token(numbers, "swa_") * tokens, window)
+        return _softmax(numbers, count, numbers.need("sliding_window", "sliding_window_size"))
     state = {_LINEAR: _delta, _MAMBA: _mamba, "conv": _conv}.get(kind)
     size = state(numbers) if state is not None else None
     if size is None:
         return CacheKind(clean(kind, 60), count, None)
     return CacheKind(kind, count, 0, state_bytes=count * size)
+
+
+def _softmax(numbers: _Numbers, count: int, window: int | None) -> CacheKind:
+    if window is None:
+        return CacheKind("softmax", count, count * _token(numbers, "global_") * TOKENS)
+    size = count * _token(numbers, "swa_") * min(TOKENS, window)
+    return CacheKind("window", count, size, window)
 
 
 def _delta(numbers: _Numbers) -> int | None:

@@ -243,6 +243,13 @@ def _describe_mapped(
     if planned.plan is None:
         outcome.ours = PluginResult(REFUSES, [])
         return
+    if planned.max_length is not None:
+        contents.add(
+            "length-limited",
+            f"the answers are right up to {planned.max_length:,} tokens, since beyond that "
+            f"{planned.max_length_reason}",
+            f"leave --max-model-len out, or set it to at most {planned.max_length}",
+        )
     if row.moe is not None and not layout.experts and (count := expert_count(planned.config)):
         contents.add(
             "experts-none",
@@ -250,19 +257,21 @@ def _describe_mapped(
             "check whether shards are missing or the config belongs to another model",
         )
     known = modules.mlx_lm().folder is None or bool(modules.find(contents.config).path)
+    put_in = [words for _, words in planned.fixes]
     outcome.stock = stock(
         planned.plan,
         layout,
         row,
         contents.config,
         planned.config,
+        put_in,
         planned.translated,
         known=known,
         extern=contents.extern,
     )
     applied = {w.id: w.why for w in row.workarounds}
     outcome.ours = PluginResult(
-        "loads", steps(planned.plan, layout, row, planned.translated), applied
+        "loads", steps(planned.plan, layout, row, planned.translated, put_in), applied
     )
     _add_memory(contents, outcome, planned)
 

@@ -9,6 +9,7 @@ from vllm_moe_compat.commands.inspect.model import Memory, Need, Problem
 from vllm_moe_compat.commands.inspect.problems import problem
 from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.families.fixes.windows import WindowFix, Windows
 from vllm_moe_compat.families.row import Cache
 from vllm_moe_compat.load.memory import host_memory
 from vllm_moe_compat.load.report import size
@@ -36,11 +37,19 @@ def memory(planned: PlannedLoad) -> tuple[Memory, list[Problem]]:
         found = estimate(plan, tensors, dtype, packed_dtype, spare)
         final, peak = found.final[setting], found.peak[setting]
         needs.append(Need(setting, final, peak, peak <= total, peak <= free))
-    kinds, note = cache(planned.config, Cache() if planned.row is None else planned.row.cache)
+    facts = Cache() if planned.row is None else planned.row.cache
+    kinds, note = cache(planned.config, facts, _windows(planned))
     source = "the host's memory, a container's limit counted"
     if sys.platform == "darwin":
         source += "; what Metal lets one process use is less, and MLX was not queried"
     return Memory(dtype, needs, kinds, note, total, free, source), _compare(needs, total)
+
+
+def _windows(planned: PlannedLoad) -> Windows:
+    """Return the window of each layer where a fix decides about windows; else nothing."""
+    fixes = () if planned.row is None else planned.row.fixes
+    fix = next((fix for fix in fixes if isinstance(fix, WindowFix)), None)
+    return () if fix is None else fix.in_force(planned.settings)
 
 
 def _compare(needs: list[Need], total: int) -> list[Problem]:

@@ -74,6 +74,7 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "vision-disagree": ("note", "config and tensors disagree on towers for images or sound"),
     "quantized-already": ("error", "`VLLM_MOE_COMPAT_QUANTIZE` does not apply to this checkpoint"),
     "quantize-unmapped": ("error", "the module has no row, and `VLLM_MOE_COMPAT_QUANTIZE` is set"),
+    "length-limited": ("warning", "the module ignores a setting that matters in long sequences"),
     "memory": ("warning", "with the current setting, loading exceeds this machine's memory"),
 }
 _LONGEST = 1500

@@ -14,18 +14,22 @@ from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.planner import Plan
 
 
-def steps(plan: Plan, layout: Layout, row: Row, changed: Sequence[str]) -> list[Step]:
+def steps(
+    plan: Plan, layout: Layout, row: Row, changed: Sequence[str], put_in: Sequence[str] = ()
+) -> list[Step]:
     """List the steps of a load, in order.
 
     Args:
         plan: the plan.
         layout: the checkpoint's layout.
         row: the module's row.
-        changed: ids of the fixes that were applied to the config.
+        changed: ids of the translations that were applied to the config.
+        put_in: settings that are put into the forward pass, in words.
     """
     found = []
     if changed:
         found.append(Step("translate config.json keys for mlx-lm", 0, 0, ", ".join(changed)))
+    found += [Step("put into the forward pass", 0, 0, clean(words, 240)) for words in put_in]
     ours = dropped_by_us(plan, layout)
     theirs = sorted(layout.ignored.difference(ours))
     if static := layout.numbers.unused:

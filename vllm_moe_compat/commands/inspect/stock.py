@@ -30,6 +30,7 @@ def stock(
     row: Row,
     config: Mapping[str, Any],
     fixed: Mapping[str, Any],
+    put_in: Sequence[str],
     changed: Sequence[str],
     *,
     known: bool,
@@ -43,7 +44,8 @@ def stock(
         row: the module's row.
         config: the config as it was read.
         fixed: the config translated for mlx-lm.
-        changed: ids of the fixes that were applied to it.
+        put_in: settings that are put into the forward pass, in words.
+        changed: ids of the translations that were applied to the config.
         known: whether mlx-lm has a module for the model type as it was read.
         extern: the content of its hf_quant_config.json, if it has one.
     """
@@ -65,6 +67,7 @@ def stock(
         )
     if _scaled(fixed):
         hints.append("whether it scales rotary embeddings is seen only once it is built")
+    doubts += [f"it refuses, or computes without, {words}" for words in put_in]
     knows = row.digests or row.keeps or row.misreads
     foreign = keeps_numbers(row, layout) or digests_numbers(row, layout)
     if layout.numbers.weights and knows and not foreign:

@@ -31,15 +31,39 @@ class ForwardFix:
     apply: Callable[[Any, Settings], None]
 
 
+@dataclass(frozen=True, slots=True)
+class LengthLimit:
+    """A setting that a module ignores, and whose effect begins at some length.
+
+    Attributes:
+        id: short name, for tables and messages.
+        why: what the module computes beyond that length, in words that complete "since".
+        settings: keys of the settings that decide.
+        longest: takes the settings; returns the number of tokens up to which the module computes
+            the right thing, or None if it does at any length.
+    """
+
+    id: str
+    why: str
+    settings: tuple[str, ...]
+    longest: Callable[[Settings], int | None]
+
+
 def become(part: Any, corrected: Callable[[Any], type]) -> None:
-    """Give one instance the corrected class; idempotent."""
-    if not getattr(type(part), "corrected", False):
+    """Give one instance the corrected class; idempotent for each correction.
+
+    Args:
+        part: the instance.
+        corrected: takes the instance's class, returns the corrected one; a function of a module.
+    """
+    done = getattr(type(part), "corrections", ())
+    if corrected not in done:
         part.__class__ = corrected(type(part))
+        type(part).corrections = (*done, corrected)
 
 
 def named(part: type, original: type) -> type:
     """Give the corrected class the original's name and module."""
     part.__name__, part.__qualname__ = original.__name__, original.__qualname__
     part.__module__ = original.__module__
-    part.corrected = True  # type: ignore[attr-defined]
     return part
