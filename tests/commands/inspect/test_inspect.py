@@ -25,6 +25,7 @@ from vllm_moe_compat.commands.inspect.collect import inspect
 from vllm_moe_compat.commands.inspect.model import SCHEMA_VERSION
 from vllm_moe_compat.commands.inspect.problems import PROBLEMS
 from vllm_moe_compat.commands.main import main
+from vllm_moe_compat.plan.effective_config import resolve
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,7 +67,8 @@ def test_the_numbers(folder: Path):
     # Per layer 12 expert weights, 12 of their scales and 4 of attention's are too many.
     assert found.stock == model.Stock("refuses", found.stock.reasons, 2 * (12 + 4))
     assert found.ours is not None
-    assert [(s.made, s.layers) for s in found.ours.steps] == [(6, 2), (8, 2)]
+    assert [(s.made, s.layers) for s in found.ours.steps] == [(0, 0), (6, 2), (8, 2)]
+    assert "rms_norm_eps" in found.ours.steps[0].targets
     assert found.memory is not None
     assert [need.setting for need in found.memory.needs] == [
         "none",
@@ -269,6 +271,8 @@ def test_own_code_is_not_looked_into(folder: Path):
 
 def test_a_form_of_mlx_is_left_alone(tmp_path: Path):
     files = checkpoint()
+    config = files["config.json"]["json"]
+    files["config.json"]["json"] = resolve(config) | config  # As mlx-lm saves it: complete.
     files["config.json"]["json"]["quantization"] = {"bits": 4, "group_size": 64}
     del files["config.json"]["json"]["quantization_config"]
     prefix = "model.layers.0.mlp.switch_mlp"
@@ -335,10 +339,11 @@ def test_the_module_is_the_one_that_mlx_lm_picks():
         assert found.row is None or found.row.module == model_class.__module__
 
 
-HEAVY = ("mlx", "mlx.core", "mlx_lm", "torch", "transformers", "huggingface_hub", "vllm")
+HEAVY = ("mlx", "mlx.core", "mlx_lm", "torch", "vllm")
+HIDDEN = (*HEAVY, "transformers", "huggingface_hub")
 
 
-@pytest.mark.parametrize("hidden", [(), HEAVY])
+@pytest.mark.parametrize("hidden", [(), HIDDEN])
 @pytest.mark.parametrize("kind", ["text", "json", "markdown"])
 def test_nothing_heavy_is_imported(folder: Path, hidden: tuple[str, ...], kind: str):
     code = f"""
@@ -348,7 +353,9 @@ from vllm_moe_compat.commands.inspect import command as inspect
 import argparse
 parser = argparse.ArgumentParser()
 inspect.add_arguments(parser)
-code = inspect.run(parser.parse_args([{str(folder)!r}, "--format", {kind!r}]))
+args = parser.parse_args([{str(folder)!r}, "--format", {kind!r}])
+args.own_process = True
+code = inspect.run(args)
 heavy = {{name for name in {HEAVY!r} if sys.modules.get(name) is not None}}
 assert not heavy, heavy
 sys.exit(code)
@@ -359,6 +366,7 @@ sys.exit(code)
     assert (done.returncode, done.stderr) == (0, "")
     assert "mlx_lm.models.qwen3_moe" in done.stdout.replace("\\", "")
     assert ("not installed" in done.stdout or '"mlx_lm": null' in done.stdout) == bool(hidden)
+    assert ("transformers is not installed" in done.stdout) == bool(hidden)
 
 
 def test_a_terminal_without_unicode(folder: Path):

@@ -35,6 +35,7 @@ from vllm_moe_compat.errors import CompatError, LayoutError
 from vllm_moe_compat.families import modules
 from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.plan.config_class import installed
 from vllm_moe_compat.plan.faults import of_error
 from vllm_moe_compat.plan.make import Headers, PlannedLoad, make
 from vllm_moe_compat.plan.serving import installed_device, serving
@@ -187,6 +188,13 @@ def _plan_load(contents: Contents, outcome: _Outcome) -> Layout | None:
     planned = make(headers, contents.config, serving(installed_device()))
     contents.problems += map(of_fault, planned.faults)
     outcome.module, outcome.row = planned.module or None, planned.row
+    if planned.row is not None and not installed():
+        contents.add(
+            "settings-unresolved",
+            "transformers is not installed: settings that config.json leaves out are taken from "
+            "the defaults that are recorded, or are mlx-lm's",
+            "install transformers",
+        )
     if planned.reason == OWN_CODE:
         contents.add(
             "own-code",

@@ -54,6 +54,10 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "own-code": ("warning", "the checkpoint brings its own model code, which is not examined"),
     "config-number": ("error", "a required number in `config.json` is not valid"),
     "config-unsupported": ("error", "mlx-lm's module cannot represent what `config.json` asks for"),
+    "settings-unresolved": (
+        "warning",
+        "transformers is not installed, so settings that `config.json` leaves out are unknown",
+    ),
     "experts-none": ("warning", "the config declares experts, and no layer has any"),
     "experts-twice": ("error", "a layer has its experts twice"),
     "experts-gap": ("error", "experts are missing, or there are more than in the config"),
