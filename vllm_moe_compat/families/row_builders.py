@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import settings, workarounds
+from vllm_moe_compat.families.rotary_by_module import rotary_fixes
 from vllm_moe_compat.families.row import Moe, Row, Workaround
 
 ROPE_ONLY = (settings.ROPE,)
@@ -26,8 +27,10 @@ multimodal modules expect it under ``language_model.model``."""
 def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """Return the row of ``mlx_lm.models.{module}``.
 
-    The workarounds for config keys and tensor names are added where the row has such fields.
+    The workarounds for config keys and tensor names are added where the row has such fields, and
+    the fix of the rotary embedding to every row.
     """
+    fields["fixes"] = (*rotary_fixes(module), *fields.get("fixes", ()))
     if fields.get("translations"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
