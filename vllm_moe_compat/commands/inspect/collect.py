@@ -257,12 +257,13 @@ def _describe_mapped(
             "check whether shards are missing or the config belongs to another model",
         )
     known = modules.mlx_lm().folder is None or bool(modules.find(contents.config).path)
+    put_in = [words for _, words in planned.fixes]
     outcome.stock = stock(
         planned.plan,
         layout,
         row,
         contents.config,
-        planned.config,
+        put_in,
         planned.translated,
         known=known,
         extern=contents.extern,
