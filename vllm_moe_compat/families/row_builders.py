@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import settings, workarounds
+from vllm_moe_compat.families.activation_by_module import activation_fixes
 from vllm_moe_compat.families.rotary_by_module import rotary_fixes
 from vllm_moe_compat.families.row import Moe, Row, Workaround
 
@@ -28,9 +29,10 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """Return the row of ``mlx_lm.models.{module}``.
 
     The workarounds for config keys and tensor names are added where the row has such fields, and
-    the fix of the rotary embedding to every row.
+    the fixes of rotary embedding and activation to every row.
     """
-    fields["fixes"] = (*rotary_fixes(module), *fields.get("fixes", ()))
+    common = (*rotary_fixes(module), *activation_fixes(module))
+    fields["fixes"] = (*common, *fields.get("fixes", ()))
     if fields.get("translations"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
