@@ -376,6 +376,17 @@ def test_a_server_takes_the_dynamic_type_up_to_its_length() -> None:
         rotary.settle(model, LONGEST + 1)
 
 
+@pytest.mark.usefixtures("_in_float32")
+@pytest.mark.parametrize(("name", "longest"), [("dynamic", LONGEST), ("longrope", None)])
+def test_only_the_dynamic_type_limits_the_length(
+    name: str, longest: int | None, tmp_path: Path
+) -> None:
+    saved(tmp_path, small(name))
+    with planned_loads() as plans:
+        mlx_lm.utils.load_model(tmp_path)
+    assert plans[0].max_length == longest
+
+
 def put_in(plans: list[PlannedLoad]) -> list[str]:
     return [words for _, words in plans[0].fixes]
 

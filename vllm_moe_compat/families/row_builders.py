@@ -7,6 +7,7 @@ from typing import Any
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import settings, workarounds
 from vllm_moe_compat.families.activation_by_module import activation_fixes
+from vllm_moe_compat.families.fixes.rotary import DYNAMIC_LIMIT
 from vllm_moe_compat.families.rotary_by_module import rotary_fixes
 from vllm_moe_compat.families.row import Moe, Row, Workaround
 
@@ -33,6 +34,7 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """
     common = (*rotary_fixes(module), *activation_fixes(module))
     fields["fixes"] = (*common, *fields.get("fixes", ()))
+    fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
     if fields.get("translations"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.errors import UnsupportedCheckpointError, UnsupportedServingError
-from vllm_moe_compat.families.fixes.fix import ForwardFix, Settings
+from vllm_moe_compat.families.fixes.fix import ForwardFix, LengthLimit, Settings
 from vllm_moe_compat.families.fixes.rotary_frequencies import (
     Rope,
     Rotary,
@@ -134,6 +134,19 @@ def rotary_fix(*follows: str, plain: tuple[str, ...] = (), softmax: bool = True)
         apply,
         prepare,
     )
+
+
+def _dynamic_length(settings: Settings) -> int | None:
+    each = (embedding for _, _, embedding in wanted(settings))
+    return min((e.length for e in each if e.kind == "dynamic" and e.length), default=None)
+
+
+DYNAMIC_LIMIT = LengthLimit(
+    "rotary",
+    "the dynamic rotary embedding changes with every token, for all sequences of a batch",
+    ("rope_parameters", "max_position_embeddings"),
+    _dynamic_length,
+)
 
 
 def _upstream(rope: Rope, settings: Settings, kind: str) -> Rotary:
