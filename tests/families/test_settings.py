@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 import mlx_lm.utils
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.family import Family
-from parity.forms import FORM_BY_NAME, build
 from parity.reference import new_config
 from parity.release import release_config
 from support.as_read import as_read
-from support.loading import load
-from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
-from vllm_moe_compat.families.fixes import rotary as repairs
+from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_of_model_type
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.effective_config import effective_config
@@ -178,100 +171,3 @@ def _at(config: Config, path: tuple[str, ...]) -> Config:
 
 
 # Rotary embeddings that a module makes plain, whatever the config says.
-
-
-@pytest.fixture
-def _hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # A test that ran before may have lent the logger vLLM's handlers.
-    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
-    with vllm_moe_compat.applied():
-        yield
-
-
-def ropes(model: Any) -> list[Any]:
-    return [layer.self_attn.rope for layer in model.layers]
-
-
-IGNORED = "ignores rope_scaling; its rotary embeddings were replaced by scaled ones"
-
-
-@pytest.mark.usefixtures("_hooks")
-@pytest.mark.parametrize("name", ["qwen3_moe yarn", "qwen2_moe linear", "solar_open yarn"])
-def test_an_ignored_scaling_is_made_up_for(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level(logging.INFO)
-    model = load(build(FAMILIES[name], FORM_BY_NAME["release"]).write(tmp_path))
-    assert caplog.text.count(IGNORED) == 1
-    assert str(tmp_path) in caplog.text
-    for rope in ropes(model):
-        assert type(rope) is not nn.RoPE or rope.scale != 1.0
-
-
-@pytest.mark.usefixtures("_hooks")
-@pytest.mark.parametrize("name", ["llama llama3", "qwen3 yarn", "deepseek_v3 yarn", "qwen3_moe"])
-def test_a_module_that_scales_by_itself_is_left_alone(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level(logging.INFO)
-    path = build(FAMILIES[name], FORM_BY_NAME["release"]).write(tmp_path)
-    model = load(path)
-    assert IGNORED not in caplog.text
-    vllm_moe_compat.revert()
-    assert [repr(rope) for rope in ropes(model)] == [repr(rope) for rope in ropes(load(path))]
-
-
-class Layers:
-    """A model whose attentions have these rotary embeddings."""
-
-    def __init__(self, *found: Any):
-        self.layers = [nn.Module() for _ in found]
-        for layer, rope in zip(self.layers, found, strict=True):
-            layer.self_attn = nn.Module()
-            layer.self_attn.rope = rope
-
-
-LINEAR = {"type": "linear", "factor": 4.0}
-
-
-@pytest.mark.parametrize(
-    ("config", "replaced"),
-    [
-        ({"rope_scaling": LINEAR}, True),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, True),
-        ({"rope_scaling": {"type": "default"}}, False),
-        ({"rope_scaling": {"type": "mrope"}}, False),
-        ({"rope_scaling": None}, False),
-        ({"rope_scaling": "linear"}, False),
-        ({"rope_scaling": {}}, False),
-        ({}, False),
-    ],
-)
-def test_only_a_scaling_that_is_asked_for_is_made(config: Config, replaced: bool):
-    model = Layers(nn.RoPE(32, base=5e4), nn.RoPE(32, base=5e4))
-    before = ropes(model)
-    assert repairs.scale_rope(model, config) is replaced
-    assert all((new is not old) == replaced for new, old in zip(ropes(model), before, strict=True))
-    if replaced:
-        assert {(rope.dims, rope.base, rope.scale) for rope in ropes(model)} == {(32, 5e4, 0.25)}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        Layers(nn.RoPE(32), nn.RoPE(32, scale=0.5)),
-        Layers(nn.Identity()),
-        Layers(),
-        object(),
-    ],
-)
-def test_a_rotary_embedding_that_is_not_plain_is_left_alone(model: Any):
-    assert not repairs.scale_rope(model, {"rope_scaling": LINEAR})
-
-
-@pytest.mark.parametrize(
-    "scaling", [{"type": "yarn"}, {"type": "nonsense"}, {"type": "linear", "factor": "x"}]
-)
-def test_a_scaling_that_mlx_lm_does_not_know_is_refused(scaling: Config):
-    with pytest.raises(UnsupportedCheckpointError, match=r"config\.json: rope_scaling is .*type"):
-        repairs.scale_rope(Layers(nn.RoPE(32)), {"rope_scaling": scaling})

@@ -6,7 +6,10 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import workarounds
+from vllm_moe_compat.families.activation_by_module import activation_fixes
+from vllm_moe_compat.families.fixes.rotary import DYNAMIC_LIMIT
 from vllm_moe_compat.families.layers_by_module import FIXES, TRANSLATIONS
+from vllm_moe_compat.families.rotary_by_module import rotary_fixes
 from vllm_moe_compat.families.row import Moe, Row, Workaround
 
 STANDARD = Moe()
@@ -27,14 +30,16 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """Return the row of ``mlx_lm.models.{module}``.
 
     The workarounds for config keys and tensor names are added where the row has such fields, the
-    module's windows and kinds of layers from ``layers_by_module``.
+    module's windows, kinds of layers, rotary embeddings and activations from their tables.
     """
+    common = (*FIXES.get(module, ()), *rotary_fixes(module), *activation_fixes(module))
+    fields["fixes"] = (*common, *fields.get("fixes", ()))
+    fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
     if fields.get("translations") or fields.get("defaults"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
         needed += (workarounds.NAMES,)
     fields["translations"] = (*fields.get("translations", ()), *TRANSLATIONS.get(module, ()))
-    fields["fixes"] = (*FIXES.get(module, ()), *fields.get("fixes", ()))
     return Row(f"mlx_lm.models.{module}", workarounds=needed, **fields)
 
 

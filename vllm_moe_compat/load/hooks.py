@@ -160,10 +160,10 @@ def sanitize_hook(
             )
 
         if load is not None:
-            _scale_rope(load, model)
             for fix, words in load.planned.fixes:
                 fix.apply(model, load.planned.settings)
                 logger.info("%s: put %s into %s", load.model_dir, words, row.module)
+            rotary.check(model, load.planned.settings)
         sanitized, report = run_load(row, load, model, weights, sanitize)
         guard.check(model, sanitized, read_config, "" if load is None else str(load.model_dir))
     finally:
@@ -178,16 +178,6 @@ def sanitize_hook(
 def _are_arrays(weights: Any) -> bool:
     """Whether the dict holds tensors; some callers only have upstream rename keys."""
     return isinstance(weights, dict) and all(hasattr(w, "dtype") for w in weights.values())
-
-
-def _scale_rope(load: context.LoadContext, model: Any) -> None:
-    text = load.config.get("text_config")
-    if rotary.scale_rope(model, text if isinstance(text, dict) else load.config):
-        logger.info(
-            "%s: %s ignores rope_scaling; its rotary embeddings were replaced by scaled ones",
-            load.model_dir,
-            load.row.module,
-        )
 
 
 def _is_for_tokenizer(utils: Any) -> bool:

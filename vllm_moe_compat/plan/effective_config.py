@@ -91,7 +91,7 @@ def _resolve(config: Mapping[str, Any]) -> Resolved:
     cls = config_class(config)
     if cls is not None:
         return _of_class(cls, config)
-    section = _section(config)
+    section = text_section(config)
     inner = None if section is config else config_class(section)
     if inner is not None:
         found = _of_class(inner, section)
@@ -120,7 +120,7 @@ def _of_class(cls: ConfigClass, config: Mapping[str, Any]) -> Resolved:
 
 def _keep_unscaled(config: Mapping[str, Any], settings: Settings) -> None:
     """Undo the class's default scaling where the old words say that there is none, in place."""
-    text = _section(config)
+    text = text_section(config)
     rope = settings.get("rope_parameters")
     said = "rope_scaling" in text and text["rope_scaling"] is None and "rope_parameters" not in text
     if said and isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
@@ -142,14 +142,14 @@ def effective_config(config: Mapping[str, Any]) -> EffectiveConfig:
     resolved = _resolve(config)
     row = modules.row_of_config(config)
     whole = copy.deepcopy(dict(config))
-    text = _section(whole)
+    text = text_section(whole)
     given = dict(text)
     text |= copy.deepcopy(_missing(text, row, resolved))
     known = copy.deepcopy(text)
     translated = [] if row is None else registry.translate_config(row, whole)
     module = modules.find(whole).path
     read = arguments(module, known.get("model_type")) or Arguments()
-    text = _section(whole)
+    text = text_section(whole)
     if text is whole:
         given = {**config, **given}
     if "head_dim" in resolved.further and read.text.get("head_dim", REQUIRED) is None:
@@ -189,7 +189,7 @@ def _settle_whole(
     return changed
 
 
-def _section(config: Any) -> Any:
+def text_section(config: Any) -> Any:
     """Return the section for the language model; the config itself if nothing is nested."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config

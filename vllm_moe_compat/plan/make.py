@@ -26,11 +26,12 @@ from vllm_moe_compat.errors import (
 )
 from vllm_moe_compat.families import modules, registry
 from vllm_moe_compat.families.fixes.fix import ForwardFix
+from vllm_moe_compat.families.fixes.rotary_frequencies import keep_original_length
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
-from vllm_moe_compat.plan.effective_config import Settings, effective_config
+from vllm_moe_compat.plan.effective_config import Settings, effective_config, text_section
 from vllm_moe_compat.plan.faults import (
     Fault,
     already_quantized,
@@ -196,8 +197,14 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         if row is not None:
             made = effective_config(config)
             effective, settings, translated = made.config, made.settings, made.translated
+            keep_original_length(text_section(config), settings)
             fixes = _fixes(row, settings)
             longest = _longest(row, settings)
+            if any(fix.prepare for fix, _ in fixes):
+                prepared = copy.deepcopy(dict(config))
+                _prepare(prepared, fixes, settings)
+                made = effective_config(prepared)
+                effective, translated = made.config, made.translated
             faults += map(of_file, _index_faults(headers, effective, row))
             layout = detect(headers.tensors, effective, row.ignored)
         elif module:
@@ -273,6 +280,16 @@ def _longest(row: Row, settings: Settings) -> tuple[int | None, str]:
     each = ((limit.longest(settings), limit.why) for limit in row.limits)
     found = [(tokens, why) for tokens, why in each if tokens is not None]
     return min(found, default=(None, ""))
+
+
+def _prepare(
+    config: dict[str, Any], fixes: tuple[tuple[ForwardFix, str], ...], settings: Settings
+) -> None:
+    """Change a config so that mlx-lm can build the module, in place."""
+    text = config.get("text_config")
+    for fix, _ in fixes:
+        if fix.prepare is not None:
+            fix.prepare(text if isinstance(text, dict) else config, settings)
 
 
 def _plan(

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import gemma2
+from mlx_lm.models import gemma2, llama
 
 from vllm_moe_compat.backend.model import loader
 from vllm_moe_compat.backend.pages.layers import Batching, batching_of
@@ -74,3 +74,20 @@ def test_the_reason_is_the_failure_itself(
     monkeypatch.setattr(gemma2.Attention, "__call__", one_row)
     line = start_up_line(checkpoint, caplog)
     assert line.endswith("since its code fails on several (IndexError: row 1 of 1)")
+
+
+def test_rotary_frequencies_keep_their_precision(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+    config = GEMMA2 | {
+        "model_type": "llama",
+        "rope_theta": 5e5,
+        "rope_scaling": rope | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    served = loader.load(str(tmp_path), None, mx.bfloat16).model
+    attention = served.model.layers[0].self_attn
+    assert attention.q_proj.weight.dtype == mx.bfloat16
+    assert attention.rope._freqs.dtype == mx.float32
+    assert mx.array_equal(attention.rope._freqs, model.model.layers[0].self_attn.rope._freqs)

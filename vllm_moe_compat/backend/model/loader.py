@@ -109,7 +109,9 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast floating parameters to ``dtype`` and evaluate all parameters, one at a time.
 
     One at a time bounds the peak at the model plus one tensor. Parameters that the model itself
-    excludes from casts (``A_log`` of Qwen3.5) keep their dtype.
+    excludes from casts (``A_log`` of Qwen3.5) keep their dtype, and so do arrays that are no
+    parameters, whose names start with an underscore: rotary frequencies in half precision turn
+    by the wrong angle after a few hundred tokens.
     """
     keep = getattr(model, "cast_predicate", lambda _: True)
     for name, module in model.named_modules():
@@ -118,7 +120,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
             if not isinstance(value, mx.array):
                 continue
             path = f"{name}.{key}" if name else key
-            if mx.issubdtype(value.dtype, mx.floating) and value.dtype != dtype and keep(path):
+            is_float = not key.startswith("_") and mx.issubdtype(value.dtype, mx.floating)
+            if is_float and value.dtype != dtype and keep(path):
                 value = value.astype(dtype)
                 module[key] = value
             mx.eval(value)

@@ -28,6 +28,7 @@ from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
 
@@ -70,6 +71,8 @@ class MlxWorker(WorkerBase):
         with loading_with(progress=self.load_config.use_tqdm_on_load):
             self.served = loader.load(self.model_config.model, self.model_config.revision, dtype)
         limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
+        if chosen := rotary.settle(self.served.model, self.model_config.max_model_len):
+            logger.info("%s: %s", self.model_config.model, chosen)
         kv_specs.align_pages(self.vllm_config, self.served.layers)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -181,6 +184,7 @@ class MlxWorker(WorkerBase):
     def update_max_model_len(self, max_model_len: int) -> None:
         """Take the length that vLLM fitted to the memory."""
         self.model_config.max_model_len = max_model_len
+        rotary.settle(self.served.model, max_model_len)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the forward passes of a step; None means that ``sample_tokens`` must follow."""

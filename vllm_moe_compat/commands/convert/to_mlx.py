@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from vllm_moe_compat.checkpoint.config_file import read_config
 from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.checkpoint.names import fold, layer_of
 from vllm_moe_compat.checkpoint.operations import Operand, Spec
@@ -28,6 +29,7 @@ from vllm_moe_compat.execute.run_plan import tensor_infos
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.context import current
 from vllm_moe_compat.load.options import loading_with
+from vllm_moe_compat.plan.effective_config import effective_config
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.quantization import DEQUANTIZED
 
@@ -185,7 +187,7 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
     source = Source(
         specs=specs,
         stream=stream,
-        save_config=_saver(config, cast, keep_vision=keep_vision),
+        save_config=_saver(_as_translated(folder, config), cast, keep_vision=keep_vision),
         kind="mlx",
         form=f"MLX form, {'floats' if setting == 'none' else setting}",
         read=sum(nbytes(info) for name, info in tensors.items() if name not in stand_ins.ignored),
@@ -248,6 +250,23 @@ def _refused(folder: Path, error: Exception) -> UnsupportedCheckpointError:
         f"{folder}: mlx-lm does not load this checkpoint ({type(error).__name__}: {error}); "
         "`vllm-moe-compat inspect` describes it."
     )
+
+
+def _as_translated(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a load's config with the rotary settings that a forward fix took out for the load."""
+    wanted = effective_config(read_config(folder)).config
+
+    def restored(section: dict[str, Any], original: Any) -> dict[str, Any]:
+        own = original if isinstance(original, dict) else {}
+        return section | {key: own[key] for key in _ROTARY if key in own}
+
+    written = restored(config, wanted)
+    if isinstance(text := written.get("text_config"), dict):
+        written["text_config"] = restored(text, wanted.get("text_config"))
+    return written
+
+
+_ROTARY = ("rope_scaling", "rope_parameters")
 
 
 def _saver(config: dict[str, Any], cast: str, *, keep_vision: bool) -> Callable[[Path], None]:

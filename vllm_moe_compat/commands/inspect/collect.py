@@ -271,7 +271,6 @@ def _describe_mapped(
         layout,
         row,
         contents.config,
-        planned.config,
         put_in,
         planned.translated,
         known=known,

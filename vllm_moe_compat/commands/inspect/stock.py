@@ -29,7 +29,6 @@ def stock(
     layout: Layout,
     row: Row,
     config: Mapping[str, Any],
-    fixed: Mapping[str, Any],
     put_in: Sequence[str],
     changed: Sequence[str],
     *,
@@ -43,7 +42,6 @@ def stock(
         layout: the checkpoint's layout.
         row: the module's row.
         config: the config as it was read.
-        fixed: the config translated for mlx-lm.
         put_in: settings that are put into the forward pass, in words.
         changed: ids of the translations that were applied to the config.
         known: whether mlx-lm has a module for the model type as it was read.
@@ -65,8 +63,6 @@ def stock(
             "config.json has keys that it does not read, so it may refuse, or use other defaults: "
             f"{', '.join(settings)}"
         )
-    if _scaled(fixed):
-        hints.append("whether it scales rotary embeddings is seen only once it is built")
     doubts += [f"it refuses, or computes without, {words}" for words in put_in]
     knows = row.digests or row.keeps or row.misreads
     foreign = keeps_numbers(row, layout) or digests_numbers(row, layout)
@@ -85,14 +81,6 @@ def stock(
     if hints:
         return Stock(UNSURE, reasons)
     return Stock(LOADS, ["its module reads every tensor and every setting"])
-
-
-def _scaled(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config")
-    scaling = (text if isinstance(text, Mapping) else config).get("rope_scaling")
-    if not isinstance(scaling, Mapping):
-        return False
-    return scaling.get("type", scaling.get("rope_type")) not in (None, "default", "mrope")
 
 
 def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:

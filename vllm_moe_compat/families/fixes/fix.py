@@ -22,6 +22,8 @@ class ForwardFix:
             computes the right thing by itself. Raises ``UnsupportedCheckpointError`` if a value
             cannot be put in.
         apply: takes the model and the settings; changes the instance.
+        prepare: takes the config's section for the language model and the settings; changes the
+            section so that mlx-lm can build the module. None if it can.
     """
 
     id: str
@@ -29,6 +31,7 @@ class ForwardFix:
     settings: tuple[str, ...]
     needed: Callable[[Settings], str | None]
     apply: Callable[[Any, Settings], None]
+    prepare: Callable[[dict[str, Any], Settings], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
