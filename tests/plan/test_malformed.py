@@ -336,7 +336,7 @@ TENSORS: dict[str, tuple[str, Fp8 | None, Break, type[CompatError], list[str]]] 
         "per-expert",
         None,
         configure(num_experts="four"),
-        LayoutError,
+        UnsupportedCheckpointError,
         ["config.json", "num_experts", "'four'"],
     ),
 }
