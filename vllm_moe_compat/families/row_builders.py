@@ -32,9 +32,10 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     The workarounds for config keys and tensor names are added where the row has such fields, and
     the fixes of rotary embedding and activation to every row.
     """
-    common = (*rotary_fixes(module), *activation_fixes(module))
-    fields["fixes"] = (*common, *fields.get("fixes", ()))
-    fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
+    turning = rotary_fixes(module)
+    fields["fixes"] = (*turning, *activation_fixes(module), *fields.get("fixes", ()))
+    if turning:
+        fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
     if fields.get("translations"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
