@@ -376,6 +376,35 @@ def test_a_server_takes_the_dynamic_type_up_to_its_length() -> None:
         rotary.settle(model, LONGEST + 1)
 
 
+def test_without_positions_nothing_is_needed() -> None:
+    settings = SETTINGS | {"rope_parameters": ROPE | ropes(8)["yarn"]}
+    assert rotary.rotary_fix().needed(settings)
+    assert rotary.rotary_fix().needed(settings | {"position_embedding_type": "nope"}) is None
+
+
+def test_a_factor_that_yarn_implies_needs_nothing() -> None:
+    yarn, fix = ropes(8)["yarn"] | {"rope_theta": THETA}, rotary.rotary_fix("yarn")
+    # As files round it.
+    assert (
+        fix.needed(SETTINGS | {"rope_parameters": yarn | {"attention_factor": 1.1386294}}) is None
+    )
+    assert fix.needed(SETTINGS | {"rope_parameters": yarn | {"attention_factor": 1.1387}})
+
+
+@pytest.mark.usefixtures("_in_float32")
+def test_yarn_without_a_factor_takes_it_from_the_lengths(tmp_path: Path) -> None:
+    """mlx-lm does not build it."""
+    reference = saved(tmp_path, small("yarn"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["factor"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, _ = mlx_lm.utils.load_model(tmp_path)
+    with torch.no_grad():
+        want = reference(torch.tensor([tokens(37)])).logits[0].numpy()
+    got = np.array(model(mx.array([tokens(37)]))[0])
+    assert abs(got - want).max() / abs(want).max() < 1e-5
+
+
 @pytest.mark.usefixtures("_in_float32")
 @pytest.mark.parametrize(("name", "longest"), [("dynamic", LONGEST), ("longrope", None)])
 def test_only_the_dynamic_type_limits_the_length(

@@ -13,7 +13,7 @@ LINEAR = rotary_fix("linear")
 GLOBAL_SCALED = rotary_fix(*ALL, plain=("sliding_attention",))
 
 _FIXES: dict[str, ForwardFix | None] = {
-    # A plain embedding, whatever the config says.
+    # No type but the default one as transformers defines it; most build a plain embedding.
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "mixtral", "phimoe"), UNSCALED),
     **dict.fromkeys(("granitemoehybrid", "lfm2", "lfm2_moe", "minimax", "glm4_moe"), UNSCALED),
     **dict.fromkeys(("solar_open", "mimo_v2_flash", "step3p5", "exaone_moe"), UNSCALED),

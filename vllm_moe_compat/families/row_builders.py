@@ -32,9 +32,11 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     The workarounds for config keys and tensor names are added where the row has such fields, the
     module's windows, kinds of layers, rotary embeddings and activations from their tables.
     """
-    common = (*FIXES.get(module, ()), *rotary_fixes(module), *activation_fixes(module))
+    turning = rotary_fixes(module)
+    common = (*FIXES.get(module, ()), *turning, *activation_fixes(module))
     fields["fixes"] = (*common, *fields.get("fixes", ()))
-    fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
+    if turning:
+        fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
     if fields.get("translations") or fields.get("defaults"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):

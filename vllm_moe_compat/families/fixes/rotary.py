@@ -73,8 +73,6 @@ def rotary_fix(*follows: str, plain: tuple[str, ...] = (), softmax: bool = True)
     """
 
     def needed(settings: Settings) -> str | None:
-        if settings.get("position_embedding_type") == "nope":
-            return None
         found = [
             _describe(kind, rope)
             for kind, rope, embedding in wanted(settings)
@@ -85,26 +83,27 @@ def rotary_fix(*follows: str, plain: tuple[str, ...] = (), softmax: bool = True)
     def _followed(kind: str, rope: Rope, embedding: Rotary, settings: Settings) -> bool:
         if embedding.kind == "default":
             return True
-        if embedding.kind not in follows or kind in plain or embedding.length is not None:
+        if kind in plain or not _built(rope, embedding):
             return False
         if not softmax and rope.get("mscale_all_dim"):
             return False
         if embedding.kind == "proportional":
             return all(embedding.inverse) or PARTLY in follows
         # Upstream's YaRN rounds its range, and has one formula for its factor.
-        return not is_transformers(settings) or embedding == _upstream(rope, settings, kind)
+        return not is_transformers(settings) or embedding.equals(_upstream(rope, settings, kind))
 
     def prepare(text: dict[str, Any], settings: Settings) -> None:
         """Have the module built unscaled, where it would refuse the type or be replaced anyway."""
-        if not all(_built(embedding) for _, _, embedding in wanted(settings)):
+        if not all(_built(rope, embedding) for _, rope, embedding in wanted(settings)):
             if text.get("rope_scaling") is not None:
                 text["rope_scaling"] = None
             rope = text.get("rope_parameters")
             if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
                 text["rope_parameters"] = {**rope, "rope_type": "default", "type": "default"}
 
-    def _built(embedding: Rotary) -> bool:
-        return embedding.kind in ("default", *follows) and embedding.length is None
+    def _built(rope: Rope, embedding: Rotary) -> bool:
+        complete = embedding.kind != "yarn" or rope.get("factor") is not None
+        return complete and embedding.kind in ("default", *follows) and embedding.length is None
 
     def apply(model: Any, settings: Settings) -> None:
         from vllm_moe_compat.families.fixes.rotary_embedding import RotaryEmbedding, computes

@@ -45,10 +45,19 @@ class Rotary:
     base: float = 10000.0
     factor: float = 1.0
 
+    def equals(self, other: Rotary) -> bool:
+        """Whether another embedding computes the same, up to rounding."""
+        return self.dims == other.dims and all(
+            math.isclose(a, b, rel_tol=1e-6)
+            for a, b in zip((*self.inverse, self.scale), (*other.inverse, other.scale), strict=True)
+        )
+
 
 def ropes_of(settings: Settings) -> dict[str, Rope]:
     """Return the rotary settings per kind of layer; one entry named ``""`` for all layers."""
     rope = settings.get("rope_parameters")
+    if settings.get("position_embedding_type") == "nope":
+        return {}
     if not isinstance(rope, Mapping) or not rope:
         return _old_words(settings)
     nested = {kind: value for kind, value in rope.items() if isinstance(value, Mapping)}
