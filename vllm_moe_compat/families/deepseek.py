@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, W123, Cache, Moe, Row
+from vllm_moe_compat.families.row import (
+    COMBINED,
+    NEVER_TIED,
+    OWN_HEAD,
+    PER_EXPERT,
+    W123,
+    Cache,
+    Moe,
+    Row,
+)
 from vllm_moe_compat.families.row_builders import (
+    ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED_ROOTS,
     PLAIN,
     ROPE_ONLY,
     STANDARD,
@@ -30,11 +41,15 @@ KIMI_VISION = Extras(
 )
 
 DEEPSEEK_ROWS: tuple[Row, ...] = (
-    moe_row("deepseek"),
+    moe_row(
+        "deepseek",
+        head=OWN_HEAD,
+    ),
     moe_row(
         "deepseek_v2",
         translations=(settings.ROPE, settings.DEEPSEEK_V2_YARN),
         cache=Cache(expands_latent=True),
+        head=OWN_HEAD,
     ),
     # Released in FP8 with blocks of 128x128; the prediction head is layer 61.
     block_fp8_row(
@@ -45,18 +60,25 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=EXTRA_LAYERS,
         translations=ROPE_ONLY,
         sanitize_wrapper=sanitize_wrappers.layer_61,
+        head=OWN_HEAD,
     ),
     block_fp8_row(
         "deepseek_v32",
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.ROPE, settings.FIRST_DENSE),
+        head=OWN_HEAD,
     ),
     block_fp8_row(
         "glm_moe_dsa",
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.GLM_DSA, settings.FIRST_DENSE),
+        head=OWN_HEAD,
     ),
-    make_row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
+    make_row(
+        "deepseek_v41",
+        keeps=("fp8", "mxfp4 blocks"),
+        roots=(),
+    ),
     # DeepSeek-V3's language model under language_model, with a vision tower; released as int4.
     block_fp8_row(
         "kimi_k25",
@@ -68,6 +90,8 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
         translations=ROPE_ONLY,
         sanitize_wrapper=sanitize_wrappers.layer_61,
+        roots=NESTED_ROOTS,
+        head=OWN_HEAD,
     ),
     # DeepSeek's layers with kv_b_proj whole, and a vision tower.
     moe_row(
@@ -77,6 +101,8 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
         latent=True,
         translations=ROPE_ONLY,
+        roots=("language_model.model.",),
+        head=OWN_HEAD,
     ),
     # Per-expert w1/w3/w2 under block_sparse_moe; transformers 5 joins the convolutions of q, k, v.
     moe_row(
@@ -95,21 +121,32 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
             ),
         ),
         translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
+        head=NEVER_TIED,
     ),
     moe_row(
         "kimi_k3",
         Moe(sources=("block_sparse_moe.experts",), spelling=W123),
         keeps=("compressed-tensors",),
         dropped_upstream=KIMI_VISION | EXTRA_LAYERS | Extras(prefixes=("model.mtp", "mtp")),
+        roots=("language_model.model.", "model."),
     ),
-    moe_row("glm4_moe", dropped_upstream=EXTRA_LAYERS, translations=ROPE_ONLY),
     moe_row(
-        "solar_open", dropped_upstream=EXTRA_LAYERS, translations=(settings.ROPE, settings.SOLAR)
+        "glm4_moe",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=ROPE_ONLY,
+        head=OWN_HEAD,
+    ),
+    moe_row(
+        "solar_open",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=(settings.ROPE, settings.SOLAR),
+        head=OWN_HEAD,
     ),
     moe_row(
         "glm4_moe_lite",
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.ROPE, settings.FIRST_DENSE),
+        head=OWN_HEAD,
     ),
     moe_row("dots1", PLAIN, translations=ROPE_ONLY),
     # Two attentions per layer; the checkpoint has weights for identity experts.
@@ -120,6 +157,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
             dropped_here=Extras(beyond_experts=True),
             translations=(settings.ROPE, settings.LONGCAT),
             cache=Cache(attentions=2),
+            head=OWN_HEAD,
         )
         for module in ("longcat_flash", "longcat_flash_ngram")
     ),
@@ -129,11 +167,26 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
         translations=(settings_by_family.MIMO,),
+        head=OWN_HEAD,
     ),
-    moe_row("bailing_hybrid", dropped_upstream=EXTRA_LAYERS),
-    moe_row("bailing_moe"),
-    moe_row("bailing_moe_linear"),
-    moe_row("bailing_moe_v3", dropped_upstream=EXTRA_LAYERS | Extras(parts=("mtp.",))),
+    moe_row(
+        "bailing_hybrid",
+        dropped_upstream=EXTRA_LAYERS,
+        embedding="word_embeddings",
+    ),
+    moe_row(
+        "bailing_moe",
+        embedding="word_embeddings",
+    ),
+    moe_row(
+        "bailing_moe_linear",
+        embedding="word_embeddings",
+    ),
+    moe_row(
+        "bailing_moe_v3",
+        dropped_upstream=EXTRA_LAYERS | Extras(parts=("mtp.",)),
+        embedding="word_embeddings",
+    ),
     make_row(
         "mistral3",
         workarounds.MINISTRAL_FP8,
@@ -141,5 +194,6 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         moe=MISTRAL_4,
         dropped_upstream=MISTRAL_VISION,
         misreads=("fp8 tensor",),
+        roots=ANY_ROOT,
     ),
 )

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Cache, Moe, NormShift, Row
+from vllm_moe_compat.families.row import (
+    COMBINED,
+    GLU,
+    HEAD_IF_STORED,
+    NEVER_TIED,
+    OWN_HEAD,
+    TRANSPOSED,
+    W123,
+    Cache,
+    Moe,
+    NormShift,
+    Row,
+)
 from vllm_moe_compat.families.row_builders import (
+    ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED_ROOTS,
     PLAIN,
     ROPE_ONLY,
     STANDARD,
@@ -33,6 +47,13 @@ GRANITE = Moe(
 )
 """Releases with combined ``block_sparse_moe.input_linear`` and ``output_linear``."""
 GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", stacks=(COMBINED,))
+TEXT_ALONE = (
+    r"^model\.(?!language_model\.|vision_tower\.|multi_modal_projector\.)",
+    "language_model.model.",
+)
+"""The names of a text model that was saved by itself, for a module with a vision tower."""
+SWITCH_MLP = (r"\.(?:(?:experts|moe|mlp)\.)?switch_mlp\.", ".experts.switch_glu.")
+"""Experts stacked under the name that most other modules have."""
 
 QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
 NESTED_VISION = Extras(prefixes=("model.language_model.visual.", "language_model.visual."))
@@ -76,6 +97,7 @@ MOE_ROWS: tuple[Row, ...] = (
         model_types=("qwen3_5_text",),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
+        roots=ANY_ROOT,
     ),
     # The same with combined experts.
     make_row(
@@ -92,6 +114,7 @@ MOE_ROWS: tuple[Row, ...] = (
         model_types=("qwen3_5_moe_text",),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
+        roots=ANY_ROOT,
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
@@ -104,7 +127,11 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ROPE, settings.ATTENTION_INTERVAL),
         cache=PADDED_STATES,
     ),
-    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE, settings.ROPE)),
+    moe_row(
+        "qwen2_moe",
+        translations=(settings.ALL_SPARSE, settings.ROPE),
+        head=OWN_HEAD,
+    ),
     moe_row("qwen3_moe", translations=(settings.ROPE, settings.NUM_EXPERTS)),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
@@ -114,6 +141,7 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
         translations=(settings.ROPE, settings.NUM_EXPERTS, settings.NORM_TOPK),
         sanitize_wrapper=sanitize_wrappers.tied_head,
+        roots=NESTED_ROOTS,
     ),
     moe_row("olmoe", translations=ROPE_ONLY),
     moe_row("mixtral", BLOCK_SPARSE, renames=BLOCK_NAMES, translations=ROPE_ONLY),
@@ -122,6 +150,7 @@ MOE_ROWS: tuple[Row, ...] = (
         BLOCK_SPARSE,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
         translations=ROPE_ONLY,
+        head=OWN_HEAD,
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
     # experts [E, H, 2I] in which gate and up alternate.
@@ -132,6 +161,7 @@ MOE_ROWS: tuple[Row, ...] = (
         moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
         translations=ROPE_ONLY,
+        head=OWN_HEAD,
     ),
     # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
     moe_row(
@@ -143,15 +173,27 @@ MOE_ROWS: tuple[Row, ...] = (
             transposed=True,
         ),
         dropped_upstream=LLAMA_VISION,
-        translations=ROPE_ONLY,
+        model_types=("llama4_text",),
+        translations=(settings.NESTED, settings.ROPE, settings_by_family.LLAMA4_LAYERS),
+        aliases=((r"^(model|lm_head)\.", r"language_model.\1."),),
+        roots=("language_model.model.",),
+        head=OWN_HEAD,
     ),
     moe_row(
         "gemma4",
         GEMMA_4,
         dropped_upstream=GEMMA_VISION,
         translations=(settings_by_family.GEMMA4_HEADS, settings.VOCAB_SIZE),
+        aliases=(SWITCH_MLP, (r"^lm_head\.", "language_model.lm_head.")),
+        roots=NESTED_ROOTS,
     ),
-    moe_row("gemma4_text", GEMMA_4, translations=(settings_by_family.GEMMA4_HEADS,)),
+    moe_row(
+        "gemma4_text",
+        GEMMA_4,
+        model_types=("gemma4_unified_text",),
+        translations=(settings_by_family.GEMMA4_HEADS,),
+        aliases=(SWITCH_MLP,),
+    ),
     moe_row(
         "granitemoe",
         GRANITE,
@@ -178,7 +220,10 @@ MOE_ROWS: tuple[Row, ...] = (
             target="feed_forward.switch_mlp",
             spelling=(*W123, *GLU),
         ),
+        workarounds.OWN_HEAD,
         cache=PADDED_STATES,
+        head=HEAD_IF_STORED,
+        sanitize_wrapper=sanitize_wrappers.own_head,
     ),
     # Per-expert without a gate: up_proj and down_proj under mixer.experts.
     moe_row(
@@ -190,6 +235,9 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
+        roots=("backbone.", "model."),
+        head=NEVER_TIED,
+        embedding="embeddings",
     ),
     # Per-expert, with a correction bias of the router that sanitize deletes.
     moe_row(
@@ -207,11 +255,14 @@ MOE_ROWS: tuple[Row, ...] = (
         "minimax",
         BLOCK_SPARSE,
         renames=BLOCK_NAMES,
-        translations=(settings.ROPE, *settings.MINIMAX),
+        translations=(settings_by_family.MINIMAX_KIND, settings.ROPE, *settings.MINIMAX),
     ),
     moe_row(
         "minimax_m3_vl",
         BLOCK_SPARSE,
+        model_types=("minimax_m3_vl_text",),
+        translations=(settings.NESTED,),
+        aliases=(TEXT_ALONE,),
         keeps=("fp8 mx",),
         dropped_upstream=Extras(
             prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
@@ -233,9 +284,14 @@ MOE_ROWS: tuple[Row, ...] = (
                 (".shared_experts.gate_proj.weight", ".shared_experts.up_proj.weight"),
             ),
         ),
+        roots=NESTED_ROOTS,
     ),
     moe_row("afmoe", PLAIN, translations=ROPE_ONLY),
-    moe_row("Klear", PLAIN),
+    moe_row(
+        "Klear",
+        PLAIN,
+        head=OWN_HEAD,
+    ),
     moe_row(
         "exaone_moe",
         dropped_upstream=Extras(prefixes=("mtp.",)),
@@ -245,16 +301,27 @@ MOE_ROWS: tuple[Row, ...] = (
         "hunyuan",
         STANDARD,
         workarounds.HUNYUAN_ROUTER,
+        workarounds.OWN_HEAD,
         translations=(
             settings_by_family.HUNYUAN_MOE,
             settings.ROPE,
             settings_by_family.HUNYUAN_ROPE,
         ),
         sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
+        head=HEAD_IF_STORED,
     ),
-    moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
+    moe_row(
+        "laguna",
+        renames=((r"\.shared_experts\.", ".shared_expert."),),
+        roots=("model.", "language_model.model."),
+    ),
     moe_row("mellum", translations=(settings.NUM_EXPERTS,)),
-    moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
+    moe_row(
+        "muse_spark",
+        Moe(target="mlp.experts", stacks=(COMBINED,)),
+        keeps=("nvfp4",),
+        roots=(),
+    ),
     # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
     moe_row(
         "phixtral",
@@ -264,6 +331,8 @@ MOE_ROWS: tuple[Row, ...] = (
             spelling=("fc1", "fc2"),
             projections=(("up", "fc1"), ("down", "fc2")),
         ),
+        roots=("transformer.",),
+        head=OWN_HEAD,
     ),
     # Stacked gate_proj, up_proj and down_proj under moe; transformers saves mlp.experts.
     # Norms are stored minus 1.
@@ -288,5 +357,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(("norm.weight",), "router"),
         model_types=("step3p7",),
         translations=(settings_by_family.STEP3,),
+        roots=("model.", "model.language_model."),
+        head=OWN_HEAD,
     ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_moe_compat.families import settings_by_family
 from vllm_moe_compat.families.deepseek import DEEPSEEK_ROWS
 from vllm_moe_compat.families.dense import DENSE_ROWS
 from vllm_moe_compat.families.moe import MOE_ROWS
@@ -48,6 +49,8 @@ def row_of_model_type(config: Mapping[str, Any], remapping: Mapping[str, str]) -
     kind = config.get("model_type")
     if not isinstance(kind, str):
         return None
+    if kind == "llama4_text" and not settings_by_family.has_llama4_experts(config):
+        return None  # mlx-lm has a module of that name for dense models.
     if kind in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[kind]
     return TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{remapping.get(kind, kind)}")

@@ -15,6 +15,14 @@ from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.families.fixes.fix import ForwardFix
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
+READS_TYING, OWN_HEAD, HEAD_IF_STORED, NEVER_TIED = "reads", "own", "if stored", "never tied"
+HEADS = {
+    READS_TYING: "it has an output head unless tie_word_embeddings is true",
+    OWN_HEAD: "it always has an output head, or computes with tied embeddings wrongly",
+    HEAD_IF_STORED: "it has an output head if the checkpoint has one",
+    NEVER_TIED: "it has an output head, and the model is not tied whatever the config says",
+}
+"""How a module makes logits."""
 GLU = ("gate_proj", "up_proj", "down_proj")
 W123 = ("w1", "w3", "w2")
 
@@ -190,6 +198,12 @@ class Row:
             model, the tensors and the original config.
         cache: differences between the module's cache and the one that the config implies.
         fixes: settings that the module ignores and that are put into the instance.
+        roots: all beginnings of names that can precede ``layers``, in releases and in the
+            module; empty if they are not known.
+        head: how the module makes logits; see ``HEADS``.
+        embedding: name of the token embeddings' module.
+        aliases: pairs of pattern and replacement for names that some uploads have, which are
+            changed before anything is planned.
     """
 
     module: str
@@ -209,6 +223,10 @@ class Row:
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
     fixes: tuple[ForwardFix, ...] = ()
+    roots: tuple[str, ...] = ("model.",)
+    head: str = READS_TYING
+    embedding: str = "embed_tokens"
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @property
     def ignored(self) -> Extras:
