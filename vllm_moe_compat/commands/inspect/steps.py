@@ -26,6 +26,9 @@ def steps(plan: Plan, layout: Layout, row: Row, changed: Sequence[str]) -> list[
     found = []
     if changed:
         found.append(Step("translate config.json keys for mlx-lm", 0, 0, ", ".join(changed)))
+    if plan.names.words:
+        words = clean("; ".join(plan.names.words), 240)
+        found.append(Step("bring names to those of the module", 0, 0, words))
     ours = dropped_by_us(plan, layout)
     theirs = sorted(layout.ignored.difference(ours))
     if static := layout.numbers.unused:
