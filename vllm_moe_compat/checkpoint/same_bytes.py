@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_moe_compat.checkpoint.files import AGAIN, UnreadableError, opened
@@ -13,7 +14,7 @@ from vllm_moe_compat.errors import CheckpointFileError
 _CHUNK = 4 * 2**20
 
 
-def same_bytes(folder: Path, tensors: dict[str, TensorInfo], one: str, other: str) -> bool:
+def same_bytes(folder: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
     """Whether two tensors have the same dtype, shape and bytes.
 
     At most 8 MiB are held, and reading ends at the first difference.

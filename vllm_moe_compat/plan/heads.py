@@ -72,8 +72,11 @@ def settle_heads(
     Raises:
         CheckpointFileError: a file cannot be read.
     """
-    words = (_HEAD, row.embedding)
-    outside = [n for n in tensors if any(w in n for w in words) and layer_of(n) is None]
+    outside = [
+        name
+        for name in tensors
+        if (_HEAD in name or row.embedding in name) and layer_of(name) is None
+    ]
     head = _parts(outside, _HEAD)
     embedding = _parts(outside, row.embedding)
     text = config.get("text_config")
@@ -96,7 +99,7 @@ def settle_heads(
     ((stem, ends),) = embedding.items()
     names = tuple(f"{head_stem}.{end}" for end in head_ends)
     same = head_ends == ends and all(
-        same_bytes(folder, dict(stored), in_files[name], in_files[f"{stem}.{end}"])
+        same_bytes(folder, stored, in_files[name], in_files[f"{stem}.{end}"])
         for name, end in zip(names, ends, strict=True)
     )
     if same:

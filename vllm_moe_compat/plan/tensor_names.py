@@ -56,6 +56,8 @@ class TensorNames:
 
     def of(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Return the tensors under the plan's names."""
+        if not (self.renamed or self.copies or self.drops):
+            return dict(tensors)
         new = dict(self.renamed)
         found = {new.get(name, name): tensor for name, tensor in tensors.items()}
         found.update({copy: found[source] for copy, source in self.copies if source in found})
@@ -81,7 +83,8 @@ def uniform_names(tensors: Collection[str], row: Row, extras: Ignored) -> Tensor
     """
     plain = list(tensors)
     words: list[str] = []
-    if any("_orig_mod." in name or "_wrapped_module." in name for name in plain):
+    every = "\n".join(plain)
+    if "_orig_mod." in every or "_wrapped_module." in every:
         words += sorted({f"removed {m[0]!r}" for n in plain for m in _ANYWHERE.finditer(n)})
         plain = [_ANYWHERE.sub("", name) for name in plain]
     if plain and row.roots and not any(_is_known(name, row) for name in plain):
