@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.reference import State, reference
-from parity.verdict import judge
+from parity.verdict import judge, stock
 from support.agreement import check_agreement, planned_loads
 from support.loading import load
 from support.oracle import oracle, saved, write
@@ -117,6 +117,17 @@ def test_the_head_is_that_of_transformers(name: str, case: str, tmp_path: Path):
     else:
         assert found.word == "right", found
         check_agreement(folder, plans, None)
+        check_stock(folder, name)
+
+
+def check_stock(folder: Path, name: str) -> None:
+    """See that inspect does not promise more of mlx-lm by itself than it does."""
+    said = inspect(str(folder)).stock
+    assert said is not None
+    with stock():
+        upstream = judge(folder, oracle(folder, name), FAMILIES[name].tolerance)
+    allowed = {"loads": {"right"}, "refuses": {"refused"}, "wrong": {"wrong"}}
+    assert upstream.word in allowed.get(said.verdict, {upstream.word}), (said, upstream)
 
 
 def test_a_head_that_differs_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -15,7 +15,7 @@ import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from parity.reference import State, reference
-from parity.verdict import judge
+from parity.verdict import judge, stock
 from support.agreement import check_agreement, planned_loads
 from support.loading import load
 from support.oracle import saved, write
@@ -64,6 +64,11 @@ def test_a_wrappers_names_are_brought_to_the_models(name: str, wrapper: str, tmp
         found = judge(folder, reference(name), FAMILIES[name].tolerance)
     assert found.word == "right", found
     check_agreement(folder, plans, None)
+    said = inspect(str(folder)).stock
+    assert said is not None
+    with stock():
+        upstream = judge(folder, reference(name), FAMILIES[name].tolerance)
+    assert (said.verdict == "refuses") == (upstream.word == "refused"), (said, upstream)
     assert ("bring names" in str(inspect(str(folder)).ours)) == (
         tensors.keys() != saved(name)[0].keys()
     )
