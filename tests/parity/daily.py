@@ -25,6 +25,7 @@ OF_EVERY_FAMILY = ("release", "saved")
 _NO_PART_OF_A_SHAPE = {
     "module",
     "model_types",
+    "text_types",
     "workarounds",
     "translations",
     "cache",

@@ -173,8 +173,8 @@ MOE_ROWS: tuple[Row, ...] = (
             transposed=True,
         ),
         dropped_upstream=LLAMA_VISION,
-        model_types=("llama4_text",),
-        translations=(settings.NESTED, settings.ROPE, settings_by_family.LLAMA4_LAYERS),
+        text_types=("llama4_text",),
+        translations=(settings.ROPE, settings_by_family.LLAMA4_LAYERS),
         aliases=((r"^(model|lm_head)\.", r"language_model.\1."),),
         roots=("language_model.model.",),
         head=OWN_HEAD,
@@ -260,8 +260,7 @@ MOE_ROWS: tuple[Row, ...] = (
     moe_row(
         "minimax_m3_vl",
         BLOCK_SPARSE,
-        model_types=("minimax_m3_vl_text",),
-        translations=(settings.NESTED,),
+        text_types=("minimax_m3_vl_text",),
         aliases=(TEXT_ALONE,),
         keeps=("fp8 mx",),
         dropped_upstream=Extras(

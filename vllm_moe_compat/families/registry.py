@@ -20,7 +20,11 @@ TRANSFORMS_BY_MODULE: dict[str, Row] = {
 }
 """Import path of an mlx-lm module → its row."""
 
-_BY_MODEL_TYPE = {name: row for row in TRANSFORMS_BY_MODULE.values() for name in row.model_types}
+_BY_MODEL_TYPE = {
+    name: row
+    for row in TRANSFORMS_BY_MODULE.values()
+    for name in (*row.model_types, *row.text_types)
+}
 _BY_MODEL_TYPE["hunyuan_v1_moe"] = TRANSFORMS_BY_MODULE["mlx_lm.models.hunyuan"]
 
 
@@ -66,7 +70,11 @@ def translate_config(row: Row, config: dict[str, Any]) -> list[str]:
         UnsupportedCheckpointError: the module cannot represent a setting.
     """
     changed = []
-    if config.get("model_type") in row.model_types:
+    if config.get("model_type") in row.text_types and "text_config" not in config:
+        changed.append("text_config")
+        kept = ("quantization", "quantization_config")
+        config["text_config"] = {key: config[key] for key in config if key not in kept}
+    if config.get("model_type") in (*row.model_types, *row.text_types):
         changed.append("model_type")
         config["model_type"] = row.module.rpartition(".")[2]
     for translation in row.translations:

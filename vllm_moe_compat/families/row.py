@@ -193,6 +193,8 @@ class Row:
             module computes with as they are; the plan leaves them alone.
         latent: whether the plan splits ``kv_b_proj`` because ``sanitize`` does not.
         model_types: further values of ``model_type`` that the module loads.
+        text_types: model types of the language model saved by itself, whose config the module
+            wants under ``text_config``.
         translations: settings of config.json that the module's arguments misread.
         sanitize_wrapper: called in place of ``sanitize``, with upstream's ``sanitize``, the
             model, the tensors and the original config.
@@ -219,6 +221,7 @@ class Row:
     keeps: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()
+    text_types: tuple[str, ...] = ()
     translations: tuple[SettingTranslation, ...] = ()
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()

@@ -214,18 +214,6 @@ ALL_SPARSE = SettingTranslation(
 )
 
 
-def _nested(config: Section, text: Section) -> bool:
-    if "text_config" in config:
-        return False
-    config["text_config"] = {k: v for k, v in config.items() if not k.startswith("quantization")}
-    return True
-
-
-NESTED = SettingTranslation(
-    "text_config", "a text model saved by itself has no text_config, which is required", _nested
-)
-
-
 def _vocab_size(config: Section, text: Section) -> bool:
     size = text.get("vocab_size")
     if text is config or size is None or config.get("vocab_size") == size:
