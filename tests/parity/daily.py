@@ -20,8 +20,21 @@ from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row
 
 OF_EVERY_FAMILY = ("release", "saved")
-# Fields of a row that name it, document it, or are about config.json or serving.
-_NO_PART_OF_A_SHAPE = {"module", "model_types", "workarounds", "translations", "cache", "fixes"}
+# Fields of a row that name it, document it, or are about config.json, serving, or what precedes a
+# plan: names and output heads, which tests/load tries in every family.
+_NO_PART_OF_A_SHAPE = {
+    "module",
+    "model_types",
+    "text_types",
+    "workarounds",
+    "translations",
+    "cache",
+    "fixes",
+    "roots",
+    "head",
+    "embedding",
+    "aliases",
+}
 
 
 def shape(row: Row | None) -> Hashable:

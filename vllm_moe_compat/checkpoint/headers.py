@@ -59,6 +59,18 @@ def weight_files(model_dir: Path) -> list[Path]:
     return sorted(Path(name) for name in glob.glob(str(model_dir / "model*.safetensors")))
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of a safetensors file; empty if the file is not readable."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        os.close(opened(path))
+        with safe_open(path, framework="numpy") as shard:
+            return dict(shard.metadata() or {})
+    except (UnreadableError, SafetensorError, OSError, ValueError):
+        return {}  # ``scan_headers`` reports it.
+
+
 def read_headers(model_dir: Path) -> dict[str, TensorInfo]:
     """Read the headers of all shards; without a shard the result is empty.
 

@@ -1,12 +1,22 @@
-"""Compare the index file with the shards: a contradiction means an incomplete download.
+"""Compare the index file with the shards.
 
-mlx-lm ignores the index, so it is no source of names here either.
+mlx-lm loads ``model*.safetensors`` and never opens the index, so it is no source of names here
+either. A contradiction means an incomplete download and is a fault, with one exception: uploads
+in MLX form often keep the index of the release that they were converted from. Such an index is
+*stale*, a warning, if all of this holds:
+
+* the shards are in MLX form: mlx-lm's mark is in every header, or weights are packed with
+  ``scales``, or experts are stacked under ``switch_mlp`` or ``switch_glu``;
+* no numbered series of shards has a gap: with ``model-00001-of-00003`` there are 2 and 3;
+* the shards hold every decoder layer that the index names;
+* what the index names and no shard holds is not in MLX form.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from vllm_moe_compat.checkpoint.extras import Ignored
@@ -17,13 +27,17 @@ from vllm_moe_compat.checkpoint.files import (
     UnreadableError,
     read_json,
 )
-from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
-from vllm_moe_compat.checkpoint.names import fold
+from vllm_moe_compat.checkpoint.headers import TensorInfo, metadata_of, weight_files
+from vllm_moe_compat.checkpoint.names import fold, layer_of
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 128 * 2**20
 """Limit for the index, in bytes; that of 61,000 tensors has 8 million."""
+STALE = "index-stale"
+"""Id of the fault that is a warning."""
 _STALE = f"{AGAIN}, or delete a stale index"
+_SERIES = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.safetensors")
+_STACKED = (".switch_mlp.", ".switch_glu.")
 
 
 def contradictions(
@@ -34,7 +48,8 @@ def contradictions(
 ) -> Iterator[FileFault]:
     """Yield a fault for each file of the index whose tensors the shards do not hold.
 
-    Extra tensors may be missing, together with their files.
+    Extra tensors may be missing, together with their files. For a stale index, one fault of the
+    id ``STALE`` is yielded.
     """
     missing: dict[str, str] = {}
     for name, file in index.items():
@@ -42,7 +57,20 @@ def contradictions(
         if info is None or info.file != file:
             missing[name] = file
     missing_from: dict[str, list[str]] = {}
-    for name in missing.keys() - extras.select(missing):
+    wanted = missing.keys() - extras.select(missing)
+    if wanted and _is_mlx(model_dir, tensors):
+        if gap := _gap(model_dir):
+            yield gap
+            return
+        if _holds_layers(index.keys() - extras.select(index), wanted, tensors):
+            yield FileFault(
+                STALE,
+                f"{INDEX}: it does not describe the shards here: it puts {fold(sorted(wanted))} "
+                "elsewhere; the shards are complete and in MLX form, and mlx-lm reads no index",
+                "delete the index",
+            )
+            return
+    for name in wanted:
         missing_from.setdefault(missing[name], []).append(name)
     for file, names in sorted(missing_from.items()):
         yield _contradiction(model_dir, file, sorted(names))
@@ -80,6 +108,48 @@ def read_index(model_dir: Path, report: Report) -> dict[str, str] | None:
             )
         )
     return {name: file for name, file in weight_map.items() if file not in outside}
+
+
+def _is_mlx(model_dir: Path, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the shards are in MLX form."""
+    for name in tensors:
+        if any(word in name for word in _STACKED):
+            return True
+        stem, _, end = name.rpartition(".")
+        weight = tensors.get(f"{stem}.weight")
+        if end == "scales" and weight is not None and weight.dtype == "U32":
+            return True
+    files = weight_files(model_dir)
+    return bool(files) and all(metadata_of(file).get("format") == "mlx" for file in files)
+
+
+def _gap(model_dir: Path) -> FileFault | None:
+    """Return the fault of a numbered series of shards that is not complete."""
+    series: dict[tuple[str, str], dict[int, str]] = {}
+    for path in weight_files(model_dir):
+        if match := _SERIES.fullmatch(path.name):
+            series.setdefault((match[1], match[3]), {})[int(match[2])] = path.name
+    for (stem, total), present in series.items():
+        absent = next((n for n in range(1, int(total) + 1) if n not in present), None)
+        if absent is not None:
+            width = len(_SERIES.fullmatch(next(iter(present.values())))[2])  # type: ignore[index]
+            return FileFault(
+                "index-missing-file",
+                f"{stem}-{absent:0{width}}-of-{total}.safetensors: no such file is there, expected "
+                f"it beside {next(iter(present.values()))}",
+            )
+    return None
+
+
+def _holds_layers(
+    indexed: Collection[str], missing: Collection[str], tensors: Mapping[str, TensorInfo]
+) -> bool:
+    """Whether the shards have each layer of the index, which has no further MLX tensors."""
+    nowhere = [name for name in missing if name not in tensors]
+    if any(name.endswith(".scales") or any(w in name for w in _STACKED) for name in nowhere):
+        return False
+    here = {layer.number for name in tensors if (layer := layer_of(name))}
+    return {layer.number for name in indexed if (layer := layer_of(name))} <= here
 
 
 def _is_outside(file: str) -> bool:

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, W123, Cache, Moe, Row
+from vllm_moe_compat.families.row import (
+    COMBINED,
+    NEVER_TIED,
+    OWN_HEAD,
+    PER_EXPERT,
+    W123,
+    Cache,
+    Moe,
+    Row,
+)
 from vllm_moe_compat.families.row_builders import (
+    ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED_ROOTS,
     PLAIN,
     STANDARD,
     block_fp8_row,
@@ -29,11 +40,15 @@ KIMI_VISION = Extras(
 )
 
 DEEPSEEK_ROWS: tuple[Row, ...] = (
-    moe_row("deepseek"),
+    moe_row(
+        "deepseek",
+        head=OWN_HEAD,
+    ),
     moe_row(
         "deepseek_v2",
         translations=(settings.DEEPSEEK_V2_YARN,),
         cache=Cache(expands_latent=True),
+        head=OWN_HEAD,
     ),
     # Released in FP8 with blocks of 128x128; the prediction head is layer 61.
     block_fp8_row(
@@ -44,17 +59,26 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         keeps=INT4_KEPT,
         dropped_here=EXTRA_LAYERS,
         sanitize_wrapper=sanitize_wrappers.layer_61,
+        head=OWN_HEAD,
     ),
     block_fp8_row(
-        "deepseek_v32", dropped_upstream=EXTRA_LAYERS, translations=(settings.FIRST_DENSE,)
+        "deepseek_v32",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=(settings.FIRST_DENSE,),
+        head=OWN_HEAD,
     ),
     block_fp8_row(
         "glm_moe_dsa",
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
         defaults=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"), ("moe_layer_freq", 1)),
+        head=OWN_HEAD,
     ),
-    make_row("deepseek_v41", keeps=("fp8", "mxfp4 blocks")),
+    make_row(
+        "deepseek_v41",
+        keeps=("fp8", "mxfp4 blocks"),
+        roots=(),
+    ),
     # DeepSeek-V3's language model under language_model, with a vision tower; released as int4.
     block_fp8_row(
         "kimi_k25",
@@ -66,6 +90,8 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=EXTRA_LAYERS | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
         sanitize_wrapper=sanitize_wrappers.layer_61,
+        roots=NESTED_ROOTS,
+        head=OWN_HEAD,
     ),
     # DeepSeek's layers with kv_b_proj whole, and a vision tower.
     moe_row(
@@ -75,6 +101,8 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         workarounds.CONFIG,
         dropped_upstream=Extras(parts=("vision_tower", "rotary_emb", "multi_modal_projector")),
         latent=True,
+        roots=("language_model.model.",),
+        head=OWN_HEAD,
     ),
     # Per-expert w1/w3/w2 under block_sparse_moe; transformers 5 joins the convolutions of q, k, v.
     moe_row(
@@ -94,18 +122,33 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         ),
         translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
         defaults=(("rope_theta", 10000.0),),
+        head=NEVER_TIED,
     ),
     moe_row(
         "kimi_k3",
         Moe(sources=("block_sparse_moe.experts",), spelling=W123),
         keeps=("compressed-tensors",),
         dropped_upstream=KIMI_VISION | EXTRA_LAYERS | Extras(prefixes=("model.mtp", "mtp")),
+        roots=("language_model.model.", "model."),
     ),
-    moe_row("glm4_moe", STANDARD, workarounds.CONFIG, dropped_upstream=EXTRA_LAYERS),
+    moe_row(
+        "glm4_moe",
+        STANDARD,
+        workarounds.CONFIG,
+        dropped_upstream=EXTRA_LAYERS,
+        head=OWN_HEAD,
+    ),
     moe_row(
         "solar_open",
         dropped_upstream=EXTRA_LAYERS,
         defaults=(("first_k_dense_replace", 0), ("partial_rotary_factor", 1.0)),
+        head=OWN_HEAD,
+    ),
+    moe_row(
+        "glm4_moe_lite",
+        dropped_upstream=EXTRA_LAYERS,
+        translations=(settings.FIRST_DENSE,),
+        head=OWN_HEAD,
     ),
     moe_row("glm4_moe_lite", dropped_upstream=EXTRA_LAYERS, translations=(settings.FIRST_DENSE,)),
     moe_row("dots1", PLAIN, workarounds.CONFIG),
@@ -122,6 +165,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
                 ("mla_scale_kv_lora", True),
             ),
             cache=Cache(attentions=2),
+            head=OWN_HEAD,
         )
         for module in ("longcat_flash", "longcat_flash_ngram")
     ),
@@ -131,11 +175,26 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
         translations=(settings_by_family.MIMO,),
+        head=OWN_HEAD,
     ),
-    moe_row("bailing_hybrid", dropped_upstream=EXTRA_LAYERS),
-    moe_row("bailing_moe"),
-    moe_row("bailing_moe_linear"),
-    moe_row("bailing_moe_v3", dropped_upstream=EXTRA_LAYERS | Extras(parts=("mtp.",))),
+    moe_row(
+        "bailing_hybrid",
+        dropped_upstream=EXTRA_LAYERS,
+        embedding="word_embeddings",
+    ),
+    moe_row(
+        "bailing_moe",
+        embedding="word_embeddings",
+    ),
+    moe_row(
+        "bailing_moe_linear",
+        embedding="word_embeddings",
+    ),
+    moe_row(
+        "bailing_moe_v3",
+        dropped_upstream=EXTRA_LAYERS | Extras(parts=("mtp.",)),
+        embedding="word_embeddings",
+    ),
     make_row(
         "mistral3",
         workarounds.MINISTRAL_FP8,
@@ -143,5 +202,6 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         moe=MISTRAL_4,
         dropped_upstream=MISTRAL_VISION,
         misreads=("fp8 tensor",),
+        roots=ANY_ROOT,
     ),
 )

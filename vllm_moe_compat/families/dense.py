@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
-from vllm_moe_compat.families import settings, settings_by_family, workarounds
-from vllm_moe_compat.families.row import Cache, Row
-from vllm_moe_compat.families.row_builders import LIFTED, make_row
+from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.row import HEAD_IF_STORED, OWN_HEAD, Cache, Row
+from vllm_moe_compat.families.row_builders import ANY_ROOT, LIFTED, NESTED_ROOTS, make_row
 
 DENSE_ROWS: tuple[Row, ...] = (
     *(
@@ -14,20 +14,33 @@ DENSE_ROWS: tuple[Row, ...] = (
     ),
     *(
         make_row(m, workarounds.FP8, workarounds.CONFIG)
-        for m in ("granite", "glm4", "stablelm", "ernie4_5", "starcoder2", "falcon_h1")
+        for m in ("granite", "ernie4_5", "starcoder2", "falcon_h1")
     ),
-    make_row("gemma2", workarounds.FP8, workarounds.CONFIG),
+    *(
+        make_row(m, workarounds.FP8, workarounds.CONFIG, head=OWN_HEAD)
+        for m in ("glm4", "stablelm")
+    ),
+    make_row(
+        "gemma2",
+        workarounds.FP8,
+        workarounds.CONFIG,
+        workarounds.OWN_HEAD,
+        head=HEAD_IF_STORED,
+        sanitize_wrapper=sanitize_wrappers.own_head,
+    ),
     *(make_row(m, workarounds.FP8) for m in ("qwen3", "youtu_llm")),
     make_row(
         "qwen3_vl",
         workarounds.FP8,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+        roots=ANY_ROOT,
     ),
     make_row(
         "minicpm3",
         workarounds.FP8,
         translations=(settings_by_family.MINICPM_ROPE,),
         cache=Cache(expands_latent=True),
+        head=OWN_HEAD,
     ),
     make_row(
         "muse_glimmer",
@@ -35,21 +48,38 @@ DENSE_ROWS: tuple[Row, ...] = (
         dropped_here=Extras(
             prefixes=("model.vision_tower.", "model.vision_adapter.", "model.vision_projection.")
         ),
+        roots=ANY_ROOT,
     ),
     make_row("ministral3", workarounds.MINISTRAL_FP8, misreads=("fp8 tensor",)),
     make_row("exaone4", workarounds.FP8, translations=(settings_by_family.EXAONE4_PATTERN,)),
-    make_row("cohere2", workarounds.FP8, translations=(settings.WINDOW_PATTERN,)),
+    make_row(
+        "cohere2",
+        workarounds.FP8,
+        workarounds.OWN_HEAD,
+        translations=(settings.WINDOW_PATTERN,),
+        head=HEAD_IF_STORED,
+        sanitize_wrapper=sanitize_wrappers.own_head,
+    ),
     make_row("hunyuan_v1_dense", workarounds.FP8, translations=(settings_by_family.HUNYUAN_ROPE,)),
     make_row(
         "lfm2",
         workarounds.FP8,
+        workarounds.OWN_HEAD,
         translations=(settings.BLOCK_DIM,),
         cache=Cache(states_skip_padding=True),
+        head=HEAD_IF_STORED,
+        sanitize_wrapper=sanitize_wrappers.own_head,
     ),
     make_row(
         "apertus",
         workarounds.FP8,
         defaults=(("mlp_bias", False), ("post_norm", False), ("qk_norm", True)),
+    ),
+    make_row(
+        "gemma3_text",
+        workarounds.FP8,
+        translations=(settings.WINDOW_PATTERN,),
+        head=HEAD_IF_STORED,
     ),
     make_row("gemma3_text", workarounds.FP8, translations=(settings.WINDOW_PATTERN,)),
     make_row(
@@ -59,6 +89,8 @@ DENSE_ROWS: tuple[Row, ...] = (
         dropped_here=Extras(prefixes=("model.vision_tower", "model.multi_modal_projector")),
         renames=LIFTED,
         translations=(settings.WINDOW_PATTERN,),
+        roots=NESTED_ROOTS,
+        head=HEAD_IF_STORED,
     ),
     make_row(
         "olmo_hybrid",

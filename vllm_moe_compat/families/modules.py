@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.families import registry
-from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.families.row import GLU, W123, Row
 
 PACKAGE = "mlx_lm.models"
 OWN_CODE = "it is the checkpoint's own code"
@@ -75,6 +76,20 @@ class MlxLm:
             return None
         return name if (self.folder / f"{name}.py").is_file() else None
 
+    def words_of(self, row: Row) -> frozenset[str]:
+        """Return the words of the names that a row's module knows; empty without mlx-lm."""
+        if self.folder is None:
+            return frozenset()
+        source = self.folder / f"{row.module.rpartition('.')[2]}.py"
+        if not source.is_file():
+            return frozenset()
+        own = [text for pair in row.renames for text in pair]
+        own += [text for end, parts in row.splits for text in (end, *parts)]
+        if row.moe is not None:
+            own += [*row.moe.spelling, *row.moe.sources, *GLU, *W123]
+            own += ["gate_up_proj"]
+        return words_of(source) | {word for text in own for word in re.findall(r"\w+", text)}
+
     def row_of(self, module: str) -> Row | None:
         """Return the row that covers the ``sanitize`` of a module's ``Model``.
 
@@ -114,6 +129,26 @@ def _model_of(source: Path) -> tuple[bool, str | None]:
     if isinstance(base, ast.Attribute):
         base = base.value
     return defined, imported.get(base.id) if isinstance(base, ast.Name) else None
+
+
+@cache
+def words_of(source: Path) -> frozenset[str]:
+    """Return the words that occur in the names of a module's weights.
+
+    They are the attributes that the source of the module, or of a sibling that it imports,
+    assigns, and the words of its strings. A superset: to tell names that are foreign.
+    """
+    words: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            words.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.update(re.findall(r"\w+", node.value))
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            for name in (node.module,) if node.module else [n.name for n in node.names]:
+                if name is not None and (sibling := source.with_name(f"{name}.py")).is_file():
+                    words |= words_of(sibling)
+    return frozenset(words)
 
 
 def _is_name(name: str) -> bool:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
-from vllm_moe_compat.families.row import COMBINED, GLU, TRANSPOSED, W123, Cache, Moe, NormShift, Row
+from vllm_moe_compat.families.row import (
+    COMBINED,
+    GLU,
+    HEAD_IF_STORED,
+    NEVER_TIED,
+    OWN_HEAD,
+    TRANSPOSED,
+    W123,
+    Cache,
+    Moe,
+    NormShift,
+    Row,
+)
 from vllm_moe_compat.families.row_builders import (
+    ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED_ROOTS,
     PLAIN,
     STANDARD,
     block_fp8_row,
@@ -32,6 +46,13 @@ GRANITE = Moe(
 )
 """Releases with combined ``block_sparse_moe.input_linear`` and ``output_linear``."""
 GEMMA_4 = Moe(sources=("experts", "moe", ""), target="experts.switch_glu", stacks=(COMBINED,))
+TEXT_ALONE = (
+    r"^model\.(?!language_model\.|vision_tower\.|multi_modal_projector\.)",
+    "language_model.model.",
+)
+"""The names of a text model that was saved by itself, for a module with a vision tower."""
+SWITCH_MLP = (r"\.(?:(?:experts|moe|mlp)\.)?switch_mlp\.", ".experts.switch_glu.")
+"""Experts stacked under the name that most other modules have."""
 
 QWEN_VISION = Extras(prefixes=("vision_tower", "model.visual"), parts=("mtp.",))
 NESTED_VISION = Extras(prefixes=("model.language_model.visual.", "language_model.visual."))
@@ -75,6 +96,7 @@ MOE_ROWS: tuple[Row, ...] = (
         model_types=("qwen3_5_text",),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
+        roots=ANY_ROOT,
     ),
     # The same with combined experts.
     make_row(
@@ -91,6 +113,7 @@ MOE_ROWS: tuple[Row, ...] = (
         model_types=("qwen3_5_moe_text",),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
+        roots=ANY_ROOT,
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
@@ -103,7 +126,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
     ),
-    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,)),
+    moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,), head=OWN_HEAD),
     moe_row("qwen3_moe", STANDARD, workarounds.CONFIG),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
@@ -113,6 +136,7 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
         defaults=(("norm_topk_prob", True),),
         sanitize_wrapper=sanitize_wrappers.tied_head,
+        roots=NESTED_ROOTS,
     ),
     moe_row("olmoe", STANDARD, workarounds.CONFIG),
     moe_row("mixtral", BLOCK_SPARSE, workarounds.CONFIG, renames=BLOCK_NAMES),
@@ -121,6 +145,7 @@ MOE_ROWS: tuple[Row, ...] = (
         BLOCK_SPARSE,
         workarounds.CONFIG,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
+        head=OWN_HEAD,
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
     # experts [E, H, 2I] in which gate and up alternate.
@@ -131,6 +156,7 @@ MOE_ROWS: tuple[Row, ...] = (
         workarounds.CONFIG,
         moe=Moe(target="mlp.experts", stacks=(), transposed=True, interleaved=True),
         keeps=("mxfp4 blocks",),
+        head=OWN_HEAD,
     ),
     # Combined experts [E, H, 2I] under feed_forward, with a vision model beside.
     moe_row(
@@ -143,14 +169,27 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         workarounds.CONFIG,
         dropped_upstream=LLAMA_VISION,
+        text_types=("llama4_text",),
+        translations=(settings_by_family.LLAMA4_LAYERS,),
+        aliases=((r"^(model|lm_head)\.", r"language_model.\1."),),
+        roots=("language_model.model.",),
+        head=OWN_HEAD,
     ),
     moe_row(
         "gemma4",
         GEMMA_4,
         dropped_upstream=GEMMA_VISION,
         translations=(settings_by_family.GEMMA4_HEADS,),
+        aliases=(SWITCH_MLP, (r"^lm_head\.", "language_model.lm_head.")),
+        roots=NESTED_ROOTS,
     ),
-    moe_row("gemma4_text", GEMMA_4, translations=(settings_by_family.GEMMA4_HEADS,)),
+    moe_row(
+        "gemma4_text",
+        GEMMA_4,
+        model_types=("gemma4_unified_text",),
+        translations=(settings_by_family.GEMMA4_HEADS,),
+        aliases=(SWITCH_MLP,),
+    ),
     moe_row(
         "granitemoe",
         GRANITE,
@@ -177,7 +216,10 @@ MOE_ROWS: tuple[Row, ...] = (
             target="feed_forward.switch_mlp",
             spelling=(*W123, *GLU),
         ),
+        workarounds.OWN_HEAD,
         cache=PADDED_STATES,
+        head=HEAD_IF_STORED,
+        sanitize_wrapper=sanitize_wrappers.own_head,
     ),
     # Per-expert without a gate: up_proj and down_proj under mixer.experts.
     moe_row(
@@ -189,6 +231,9 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
+        roots=("backbone.", "model."),
+        head=NEVER_TIED,
+        embedding="embeddings",
     ),
     # Per-expert, with a correction bias of the router that sanitize deletes.
     moe_row(
@@ -206,12 +251,14 @@ MOE_ROWS: tuple[Row, ...] = (
         "minimax",
         BLOCK_SPARSE,
         renames=BLOCK_NAMES,
-        translations=(settings.ROTARY_DIM,),
+        translations=(settings_by_family.MINIMAX_KIND, settings.ROTARY_DIM),
         defaults=(("shared_intermediate_size", 0),),
     ),
     moe_row(
         "minimax_m3_vl",
         BLOCK_SPARSE,
+        text_types=("minimax_m3_vl_text",),
+        aliases=(TEXT_ALONE,),
         keeps=("fp8 mx",),
         dropped_upstream=Extras(
             prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
@@ -234,9 +281,10 @@ MOE_ROWS: tuple[Row, ...] = (
                 (".shared_experts.gate_proj.weight", ".shared_experts.up_proj.weight"),
             ),
         ),
+        roots=NESTED_ROOTS,
     ),
     moe_row("afmoe", PLAIN, workarounds.CONFIG),
-    moe_row("Klear", PLAIN),
+    moe_row("Klear", PLAIN, head=OWN_HEAD),
     moe_row(
         "exaone_moe",
         dropped_upstream=Extras(prefixes=("mtp.",)),
@@ -246,13 +294,24 @@ MOE_ROWS: tuple[Row, ...] = (
         "hunyuan",
         STANDARD,
         workarounds.HUNYUAN_ROUTER,
+        workarounds.OWN_HEAD,
         model_types=("hunyuan_v1_moe",),
         translations=(settings_by_family.HUNYUAN_MOE, settings_by_family.HUNYUAN_ROPE),
         sanitize_wrapper=sanitize_wrappers.hunyuan_weights,
+        head=HEAD_IF_STORED,
     ),
-    moe_row("laguna", renames=((r"\.shared_experts\.", ".shared_expert."),)),
+    moe_row(
+        "laguna",
+        renames=((r"\.shared_experts\.", ".shared_expert."),),
+        roots=("model.", "language_model.model."),
+    ),
     moe_row("mellum", STANDARD, workarounds.CONFIG),
-    moe_row("muse_spark", Moe(target="mlp.experts", stacks=(COMBINED,)), keeps=("nvfp4",)),
+    moe_row(
+        "muse_spark",
+        Moe(target="mlp.experts", stacks=(COMBINED,)),
+        keeps=("nvfp4",),
+        roots=(),
+    ),
     # Per-expert without a gate: moe.mlp.{e}.fc1 and fc2.
     moe_row(
         "phixtral",
@@ -262,6 +321,8 @@ MOE_ROWS: tuple[Row, ...] = (
             spelling=("fc1", "fc2"),
             projections=(("up", "fc1"), ("down", "fc2")),
         ),
+        roots=("transformer.",),
+        head=OWN_HEAD,
     ),
     # Stacked gate_proj, up_proj and down_proj under moe; transformers saves mlp.experts.
     # Norms are stored minus 1.
@@ -286,5 +347,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(("norm.weight",), "router"),
         model_types=("step3p7",),
         translations=(settings_by_family.STEP3,),
+        roots=("model.", "model.language_model."),
+        head=OWN_HEAD,
     ),
 )

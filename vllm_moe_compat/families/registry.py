@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_moe_compat.families import settings_by_family
 from vllm_moe_compat.families.deepseek import DEEPSEEK_ROWS
 from vllm_moe_compat.families.dense import DENSE_ROWS
 from vllm_moe_compat.families.moe import MOE_ROWS
@@ -19,7 +20,11 @@ TRANSFORMS_BY_MODULE: dict[str, Row] = {
 }
 """Import path of an mlx-lm module → its row."""
 
-_BY_MODEL_TYPE = {name: row for row in TRANSFORMS_BY_MODULE.values() for name in row.model_types}
+_BY_MODEL_TYPE = {
+    name: row
+    for row in TRANSFORMS_BY_MODULE.values()
+    for name in (*row.model_types, *row.text_types)
+}
 
 
 def row_for(model_class: type) -> Row | None:
@@ -47,9 +52,24 @@ def row_of_model_type(config: Mapping[str, Any], remapping: Mapping[str, str]) -
     kind = config.get("model_type")
     if not isinstance(kind, str):
         return None
+    if kind == "llama4_text" and not settings_by_family.has_llama4_experts(config):
+        return None  # mlx-lm has a module of that name for dense models.
     if kind in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[kind]
     return TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{remapping.get(kind, kind)}")
+
+
+def nest_text(row: Row, config: dict[str, Any]) -> bool:
+    """Put the settings of a language model saved by itself under ``text_config``, in place.
+
+    Returns:
+        Whether it was one whose module wants them there.
+    """
+    alone = config.get("model_type") in row.text_types and "text_config" not in config
+    if alone:
+        kept = ("quantization", "quantization_config")
+        config["text_config"] = {key: config[key] for key in config if key not in kept}
+    return alone
 
 
 def name_module(row: Row, config: dict[str, Any]) -> bool:
@@ -58,7 +78,8 @@ def name_module(row: Row, config: dict[str, Any]) -> bool:
     Returns:
         Whether it was one.
     """
-    known = config.get("model_type") in row.model_types
+    nest_text(row, config)
+    known = config.get("model_type") in (*row.model_types, *row.text_types)
     if known:
         config["model_type"] = row.module.rpartition(".")[2]
     return known

@@ -15,6 +15,14 @@ from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.families.fixes.fix import ForwardFix, LengthLimit
 
 PER_EXPERT, COMBINED, TRANSPOSED = "per-expert", "combined", "combined, transposed"
+READS_TYING, OWN_HEAD, HEAD_IF_STORED, NEVER_TIED = "reads", "own", "if stored", "never tied"
+HEADS = {
+    READS_TYING: "it has an output head unless tie_word_embeddings is true",
+    OWN_HEAD: "it always has an output head, or computes with tied embeddings wrongly",
+    HEAD_IF_STORED: "it has an output head if the checkpoint has one",
+    NEVER_TIED: "it has an output head, and the model is not tied whatever the config says",
+}
+"""How a module makes logits."""
 GLU = ("gate_proj", "up_proj", "down_proj")
 W123 = ("w1", "w3", "w2")
 
@@ -183,6 +191,8 @@ class Row:
             module computes with as they are; the plan leaves them alone.
         latent: whether the plan splits ``kv_b_proj`` because ``sanitize`` does not.
         model_types: further values of ``model_type`` that the module loads.
+        text_types: model types of the language model saved by itself, whose config the module
+            wants under ``text_config``.
         translations: settings of config.json that the module's arguments misread.
         sanitize_wrapper: called in place of ``sanitize``, with upstream's ``sanitize``, the
             model, the tensors and the original config.
@@ -191,6 +201,12 @@ class Row:
         defaults: pairs of key and value of arguments that no config class of a release has,
             since its code takes them for granted.
         limits: settings that the module ignores, which is right up to some length.
+        roots: all beginnings of names that can precede ``layers``, in releases and in the
+            module; empty if they are not known.
+        head: how the module makes logits; see ``HEADS``.
+        embedding: name of the token embeddings' module.
+        aliases: pairs of pattern and replacement for names that some uploads have, which are
+            changed before anything is planned.
     """
 
     module: str
@@ -206,12 +222,17 @@ class Row:
     keeps: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()
+    text_types: tuple[str, ...] = ()
     translations: tuple[SettingTranslation, ...] = ()
     sanitize_wrapper: Callable[..., Any] | None = None
     cache: Cache = Cache()
     fixes: tuple[ForwardFix, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
     limits: tuple[LengthLimit, ...] = ()
+    roots: tuple[str, ...] = ("model.",)
+    head: str = READS_TYING
+    embedding: str = "embed_tokens"
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @property
     def ignored(self) -> Extras:

@@ -18,6 +18,10 @@ PLAIN = Moe(target="mlp.experts")
 """The module keeps stacked experts under the name that releases have."""
 EXTRA_LAYERS = Extras(beyond_layers=True)
 """The release appends its prediction head as further decoder layers."""
+NESTED_ROOTS = ("model.language_model.", "language_model.model.")
+"""Beginnings of the language model's names beside a vision tower: released, and in mlx-lm."""
+ANY_ROOT = (*NESTED_ROOTS, "model.")
+"""The same where the module loads the language model alone too."""
 LIFTED = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),

@@ -120,7 +120,7 @@ def hunyuan_weights(sanitize: Sanitize, model: Any, weights: Tensors, config: Co
         for layer in model.layers:
             if type(layer.mlp).__name__ == "MoeBlock":
                 become(layer.mlp, _hunyuan_block)
-    return sanitize(weights)
+    return own_head(sanitize, model, weights, config)
 
 
 @cache
@@ -142,6 +142,40 @@ def _hunyuan_block(original: Any) -> type:
             return y + self.shared_mlp(x) if self.use_shared_mlp else y
 
     return named(Block, original)
+
+
+def own_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:
+    """Compute logits with the checkpoint's own output head if it has one.
+
+    The module always takes the embeddings. A head that equals them was left out before.
+    """
+    result = sanitize(weights)
+    weight = result.get("lm_head.weight")
+    if weight is not None:
+        import mlx.nn as nn
+
+        model.lm_head = nn.Linear(model.args.hidden_size, model.args.vocab_size, bias=False)
+        become(model, _with_own_head)
+    return result
+
+
+@cache
+def _with_own_head(original: Any) -> type:
+    import mlx.core as mx
+
+    class Model(original):  # type: ignore[misc]
+        """A model whose logits come from ``lm_head``, scaled as upstream scales them."""
+
+        def __call__(self, inputs: Any, cache: Any = None, **kwargs: Any) -> Any:
+            """``[B, L]`` to logits ``[B, L, V]``."""
+            out = self.lm_head(self.model(inputs, cache, **kwargs))
+            if (scale := getattr(self.args, "logit_scale", None)) is not None:
+                out = out * scale
+            if (cap := getattr(self.args, "final_logit_softcapping", None)) is not None:
+                out = mx.tanh(out / cap) * cap
+            return out
+
+    return named(Model, original)
 
 
 def tied_head(sanitize: Sanitize, model: Any, weights: Tensors, config: Config) -> Any:

@@ -147,6 +147,15 @@ TIED_HEAD = Workaround(
     families=("qwen3_vl_moe tied",),
     symptom=Symptom(refuses=True, occurs=lambda layout, config: not _has(layout, "lm_head.weight")),
 )
+OWN_HEAD = Workaround(
+    id="own-head",
+    why="the module takes the embeddings for the output head, and refuses a head beside them",
+    upstream="mlx_lm/models/{gemma2,cohere2,lfm2,lfm2_moe,hunyuan}.py, Model.__call__",
+    remove_when="the module has an lm_head where tie_word_embeddings is false",
+    form="an output head that differs from the embeddings",
+    proofs=("own output head",),
+    symptom=Symptom(refuses=True, occurs=lambda layout, config: _has(layout, "lm_head.weight")),
+)
 LATENT = Workaround(
     id="latent-split",
     why="sanitize does not split kv_b_proj into the embed_q and unembed_out of the attention",

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from vllm_moe_compat.checkpoint.adapters import adapter_alone
+from vllm_moe_compat.checkpoint.files import refuse
 from vllm_moe_compat.checkpoint.headers import weight_files
 from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.families import registry
@@ -54,8 +56,10 @@ def load_config_hook(
         CompatError: the checkpoint cannot be loaded correctly.
     """
     context.current.set(None)
-    config = original(*args, **kwargs)
     path = args[0] if args else kwargs.get("model_path")
+    if load_options().hooks and path is not None and not _is_for_tokenizer(utils):
+        _refuse_adapter(Path(path))
+    config = original(*args, **kwargs)
     if not load_options().hooks or not isinstance(config, dict) or path is None:
         return config
     model_dir = Path(path)
@@ -93,6 +97,10 @@ def load_config_hook(
             planned.max_length,
             planned.max_length_reason,
         )
+    for warning in planned.warnings:
+        logger.warning("%s: %s; %s", model_dir, warning.message, warning.remedy)
+    if planned.plan is not None and planned.plan.names.words:
+        logger.info("%s: tensor names: %s", model_dir, "; ".join(planned.plan.names.words))
     config.clear()
     config.update(planned.config)
     if planned.row is None or planned.plan is None:
@@ -102,6 +110,16 @@ def load_config_hook(
         _check_memory(load)
     context.current.set(load)
     return config
+
+
+def _refuse_adapter(model_dir: Path) -> None:
+    """Refuse a folder that has an adapter and no weights, which may lack a config too.
+
+    Raises:
+        CheckpointFileError: the folder is one.
+    """
+    if not weight_files(model_dir) and (fault := adapter_alone(model_dir)) is not None:
+        refuse(fault)
 
 
 def _check_memory(load: context.LoadContext) -> None:

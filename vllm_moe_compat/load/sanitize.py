@@ -60,6 +60,7 @@ def run_load(
     start = time.perf_counter()
     serving = serving_here() if load is None else load.planned.serving
     plan, tensors, path = _plan(row, load, model, weights, serving)
+    plan.names.apply(weights)
     setting = NONE if load is None else serving.setting
     read = sum(nbytes(tensors[name]) for name in weights if name in tensors)
     works = bool(plan.builds) or setting != NONE
@@ -124,7 +125,7 @@ def _plan(
     from vllm_moe_compat.execute.run_plan import tensor_infos
 
     given = tensor_infos(weights)
-    if load is not None and load.matches(given):
+    if load is not None and load.matches(load.plan.names.of(given)):
         load.check_files()
         return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
     tensors = infer_dtypes(given)
@@ -132,7 +133,7 @@ def _plan(
         # Without load_config, load_model would not quantise its modules.
         serving = dataclasses.replace(serving, setting=NONE)
     plan = make_from_tensors(tensors, row, _config_of(model), serving, direct=load is None)
-    return plan, tensors, None
+    return plan, plan.names.of(tensors), None
 
 
 def _config_of(model: Any) -> dict[str, Any]:

@@ -142,11 +142,13 @@ def effective_config(config: Mapping[str, Any]) -> EffectiveConfig:
     resolved = _resolve(config)
     row = modules.row_of_config(config)
     whole = copy.deepcopy(dict(config))
+    nested = row is not None and registry.nest_text(row, whole)
     text = text_section(whole)
     given = dict(text)
     text |= copy.deepcopy(_missing(text, row, resolved))
     known = copy.deepcopy(text)
-    translated = [] if row is None else registry.translate_config(row, whole)
+    translated = ["text_config"] if nested else []
+    translated += [] if row is None else registry.translate_config(row, whole)
     module = modules.find(whole).path
     read = arguments(module, known.get("model_type")) or Arguments()
     text = text_section(whole)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_compat.checkpoint.adapters import MERGE, adapter_file
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.files import FileFault
 from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
-from vllm_moe_compat.checkpoint.index import contradictions, read_index
+from vllm_moe_compat.checkpoint.index import STALE, contradictions, read_index
 from vllm_moe_compat.checkpoint.layout import Layout, detect
 from vllm_moe_compat.errors import (
     CheckpointFileError,
@@ -41,9 +42,18 @@ from vllm_moe_compat.plan.faults import (
     of_file,
     unmapped,
 )
+from vllm_moe_compat.plan.heads import KEY as TYING
+from vllm_moe_compat.plan.heads import Heads, apply_tying, settle_heads
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planner import Plan, make_plan
 from vllm_moe_compat.plan.serving import NONE, Serving
+from vllm_moe_compat.plan.tensor_names import (
+    TensorNames,
+    uniform_names,
+    unknown_names,
+    unmerged,
+    wrapped,
+)
 from vllm_moe_compat.plan.upstream import keeps_numbers
 
 
@@ -84,12 +94,14 @@ class PlannedLoad:
         module: import path of the mlx-lm module; empty if mlx-lm has none.
         row: the module's row, or None.
         reason: the reason for a missing row.
-        headers: the checkpoint's headers; their ``tensors`` include extra tensors.
+        headers: the checkpoint's headers; their ``tensors`` include extra tensors and have the
+            names that ``plan.names`` gives them.
         layout: the checkpoint's layout; None if the config is invalid or has no module.
         plan: the plan; None if there is a fault or no row.
         serving: dtypes and quantisation setting of the load.
         faults: the faults, those of files first; the load is refused if there is one.
         needs_row: message about tensors that mlx-lm may not load correctly without a row.
+        warnings: what a user should know of a load that is right.
     """
 
     original: Mapping[str, Any]
@@ -108,6 +120,7 @@ class PlannedLoad:
     needs_row: str = ""
     max_length: int | None = None
     max_length_reason: str = ""
+    warnings: tuple[Fault, ...] = ()
 
     def refuse(self) -> None:
         """Raise for the first fault.
@@ -190,6 +203,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
     settings: Settings = {}
     fixes: tuple[tuple[ForwardFix, str], ...] = ()
     longest: tuple[int | None, str] = (None, "")
+    names, warnings = TensorNames(), list(_adapters_beside(headers.folder))
     try:
         name_module(effective)
         found = modules.find(effective)
@@ -205,11 +219,33 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
                 _prepare(prepared, fixes, settings)
                 made = effective_config(prepared)
                 effective, translated = made.config, made.translated
-            faults += map(of_file, _index_faults(headers, effective, row))
+            of_index, stale = _index_faults(headers, effective, row)
+            faults += of_index
+            warnings += stale
+            names = uniform_names(headers.tensors, row, row.ignored.of(effective))
+            heads = settle_heads(
+                headers.folder,
+                names.of(headers.tensors),
+                headers.tensors,
+                effective,
+                row,
+                tied=settings.get(TYING),
+            )
+            if apply_tying(effective, heads.tie):
+                translated += (TYING,)
+            names = _with_heads(names, heads, headers.tensors)
+            headers = replace(headers, tensors=names.of(headers.tensors))
             layout = detect(headers.tensors, effective, row.ignored)
+            foreign = [*unmerged(layout.tensors)] or [
+                *unknown_names(layout.tensors, row, modules.mlx_lm().words_of(row))
+            ]
+            faults += foreign or heads.faults
+            warnings += heads.warnings
         elif module:
             faults.clear()  # Without a row, files are left to mlx-lm.
             layout = detect(headers.tensors, {})
+            if reason != modules.OWN_CODE:
+                faults += [*unmerged(layout.tensors), *wrapped(layout.tensors, module)]
     except UnsupportedCheckpointError as error:
         faults.append(of_error("config-unsupported", error))
     except LayoutError as error:
@@ -222,6 +258,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         plan, found_faults = _plan(layout, row, effective, serving, headers.tensors)
         faults += found_faults
         if plan is not None:
+            plan = replace(plan, names=names)
             _settle_quantization(effective, layout, plan, serving)
     faults.sort(key=lambda fault: fault.error is not CheckpointFileError)
     return PlannedLoad(
@@ -241,6 +278,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         needs_row=unsafe,
         max_length=longest[0],
         max_length_reason=longest[1],
+        warnings=tuple(warnings),
     )
 
 
@@ -264,9 +302,11 @@ def make_from_tensors(
     Raises:
         CompatError: the tensors cannot be loaded correctly.
     """
-    layout = detect(tensors, config, row.ignored)
+    names = uniform_names(tensors, row, row.ignored.of(config))
+    layout = detect(names.of(tensors), config, row.ignored)
     split = serving.setting != NONE
-    return make_plan(layout, row, config, split=split, exact=serving.exact, direct=direct)
+    plan = make_plan(layout, row, config, split=split, exact=serving.exact, direct=direct)
+    return replace(plan, names=names)
 
 
 def _fixes(row: Row, settings: Settings) -> tuple[tuple[ForwardFix, str], ...]:
@@ -332,9 +372,49 @@ def _settle_quantization(
             quantization.mark_dequantized(config)  # It concerns the KV cache alone.
 
 
-def _index_faults(headers: Headers, config: Mapping[str, Any], row: Row) -> Iterator[FileFault]:
-    """Yield the contradictions between index and shards."""
+def _index_faults(
+    headers: Headers, config: Mapping[str, Any], row: Row
+) -> tuple[list[Fault], list[Fault]]:
+    """Return the contradictions between index and shards: faults, and those of a stale index."""
     if headers.index is None:
-        return
+        return [], []
     ignored = row.ignored.of(config)
-    yield from contradictions(headers.folder, headers.index, headers.tensors, ignored)
+    found = map(of_file, contradictions(headers.folder, headers.index, headers.tensors, ignored))
+    faults: list[Fault] = []
+    stale: list[Fault] = []
+    for fault in found:
+        (stale if fault.id == STALE else faults).append(fault)
+    return faults, stale
+
+
+def _adapters_beside(folder: Path) -> Iterator[Fault]:
+    """Yield a warning if an adapter lies beside the weights."""
+    name = adapter_file(folder)
+    if name is not None:
+        yield Fault(
+            "adapter-beside",
+            f"{name}: an adapter lies beside the model's weights and is not applied",
+            f"nothing has to be done if the model alone is wanted; else {MERGE}",
+            UnsupportedCheckpointError,
+        )
+
+
+def _with_heads(names: TensorNames, heads: Heads, tensors: Mapping[str, TensorInfo]) -> TensorNames:
+    """Return the changes of names with those that the output head needs."""
+    before, after = dict(names.renamed), dict(heads.renamed)
+    again = {
+        name: after[before.get(name, name)]
+        for name in (tensors if after else ())
+        if before.get(name, name) in after
+    }
+    words = list(names.words)
+    words += ["took the output head for the embeddings"] if again else []
+    words += [f"copied {b!r} to {a!r}" for a, b in heads.copies]
+    words += [f"left out {name!r}, a copy of the embeddings" for name in heads.drops]
+    return replace(
+        names,
+        renamed=tuple((before | again).items()),
+        copies=heads.copies,
+        drops=heads.drops,
+        words=tuple(words),
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +35,7 @@ from vllm_moe_compat.plan.ops import (
     StackExperts,
     Transpose,
 )
+from vllm_moe_compat.plan.tensor_names import TensorNames
 from vllm_moe_compat.plan.upstream import digests_block, digests_numbers, keeps_numbers
 
 
@@ -53,6 +54,7 @@ class Plan:
         stacked: number of layers whose experts the plan stacks.
         dequantized: number of weights in a stored number form that the plan dequantises.
         digested: number of such weights that upstream dequantises or keeps.
+        names: changes of names that precede everything else.
     """
 
     module: str
@@ -64,6 +66,7 @@ class Plan:
     stacked: int = 0
     dequantized: int = 0
     digested: int = 0
+    names: TensorNames = field(default_factory=TensorNames)
 
     @property
     def empty(self) -> bool:

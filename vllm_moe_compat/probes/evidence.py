@@ -132,7 +132,7 @@ def _cells(row: Row, found: list[Family], every: bool) -> Iterator[tuple[Family,
         yield from ((family, form) for family in own for form in FORMS if form not in _FOR_ONE)
 
 
-_FOR_ONE = ("nested vision tower",)  # not every module has one to drop
+_FOR_ONE = ("nested vision tower", "own output head")  # not every module has one to drop
 
 
 def proofs(workaround: Workaround, probes: Iterable[Probe]) -> list[Probe]:

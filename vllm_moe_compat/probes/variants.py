@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT, TRANSPOSED, W123, Row
 from vllm_moe_compat.plan.effective_config import effective_config
-from vllm_moe_compat.probes.recipes import Array, Family, Recipe
+from vllm_moe_compat.probes.recipes import EVERY, Array, Family, Recipe
 from vllm_moe_compat.rewrite.shards import Shards
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
@@ -159,6 +159,18 @@ def _narrow_norms(family: Family, row: Row) -> Made:
     return family.release, stored, _config(family.release)
 
 
+def _own_head(family: Family, row: Row) -> Made:
+    """Add an output head: the embeddings, shifted by the stride of the recorded logits."""
+    recipe = family.release
+    tensors = dict(recipe.values())
+    (name,) = (name for name in tensors if name.endswith(f"{row.embedding}.weight"))
+    if any(name.endswith("lm_head.weight") for name in tensors):
+        return None
+    stored = _floats(tensors | {"lm_head.weight": np.roll(tensors[name], -EVERY, axis=0)})
+    config = _config(recipe) | {"tie_word_embeddings": False}
+    return replace(recipe, logits=(*recipe.logits[1:], recipe.logits[0])), stored, config
+
+
 FORMS: dict[str, Callable[[Family, Row], Made]] = {
     "release": _release,
     "saved config": _saved,
@@ -173,6 +185,7 @@ FORMS: dict[str, Callable[[Family, Row], Made]] = {
     "per-tensor FP8": _fp8(None, "weight_scale_inv", "F32"),
     "nested vision tower": _nested_vision,
     "bfloat16 norms": _narrow_norms,
+    "own output head": _own_head,
 }
 """Form → its writer. The library form has expected logits of its own."""
 

@@ -21,6 +21,7 @@ PLAIN = (
     "ExaoneMoeForCausalLM",
     "Gemma4ForCausalLM",
     "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForCausalLM",
     "Glm4MoeForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",

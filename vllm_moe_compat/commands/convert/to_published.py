@@ -26,6 +26,8 @@ from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.plan.heads import KEY as TYING
+from vllm_moe_compat.plan.heads import apply_tying
 from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of
 from vllm_moe_compat.plan.serving import Serving
 from vllm_moe_compat.rewrite.outcome import results
@@ -67,9 +69,13 @@ def published_source(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
             f"{folder}: model_type {config.get('model_type')!r} is not in the map of supported "
             "modules; convert it to MLX form, without --layout and --fp8."
         )
+    assert planned.plan is not None, "it was not refused"
+    names = planned.plan.names
     plan = plan_rewrite(layout, row, planned.config, wanted, _linear(layout, wanted))
     specs = _specs(plan, layout, STORED_NAMES[dtype])
     written = _config(config, wanted, specs)
+    if TYING in planned.translated:
+        apply_tying(written, planned.config[TYING])
     notes = []
     if layout.ignored:
         notes.append(
@@ -81,6 +87,7 @@ def published_source(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
         weights: dict[str, mx.array] = {}
         for path in weight_files(folder):
             weights.update(mx.load(str(path)))  # type: ignore[arg-type]
+        names.apply(weights)
         for name in (*layout.ignored, *layout.numbers.unused):
             weights.pop(name, None)
         files = {name: info.file for name, info in headers.items()}

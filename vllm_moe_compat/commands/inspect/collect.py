@@ -13,7 +13,8 @@ from typing import Any
 from vllm_moe_compat import __version__
 from vllm_moe_compat.checkpoint.config import expert_count
 from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
-from vllm_moe_compat.checkpoint.index import contradictions
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.index import STALE, contradictions
 from vllm_moe_compat.checkpoint.layout import Layout, detect
 from vllm_moe_compat.commands.inspect import describe
 from vllm_moe_compat.commands.inspect.locate import locate
@@ -48,6 +49,7 @@ SHOWN = 8
 class _Outcome:
     """The parts of the result that depend on the planned load."""
 
+    tensors: Mapping[str, TensorInfo] | None = None
     module: str | None = None
     row: Row | None = None
     stock: Stock | None = None
@@ -73,7 +75,7 @@ def inspect(name: str) -> Inspection:
         ):
             contents.fault(fault)
     layout = layout or _detect(contents, config)
-    extras = _extras(contents, layout) if layout is not None else []
+    extras = _extras(contents, layout, outcome) if layout is not None else []
     for extra in extras:
         if extra.agree is False:
             has = f"the checkpoint has {extra.kind} tensors ({extra.tensors:,})"
@@ -125,12 +127,13 @@ def inspect(name: str) -> Inspection:
     )
 
 
-def _extras(contents: Contents, layout: Layout) -> list[Extra]:
+def _extras(contents: Contents, layout: Layout, outcome: _Outcome) -> list[Extra]:
+    tensors = contents.tensors if outcome.tensors is None else outcome.tensors
     try:
-        return describe.extras(layout, contents.tensors, contents.config)
+        return describe.extras(layout, tensors, contents.config)
     except LayoutError as error:
         contents.problems.append(of_fault(of_error("config-number", error)))
-        return describe.extras(layout, contents.tensors, {})
+        return describe.extras(layout, tensors, {})
 
 
 def _errors(findings: list[Problem]) -> bool:
@@ -186,7 +189,10 @@ def _plan_load(contents: Contents, outcome: _Outcome) -> Layout | None:
         contents.extern is not None,
     )
     planned = make(headers, contents.config, serving(installed_device()))
-    contents.problems += map(of_fault, planned.faults)
+    contents.problems += map(of_fault, (*planned.faults, *planned.warnings))
+    outcome.tensors = planned.headers.tensors
+    if any(warning.id == STALE for warning in planned.warnings):
+        contents.problems = [p for p in contents.problems if p.id != "index-extra"]
     outcome.module, outcome.row = planned.module or None, planned.row
     if planned.row is not None and not installed():
         contents.add(

@@ -13,6 +13,7 @@ from vllm_moe_compat.plan.faults import Fault
 
 _ERROR: Severity = "error"
 FILES: dict[str, tuple[Severity, str]] = {
+    "adapter-alone": ("error", "the folder holds an adapter and no model"),
     "no-weights": ("error", "there is no `model*.safetensors`; mlx-lm loads no other files"),
     "shard-unreadable": (
         "error",
@@ -34,7 +35,13 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "index-missing-file": ("error", "the index names a file that is not there"),
     "index-missing-tensor": ("error", "a shard lacks tensors that the index puts there"),
     "index-other-file": ("error", "the index names a file that mlx-lm does not load"),
+    "index-stale": ("warning", "the index describes other files; mlx-lm does not read it"),
     "index-extra": ("warning", "shards hold tensors that the index does not name"),
+    "names-unknown": ("error", "the module has no weights of these names"),
+    "adapter-unmerged": ("error", "tensors of an adapter that is not merged"),
+    "adapter-beside": ("warning", "an adapter lies beside the weights; it is not applied"),
+    "head-missing": ("error", "the config asks for an output head, and there is none"),
+    "head-differs": ("warning", "tied embeddings, and a different output head, which is used"),
     "link-outside": ("warning", "a shard is a link that leaves the folder and the hub's cache"),
     "single-file": ("note", "one shard of several: described without a plan"),
     "model-type": ("error", "`config.json` has no `model_type`, by which mlx-lm picks its module"),

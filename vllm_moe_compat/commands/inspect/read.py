@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_moe_compat.checkpoint.adapters import adapter_alone
 from vllm_moe_compat.checkpoint.config_file import CONFIG, MAX_CONFIG, read_object
 from vllm_moe_compat.checkpoint.files import FileFault, UnreadableError, read_json
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
@@ -58,6 +59,8 @@ def read(location: Location) -> Contents:
     if location.shard is not None:
         shards = [location.shard]
         contents.add("single-file", f"only {location.shard.name} is described; no load is planned")
+    elif not shards and (alone := adapter_alone(location.folder)) is not None:
+        contents.fault(alone)
     elif not shards:
         others = sorted(p.name for p in location.folder.glob("*.safetensors"))[:3]
         found = f"found {', '.join(others)}" if others else "no file of that name"

@@ -30,6 +30,9 @@ def steps(
     if changed:
         found.append(Step("translate config.json keys for mlx-lm", 0, 0, ", ".join(changed)))
     found += [Step("put into the forward pass", 0, 0, clean(words, 240)) for words in put_in]
+    if plan.names.words:
+        words = clean("; ".join(plan.names.words), 240)
+        found.append(Step("bring names to those of the module", 0, 0, words))
     ours = dropped_by_us(plan, layout)
     theirs = sorted(layout.ignored.difference(ours))
     if static := layout.numbers.unused:

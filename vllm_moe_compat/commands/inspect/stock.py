@@ -57,7 +57,14 @@ def stock(
             f"{len(unexpected):,} tensors have no parameter in its module, or are in a form that "
             "its sanitize does not expect"
         )
+    names = plan.names
+    if names.renamed:
+        refusals.append(f"{len(names.renamed):,} tensors have names that its module does not know")
+    if names.copies:
+        doubts.append("it does not take the one of head and embeddings that is stored for both")
     hints = []
+    if names.drops:
+        hints.append("its sanitize may drop an output head beside tied embeddings, or refuse it")
     if settings := [id for id in changed if id != "model_type"]:
         hints.append(
             "config.json has keys that it does not read, so it may refuse, or use other defaults: "
