@@ -14,6 +14,9 @@ from typing import Any
 CLASS_OF = {"longcat_flash_ngram": "longcat_flash", "youtu_llm": "youtu"}
 """``model_type`` → that of the class in transformers which has the same defaults."""
 
+WITHOUT_CLASS = ("kimi_k3",)
+"""Models whose section names a ``model_type`` with a class that is another model's."""
+
 RELEASE_DEFAULTS: dict[str, dict[str, Any]] = {
     # Ling 1.
     "BailingMoeForCausalLM": {

@@ -22,7 +22,7 @@ from vllm_moe_compat.families.arguments import (
     Defaults,
     arguments,
 )
-from vllm_moe_compat.families.release_defaults import release_defaults
+from vllm_moe_compat.families.release_defaults import WITHOUT_CLASS, release_defaults
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.config_class import ConfigClass, config_class, installed
 from vllm_moe_compat.plan.rope_words import FLAT, flat_words, rope_parameters
@@ -92,7 +92,8 @@ def _resolve(config: Mapping[str, Any]) -> Resolved:
     if cls is not None:
         return _of_class(cls, config)
     section = text_section(config)
-    inner = None if section is config else config_class(section)
+    nested = section is not config and config.get("model_type") not in WITHOUT_CLASS
+    inner = config_class(section) if nested else None
     if inner is not None:
         found = _of_class(inner, section)
     else:

@@ -27,7 +27,7 @@ def flat_words(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(sliding, Mapping) and sliding.get("rope_theta") is not None:
             words["rope_local_base_freq"] = sliding["rope_theta"]
         rope = full
-    elif any(isinstance(value, Mapping) for value in rope.values()):
+    elif "rope_theta" not in rope and any(isinstance(v, Mapping) for v in rope.values()):
         return {}
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None:
@@ -35,7 +35,9 @@ def flat_words(settings: Mapping[str, Any]) -> dict[str, Any]:
     rest = {
         key: value
         for key, value in rope.items()
-        if key not in ("rope_theta", "partial_rotary_factor") and not key.startswith("mrope_")
+        if key not in ("rope_theta", "partial_rotary_factor")
+        and not key.startswith("mrope_")
+        and not isinstance(value, Mapping)
     }
     kind = rest.get("rope_type", rest.get("type", "default"))
     words["rope_scaling"] = None if kind == "default" else {**rest, "type": kind}
