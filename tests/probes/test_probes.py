@@ -42,6 +42,10 @@ UNPROVED = {
     ("jamba", "config"): "releases have the layout that mlx-lm expects; tests/test_configs.py",
     ("longcat_flash_ngram", "config"): "transformers has no class for it",
     ("minimax_m3_vl", "config"): "its saved config has both words; tests/parity/test_left_out.py",
+    **{
+        (module, "config"): "for layers of one kind only; tests/families/test_layer_types.py"
+        for module in ("laguna", "ministral3", "mistral3")
+    },
 }
 
 

@@ -72,7 +72,7 @@ def _uniform(key: str) -> SettingTranslation:
         if any(kind != kinds[0] for kind in kinds):
             return False
         text[key] = Kinds(kinds)
-        return True
+        return False  # The values are the same.
 
     return SettingTranslation(key, "a layer of each kind is looked up", apply)
 

@@ -37,15 +37,16 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     module's windows, kinds of layers, rotary embeddings and activations from their tables.
     """
     turning = rotary_fixes(module)
+    # Layers are made anew before their embeddings and activations are put in.
     common = (*FIXES.get(module, ()), *turning, *activation_fixes(module))
     fields["fixes"] = (*common, *fields.get("fixes", ()))
     if turning:
         fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
-    if fields.get("translations") or fields.get("defaults"):
+    fields["translations"] = (*fields.get("translations", ()), *TRANSLATIONS.get(module, ()))
+    if fields["translations"] or fields.get("defaults"):
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
         needed += (workarounds.NAMES,)
-    fields["translations"] = (*fields.get("translations", ()), *TRANSLATIONS.get(module, ()))
     return Row(f"mlx_lm.models.{module}", workarounds=needed, **fields)
 
 
