@@ -109,7 +109,8 @@ def scaled(family: Family, name: str) -> Family:
     """Return the family with these rotary settings in all kinds of its layers."""
     config = new_config(family).get_text_config()
     before = config.rope_parameters
-    kept = ("rope_theta", "partial_rotary_factor", "mrope_section", "llama_4_scaling_beta")
+    kept = ["rope_theta", "partial_rotary_factor", "mrope_section"]
+    kept += ["llama_4_scaling_beta", "original_max_position_embeddings"]  # A pair of Mistral's.
     kinds = [kind for kind, value in before.items() if isinstance(value, dict)]
 
     def changed(rope: Rope) -> Rope:

@@ -18,7 +18,8 @@ _FIXES: dict[str, ForwardFix | None] = {
     **dict.fromkeys(("jamba", "kimi_linear", "falcon_h1", "olmo_hybrid", "step3p5"), SILU_ALONE),
     "starcoder2": activation_fix("gelu"),
     "apertus": activation_fix("xielu"),
-    "gpt_oss": None,
+    # Activations of their own.
+    **dict.fromkeys(("gpt_oss", "kimi_k3"), None),
 }
 
 
