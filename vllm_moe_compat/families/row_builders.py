@@ -43,7 +43,8 @@ def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     if turning:
         fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
     fields["translations"] = (*fields.get("translations", ()), *TRANSLATIONS.get(module, ()))
-    if fields["translations"] or fields.get("defaults"):
+    changes = fields["translations"] or fields.get("defaults")
+    if changes and workarounds.CONFIG not in needed:
         needed += (workarounds.CONFIG,)
     if fields.get("renames") or fields.get("splits"):
         needed += (workarounds.NAMES,)
