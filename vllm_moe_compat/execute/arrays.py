@@ -22,8 +22,9 @@ from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.plan import ops as op_types
 from vllm_moe_compat.plan.packing import Requantize
 
-Band = tuple[slice, slice, mx.array]
-"""Slice of the flattened leading axes, slice of the rows, and the array ``[n, o, I]``."""
+Band = tuple[slice, slice, list[mx.array]]
+"""Slice of the flattened leading axes, slice of the rows, and the arrays ``[n, o, …]``: the
+floats, or words with their scales."""
 
 
 def run(op: Op, given: Arrays, dtype: str) -> Arrays:
@@ -96,35 +97,41 @@ def dequantize(weight: mx.array | Stack, op: Dequantize, parts: Parts, dtype: st
         parts: role → further tensor of the form.
         dtype: dtype of the result.
     """
-    *lead, rows, columns = weight.shape
+    *lead, rows, columns = op.logical(tuple(weight.shape))
     out = mx.zeros((math.prod(lead), rows, columns), dtype=mlx_dtype(dtype))
-    for experts, band, part in bands(weight, op, parts, dtype):
+    for experts, band, (part,) in bands(weight, op, ready(weight, op, parts), dtype):
         out[experts, band] = part
     return out.reshape(*lead, rows, columns)
 
 
 def bands(
-    weight: Any, op: Dequantize | None, parts: Parts, dtype: str, *, whole: bool = False
+    weight: Any,
+    op: Dequantize | None,
+    parts: Parts,
+    dtype: str,
+    *,
+    whole: bool = False,
+    held: bool = False,
 ) -> Iterator[Band]:
     """Yield a tensor ``[…, O, I]`` a few experts, or a band of rows, at a time.
 
     Args:
         weight: an array or a ``Stack``, whose members are released as they are used.
         op: the dequantising operation; None for floats, which stay as they are.
-        parts: role → further tensor of the form.
+        parts: role → further tensor of the form; with an operation, the result of ``ready``.
         dtype: dtype of dequantised weights.
         whole: whether a band must hold all rows of its experts.
+        held: whether bands are in the packed format ``op.held`` instead of floats.
 
     Yields:
         Bands; lazy.
     """
-    *lead, rows, columns = weight.shape
+    stored = tuple(weight.shape)
+    *lead, rows, columns = stored if op is None else op.logical(stored)
     count = math.prod(lead)
     if not isinstance(weight, Stack):
-        weight = weight.reshape(count, rows, columns)
+        weight = weight.reshape(count, *stored[-2:])
     executor = None if op is None else executor_of(op)
-    if executor is not None:
-        parts = executor.ready(op, parts, (count, rows, columns))
 
     row_bytes = 4 * max(columns, 1)
     at_once = max(1, stack.TEMPORARY_BYTES // max(rows * row_bytes, 1))
@@ -138,8 +145,19 @@ def bands(
         chunk = weight.take(start, experts.stop) if isinstance(weight, Stack) else weight[experts]
         for top in range(0, rows, max(height, 1)):
             band = slice(top, min(top + height, rows))
-            part = chunk[:, band]
-            if executor is not None:
-                part = executor.floats(op, part, parts, experts, band, dtype)
-            yield experts, band, part
+            part = chunk[:, band] if executor is None else executor.cut(op, chunk, band)
+            if executor is None:
+                arrays = [part]
+            elif held:
+                arrays = list(executor.packed(op, part, parts, experts, band))
+            else:
+                arrays = [executor.floats(op, part, parts, experts, band, dtype)]
             del part
+            yield experts, band, arrays
+            arrays.clear()
+
+
+def ready(weight: Any, op: Dequantize, parts: Parts) -> Parts:
+    """Return the parts of a stored tensor ``[…, …, …]`` as ``bands`` takes them."""
+    *lead, height, width = weight.shape
+    return executor_of(op).ready(op, parts, (math.prod(lead), height, width))

@@ -8,17 +8,17 @@ is ever held as a whole beside the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import mlx.core as mx
 
-from vllm_moe_compat.checkpoint.operations import Dequantize, Op
-from vllm_moe_compat.execute.arrays import Band, bands, run
+from vllm_moe_compat.checkpoint.operations import Dequantize, MlxFormat, Op
+from vllm_moe_compat.execute.arrays import Band, bands, ready, run
 from vllm_moe_compat.execute.numbers import executor_of
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.plan.build import Build, Restriction, Span
 from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
-from vllm_moe_compat.plan.packing import Requantize
+from vllm_moe_compat.plan.packing import Packing, Requantize
 
 
 def make_build(
@@ -27,7 +27,7 @@ def make_build(
     dtype: str,
     *,
     names: Sequence[str] = (),
-    formats: Sequence[Requantize | None] = (),
+    formats: Sequence[Packing | None] = (),
 ) -> dict[str, mx.array]:
     """Run a build; its sources are removed from ``weights``.
 
@@ -36,16 +36,20 @@ def make_build(
         weights: name → array, mostly unread.
         dtype: dtype of dequantised weights.
         names: names of the results; the build's targets by default.
-        formats: packed format of each result; None, or no entry, for floats.
+        formats: packed format of each result; None, or no entry, for floats. Results are held
+            in an ``MlxFormat`` all together or not at all.
 
     Returns:
-        Name → target, evaluated; a packed target gives ``….weight``, ``….scales`` and, in
-        affine formats, ``….biases``.
+        Name → target, evaluated; a packed target gives ``….weight``, ``….scales``, in affine
+        formats ``….biases``, and ``….global_scale`` where the format has one.
     """
     names = names or build.targets
     operand = take(build, weights)
     if build.restriction is None:
         return make_tensors(build.ops, operand, names, dtype, formats)
+    if any(isinstance(packing, MlxFormat) for packing in formats):
+        made = make_tensors(build.ops, operand, names, dtype, formats)
+        return {name: _trimmed_words(name, array, build) for name, array in made.items()}
     for op in build.ops:
         operand = run(op, operand, dtype)
     arrays = [_trimmed(w.all() if isinstance(w, Stack) else w, build) for w in operand.weights]
@@ -63,13 +67,16 @@ def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:
     if region == Restriction():
         return operand
     shape = tuple(operand.weights[0].shape)
-    cut = [_cut(array, region) for array in operand.weights]
-    parts: dict[str, list[mx.array]] = {role: [] for role in operand.parts}
-    for op in (op for op in build.ops if isinstance(op, Dequantize)):
-        for number in range(len(cut)):
-            given = {role: arrays[number] for role, arrays in operand.parts.items()}
-            for role, part in executor_of(op).restrict(op, given, shape, region).items():
-                parts[role].append(part)
+    op = build.dequantize
+    if op is None:
+        return Arrays([_cut(array, region) for array in operand.weights])
+    executor = executor_of(op)
+    cut = [executor.region(op, array, region) for array in operand.weights]
+    parts: dict[str, list[mx.array]] = {}
+    for number in range(len(cut)):
+        given = {role: arrays[number] for role, arrays in operand.parts.items()}
+        for role, part in executor.restrict(op, given, shape, region).items():
+            parts.setdefault(role, []).append(part)
     return Arrays(cut, parts)
 
 
@@ -94,6 +101,26 @@ def _trimmed(array: mx.array, build: Build) -> mx.array:
     )
 
 
+def _trimmed_words(name: str, array: mx.array, build: Build) -> mx.array:
+    """Cut one tensor of a held target down to the restriction, whose columns are whole groups."""
+    wanted, region, held = build.restriction, build.region, build.held
+    assert wanted is not None
+    assert held is not None
+    if region.experts is None and wanted.experts is not None:
+        array = array[slice(*wanted.experts)]
+    if name.endswith(".global_scale"):
+        return array
+    if (rows := _within(wanted.rows, region.rows)) is not None:
+        array = array[..., slice(*rows), :]
+    if (columns := _within(wanted.columns, region.columns)) is not None:
+        words = name.endswith(".weight")
+        first, last = (n * held.bits // 32 if words else n // held.group for n in columns)
+        array = array[..., first:last]
+    array = mx.contiguous(array)
+    mx.eval(array)
+    return array
+
+
 def _within(span: Span | None, read: Span | None) -> Span | None:
     """Return a span relative to the span that was read; None means the whole axis."""
     return span if span is None or read is None else (span[0] - read[0], span[1] - read[0])
@@ -104,7 +131,7 @@ def make_tensors(
     operand: Arrays,
     names: Sequence[str],
     dtype: str,
-    formats: Sequence[Requantize | None] = (),
+    formats: Sequence[Packing | None] = (),
 ) -> dict[str, mx.array]:
     """Run operations on ``operand``, which is emptied; see ``make_build``."""
     # The caller still refers to the operand, which would keep every source alive to the end.
@@ -125,7 +152,7 @@ def make_tensors(
         made: dict[str, mx.array] = {}
         for name, packing in zip(names, packings, strict=True):
             weight = weights.pop(0)
-            targets = [_Target(weight.shape, packing)]
+            targets = [_Target(tuple(weight.shape), packing)]
             made |= _fill(bands(weight, None, {}, dtype), [name], targets, None)
         return made
 
@@ -142,10 +169,11 @@ def make_tensors(
             case _:
                 operand = run(op, operand, dtype)
     (weight,) = operand.weights
-    parts = operand.only()
+    parts: Mapping[str, mx.array] = operand.only()
     operand.weights.clear()
     operand.parts.clear()
-    *lead, rows, columns = weight.shape
+    stored = tuple(weight.shape)
+    *lead, rows, columns = stored if dequantize is None else dequantize.logical(stored)
     if transposed:
         rows, columns = columns, rows
     shape = (*lead, rows // 2 if split else rows, columns)
@@ -155,11 +183,22 @@ def make_tensors(
         filled = executor_of(dequantize).fill(dequantize, weight, parts, dtype, len(names))
         if filled is not None:
             return dict(zip(names, filled, strict=True))
-    given = bands(weight, dequantize, parts, dtype, whole=transposed or interleaved)
+    held = [packing for packing in packings if isinstance(packing, MlxFormat)]
+    if dequantize is not None:
+        parts = ready(weight, dequantize, parts)
+    whole = transposed or interleaved
+    given = bands(weight, dequantize, parts, dtype, whole=whole, held=bool(held))
+    shared: mx.array | None = None
+    if dequantize is not None and held and held[0].global_scale:
+        shared = executor_of(dequantize).global_scale(dequantize, parts).reshape(lead)
     del weight, parts
     if transposed:
         given = _transposed(given)
-    return _fill(given, names, [_Target(shape, packing) for packing in packings], split)
+    made = _fill(given, names, [_Target(shape, packing) for packing in packings], split)
+    if shared is not None:
+        mx.eval(shared)
+        made |= {f"{name.removesuffix('.weight')}.global_scale": shared for name in names}
+    return made
 
 
 def _streams(ops: Sequence[Op], operand: Arrays, *, packed: bool) -> bool:
@@ -177,10 +216,9 @@ def _streams(ops: Sequence[Op], operand: Arrays, *, packed: bool) -> bool:
 
 
 def _transposed(given: Iterator[Band]) -> Iterator[Band]:
-    for experts, _, part in given:
-        turned = part.swapaxes(-1, -2)
-        del part
-        yield experts, slice(0, turned.shape[-2]), turned
+    for experts, _, arrays in given:
+        turned = arrays.pop().swapaxes(-1, -2)
+        yield experts, slice(0, turned.shape[-2]), [turned]
 
 
 def _fill(
@@ -191,17 +229,17 @@ def _fill(
 ) -> dict[str, mx.array]:
     """Write bands of ``[…, k·O, I]`` into the buffers of ``k`` targets ``[…, O, I]``."""
     rows = targets[0].rows
-    for experts, band, part in given:
+    for experts, band, arrays in given:
         for number, target in enumerate(targets):
             if split is not None and split.interleaved:
-                target.put(experts, slice(0, rows), part[:, number::2])
+                target.put(experts, slice(0, rows), [array[:, number::2] for array in arrays])
                 continue
             low, high = max(band.start, number * rows), min(band.stop, (number + 1) * rows)
             if low < high:
-                piece = part[:, low - band.start : high - band.start]
+                piece = [array[:, low - band.start : high - band.start] for array in arrays]
                 target.put(experts, slice(low - number * rows, high - number * rows), piece)
                 del piece
-        del part
+        arrays.clear()
         mx.eval([target.buffers for target in targets])
     return {
         f"{name.removesuffix('.weight')}.{kind}" if target.packed else name: array
@@ -213,7 +251,7 @@ def _fill(
 class _Target:
     """The buffers of one target ``[…, O, I]``, filled a piece at a time."""
 
-    def __init__(self, shape: tuple[int, ...], packing: Requantize | None) -> None:
+    def __init__(self, shape: tuple[int, ...], packing: Packing | None) -> None:
         self._shape, self._packing = shape, packing
         self.buffers: list[mx.array] = []
 
@@ -227,15 +265,14 @@ class _Target:
         """Whether the target is quantised."""
         return self._packing is not None
 
-    def put(self, experts: slice, rows: slice, piece: mx.array) -> None:
-        """Write ``[n, o, I]``, packed if the target is; lazy."""
-        parts = [piece]
-        if self._packing is not None:
+    def put(self, experts: slice, rows: slice, parts: list[mx.array]) -> None:
+        """Write ``[n, o, I]``, quantised if the target is, or words with their scales; lazy."""
+        if isinstance(self._packing, Requantize):
             bits, group, mode = self._packing.bits, self._packing.group, self._packing.mode
-            parts = list(mx.quantize(piece, group, bits, mode=mode))
+            parts = list(mx.quantize(parts.pop(), group, bits, mode=mode))
         *lead, height, _ = self._shape
         count = math.prod(lead)
-        if piece.shape[:2] == (count, height):
+        if parts[0].shape[:2] == (count, height):
             # The whole target at once: copied, since a view would keep its parent alive.
             self.buffers = [mx.contiguous(part) for part in parts]
             return

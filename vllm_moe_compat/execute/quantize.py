@@ -1,17 +1,21 @@
-"""Quantise while loading: from stored tensors to MLX's packed formats, one build at a time.
+"""Load packed modules: from stored tensors to MLX's packed formats, one build at a time.
+
+Modules are packed for two reasons: the user sets a format, or the checkpoint stores a weight in
+numbers that MLX holds as they are (``Build.held``).
 
 mlx-lm's ``sanitize`` renames tensors and reshapes some, and only the names in its result tell
 which module a tensor belongs to. Therefore ``sanitize`` runs first, over *stand-ins*: arrays
 of the right shape that take no memory, one for each target of the plan, beside the tensors
 that no build makes, which are still unread. A stand-in that ``sanitize`` passes through
 unchanged is recognised by identity, and its name in the result names the module. Then each
-build is read, dequantised and packed, a few experts at a time.
+build is read, dequantised and packed, or moved into MLX's order of words, a few experts at a
+time.
 
 ``sanitize`` computes with a few tensors (latent attention's ``kv_b_proj``). Their stand-ins do
 not come back; those builds are made in advance, and ``sanitize`` runs a second time.
 
-``quantization_policy`` decides the format of each module. The result is bit for bit that of
-mlx-lm's ``quantize_model`` on the dequantised model, which never exists as a whole.
+``quantization_policy`` decides the format of each module. A quantised result is bit for bit
+that of mlx-lm's ``quantize_model`` on the dequantised model, which never exists as a whole.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.execute.build_tensor import make_build, make_tensors
-from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, decide
+from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, can_hold, decide
 from vllm_moe_compat.execute.run_plan import failure, widen_and_drop
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.plan.build import Build
-from vllm_moe_compat.plan.packing import Requantize
+from vllm_moe_compat.plan.packing import Packing, Requantize
 from vllm_moe_compat.plan.planner import Plan
-from vllm_moe_compat.plan.quantization import is_listed
+from vllm_moe_compat.plan.quantization import commonest_held, is_listed
 
 Weights = MutableMapping[str, mx.array]
 LoadExecutor: TypeAlias = Callable[..., tuple[dict[str, mx.array], QuantizationPolicy]]
@@ -46,7 +50,7 @@ class QuantizedLoad:
     Attributes:
         plan: the builds, with the gate and up of combined experts split.
         tensors: the checkpoint's tensors, with the dtypes of their headers.
-        setting: the format of quantised modules; None leaves all of them floats.
+        setting: the format of quantised modules; None leaves floats as they are.
         spare: modules, by the checkpoint's names, that are not quantised.
         float_dtype: dtype of tensors that are dequantised and not quantised.
         packed_dtype: dtype of the values that are quantised, and of affine scales.
@@ -73,7 +77,7 @@ class PackedBuild:
 
     build: Build
     names: tuple[str, ...]
-    formats: tuple[Requantize | None, ...]
+    formats: tuple[Packing | None, ...]
     dtype: str = ""
 
 
@@ -168,9 +172,18 @@ def sanitize_stand_ins(
     policy = QuantizationPolicy()
     if load.setting is not None:
         policy = decide(model, load.setting, _spared(load, came_from))
+    usual = commonest_held(load.plan.builds)
+    modules = dict(model.named_modules()) if usual is not None else {}
     builds: list[PackedBuild] = []
     for build in (b for b in load.plan.builds if b not in made_early):
         names = tuple(places[build, index] for index in range(len(build.targets)))
+        held = build.held
+        if held is not None and all(can_hold(modules.get(_module(n)), held) for n in names):
+            paths = dict.fromkeys(map(_module, names), held)
+            policy.formats |= paths
+            policy.held += len(build.weights)
+            if usual is not None and held.config != usual.config:
+                policy.overrides |= paths
         formats = tuple(policy.formats.get(_module(name)) for name in names)
         dtype = load.packed_dtype if any(formats) else load.float_dtype
         builds.append(PackedBuild(build, names, formats, dtype))
@@ -179,7 +192,7 @@ def sanitize_stand_ins(
     floats: dict[str, mx.array] = {}
     for name in list(sanitized):
         packing = policy.formats.get(_module(name))
-        if packing is not None and name.endswith(".weight"):
+        if isinstance(packing, Requantize) and name.endswith(".weight"):
             floats[name] = sanitized.pop(name)
             build = Build(name, (came_from.get(name, name),), (), (packing,))
             builds.append(PackedBuild(build, (name,), (packing,)))
@@ -259,7 +272,8 @@ def _show(
     sources: dict[str, mx.array] = {}
     for build in load.plan.builds:
         if build in made_early:
-            given |= make_build(build, given, load.packed_dtype)
+            dtype = load.float_dtype if load.setting is None else load.packed_dtype
+            given |= make_build(build, given, dtype)
             continue
         for name in build.sources:
             sources[name] = given.pop(name)

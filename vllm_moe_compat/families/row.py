@@ -189,6 +189,8 @@ class Row:
         misreads: kinds of stored numbers that ``sanitize`` dequantises to wrong values.
         keeps: kinds of stored numbers, and packed forms of ``plan.check_packed``, that the
             module computes with as they are; the plan leaves them alone.
+        computed: endings of weights with which ``sanitize`` computes, so that they are floats
+            even where MLX could hold them packed.
         latent: whether the plan splits ``kv_b_proj`` because ``sanitize`` does not.
         model_types: further values of ``model_type`` that the module loads.
         text_types: model types of the language model saved by itself, whose config the module
@@ -220,6 +222,7 @@ class Row:
     digests: tuple[str, ...] = ()
     misreads: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
     latent: bool = False
     model_types: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()

@@ -30,6 +30,8 @@ class LoadReport:
         digested: number of weights that upstream dequantised or keeps.
         max_length: tokens up to which the module is right; None for any.
         max_length_reason: what it computes beyond that.
+        held_packed: number of weights that stay packed as they are stored.
+        packed_as: MLX's formats of these weights.
     """
 
     path: str | None
@@ -51,11 +53,15 @@ class LoadReport:
     digested: int = 0
     max_length: int | None = None
     max_length_reason: str = ""
+    held_packed: int = 0
+    packed_as: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         done = []
         if self.layers:
             done.append(f"stacked {self.experts} experts x {self.layers} layers")
+        if self.held_packed:
+            done.append(f"kept {self.held_packed:,} weights packed as {', '.join(self.packed_as)}")
         if self.dequantized:
             becomes = f" to {self.dtype}" if self.setting == "none" else ""
             done.append(f"dequantised {self.dequantized:,} tensors{becomes}")

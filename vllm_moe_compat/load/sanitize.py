@@ -1,7 +1,7 @@
 """Run one load, from the loader's dict to the report.
 
 The plan runs on the tensors, then upstream's ``sanitize``. If weights are quantised while
-loading, ``sanitize`` runs first, on stand-ins (``execute.quantize``).
+loading, or stay packed, ``sanitize`` runs first, on stand-ins (``execute.quantize``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.make import make_from_tensors
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planner import Plan
-from vllm_moe_compat.plan.quantization import spared
+from vllm_moe_compat.plan.quantization import mark_dequantized, spared
 from vllm_moe_compat.plan.serving import NONE, Serving
 
 Sanitize: TypeAlias = Callable[[dict[str, Any]], Any]
@@ -53,6 +53,7 @@ def run_load(
         QuantizationPolicy,
         bytes_by_format,
         bytes_saved,
+        held_formats,
     )
     from vllm_moe_compat.execute.quantize import QuantizedLoad, load_quantized
     from vllm_moe_compat.execute.run_plan import run_plan
@@ -69,7 +70,7 @@ def run_load(
         mx.reset_peak_memory()
     executor = load_options().executor
     dtype: str | None
-    if load is None or (setting == NONE and executor is None):
+    if load is None or (setting == NONE and executor is None and not plan.held):
         # A checkpoint without dequantised weights keeps its dtype unless one was set.
         dtype = serving.dtype if plan.dequantized else serving.kept_dtype
         files = {name: info.file for name, info in tensors.items()}
@@ -90,18 +91,23 @@ def run_load(
             sanitized, policy = (executor or load_quantized)(
                 quantized, weights, sanitize, model, done
             )
-        if packing is not None:
+        if policy.formats:
             # ``load_model`` uses this dict to quantise its modules.
             load.config["quantization"].update({p: o.config for p, o in policy.overrides.items()})
+        elif plan.held:
+            del load.config["quantization"]
+            mark_dequantized(load.config)
         seconds = time.perf_counter() - start
-        dtype = serving.packed_dtype
+        dtype = serving.dtype if packing is None else serving.packed_dtype
     return sanitized, LoadReport(
         path=path,
         module=plan.module,
         words=plan.words,
         experts=plan.experts,
         layers=plan.stacked,
-        dequantized=plan.dequantized,
+        dequantized=plan.dequantized + plan.held - policy.held,
+        held_packed=policy.held,
+        packed_as=held_formats(policy),
         digested=plan.digested,
         dtype=dtype,
         seconds=seconds,

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.names import layer_of
-from vllm_moe_compat.checkpoint.operations import Dequantize, Op, Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Dequantize, MlxFormat, Op, Operand, Spec
 from vllm_moe_compat.dtypes import nbytes
 from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
 
@@ -56,6 +56,8 @@ class Build:
         ops: operations, first to last; empty for a tensor that is only renamed.
         others: names of further targets, if the operations give more than one weight.
         restriction: the part of the targets to make; None for all of it.
+        held: the packed format in which MLX can hold the targets as they are stored; None if
+            they become floats. The load still needs a module that has a packed form.
     """
 
     target: str
@@ -64,6 +66,12 @@ class Build:
     ops: tuple[Op, ...]
     others: tuple[str, ...] = ()
     restriction: Restriction | None = None
+    held: MlxFormat | None = None
+
+    @property
+    def dequantize(self) -> Dequantize | None:
+        """The operation that dequantises the weights; None for floats."""
+        return next((op for op in self.ops if isinstance(op, Dequantize)), None)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -82,7 +90,7 @@ class Build:
         return layer.path if layer else self.target
 
     def results(self, tensors: Mapping[str, TensorInfo], dtype: str) -> tuple[Spec, ...]:
-        """Return dtypes and shapes of the targets.
+        """Return dtypes and shapes of the targets as floats.
 
         Args:
             tensors: descriptions of the sources.
@@ -105,8 +113,11 @@ class Build:
         """Return the build of a part of the targets ``[…, O, I]``.
 
         Of per-expert sources only the restricted experts remain; of other sources ``region``
-        is read.
+        is read. Packed words are cut between groups only; for other columns the targets become
+        floats.
         """
+        if self.held is not None and any(n % self.held.group for n in to.columns or ()):
+            return replace(self, held=None).restricted(to)
         stack = next((op for op in self.ops if isinstance(op, StackExperts)), None)
         if stack is None or to.experts is None:
             return replace(self, restriction=to)
@@ -155,16 +166,16 @@ class Build:
         region = self.region
         if region == Restriction():
             return sum(nbytes(tensors[name].dtype, tensors[name].shape) for name in self.sources)
-        whole = tensors[self.weights[0]].shape
-        wanted = _clipped(region, whole).shape(whole)
-        share = math.prod(wanted) / math.prod(whole)
+        stored = tensors[self.weights[0]].shape
+        whole = stored if self.dequantize is None else self.dequantize.logical(stored)
+        share = math.prod(_clipped(region, whole).shape(whole)) / math.prod(whole)
         read = 0
         for name in self.weights:
-            read += nbytes(tensors[name].dtype, wanted)
+            read += math.ceil(nbytes(tensors[name].dtype, stored) * share)
         for _, names in self.parts:
             for name in names:
                 info = tensors[name]
-                follows = len(info.shape) == len(whole) and math.prod(info.shape) > 1
+                follows = len(info.shape) == len(stored) and math.prod(info.shape) > 1
                 size = nbytes(info.dtype, info.shape)
                 read += math.ceil(size * share) if follows else size
         return read

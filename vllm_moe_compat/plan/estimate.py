@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from vllm_moe_compat import dtypes
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.checkpoint.operations import Spec
+from vllm_moe_compat.checkpoint.operations import MlxFormat, Spec
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Requantize
 from vllm_moe_compat.plan.planner import Plan
 
@@ -35,6 +35,11 @@ def packed_bytes(spec: Spec, packing: Requantize, float_bytes: int = 2) -> int:
     count = math.prod(spec.shape)
     per_group = 2 * float_bytes if packing.mode == "affine" else 1
     return count * packing.bits // 8 + count // packing.group * per_group
+
+
+def held_bytes(spec: Spec, held: MlxFormat) -> int:
+    """Return the bytes of a weight that MLX holds as it is stored, for its float spec."""
+    return sum(map(nbytes, held.tensors(spec.shape).values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,13 @@ def estimate(
     largest = max((nbytes(tensors[b.weights[0]]) for b in plan.builds), default=0)
     left = [(n, n, Spec(i.dtype, i.shape)) for n, i in tensors.items() if n not in gone]
 
-    final = {NONE: sum(nbytes(spec) for _, _, spec in (*specs, *left))}
+    held = {name: build.held for build in plan.builds if build.held for name in build.targets}
+    final = {
+        NONE: sum(
+            held_bytes(spec, held[name]) if name in held else nbytes(spec)
+            for name, _, spec in (*specs, *left)
+        )
+    }
     peak = {NONE: final[NONE] + largest + WORKING_BYTES}
     whole = max([largest, *(nbytes(spec) for n, _, spec in left if _packs(n, spec))])
     float_bytes = 4 if packed_dtype == "F32" else 2

@@ -166,7 +166,15 @@ class PlannedLoad:
         if any(already_quantized(folder, self.original, self.layout, serving, extern=extern)):
             return None
         split, exact = setting != NONE, serving.exact
-        return make_plan(self.layout, self.row, self.config, split=split, exact=exact, checked=True)
+        return make_plan(
+            self.layout,
+            self.row,
+            self.config,
+            split=split,
+            exact=exact,
+            checked=True,
+            hold=not split,
+        )
 
 
 def read_headers_of(folder: Path) -> Headers:
@@ -349,7 +357,15 @@ def _plan(
         if faults := list(faults_of(findings, tensors)):
             return None, faults
         split = serving.setting != NONE
-        plan = make_plan(layout, row, config, split=split, exact=serving.exact, checked=True)
+        plan = make_plan(
+            layout,
+            row,
+            config,
+            split=split,
+            exact=serving.exact,
+            checked=True,
+            hold=not split,
+        )
         return plan, []
     except LayoutError as error:
         return None, [of_error("config-number", error)]
@@ -363,6 +379,8 @@ def _settle_quantization(
     packed = any(name.endswith(".scales") for name in layout.tensors)
     if serving.setting != NONE:
         quantization.announce(config, QUANTIZE_SETTINGS[serving.setting])
+    elif (held := quantization.commonest_held(plan.builds)) is not None:
+        quantization.announce(config, held)
     elif plan.dequantized:
         quantization.mark_dequantized(config)
     elif entry is not None and config.get("quantization") is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from vllm_moe_compat.checkpoint.operations import Op, Operand, Spec
+from vllm_moe_compat.checkpoint.operations import MlxFormat, Op, Operand, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,24 @@ class Requantize(Op):
         """The entry of mlx-lm's ``config["quantization"]`` for the format."""
         return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
 
+    def tensors(self, weight: Spec) -> dict[str, Spec]:
+        """Return parameter of the module → tensor, for a float weight."""
+        packed = self.result(Operand((weight,)), "")
+        return {"weight": packed.weights[0], **{r: specs[0] for r, specs in packed.parts.items()}}
+
     def __str__(self) -> str:
         return f"{self.mode} {self.bits}-bit g{self.group}" if self.mode == "affine" else self.mode
+
+
+Packing: TypeAlias = Requantize | MlxFormat
+"""How a weight is packed: quantised by a setting, or held as the checkpoint stores it."""
+
+
+def packed_tensors(packing: Packing, weight: Spec) -> dict[str, Spec]:
+    """Return parameter of the module → tensor of a packed weight, for its float spec."""
+    if isinstance(packing, MlxFormat):
+        return packing.tensors(weight.shape)
+    return packing.tensors(weight)
 
 
 QUANTIZE_SETTINGS = {

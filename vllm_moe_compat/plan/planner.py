@@ -55,6 +55,7 @@ class Plan:
         dequantized: number of weights in a stored number form that the plan dequantises.
         digested: number of such weights that upstream dequantises or keeps.
         names: changes of names that precede everything else.
+        held: number of such weights that MLX holds as they are stored.
     """
 
     module: str
@@ -67,6 +68,7 @@ class Plan:
     dequantized: int = 0
     digested: int = 0
     names: TensorNames = field(default_factory=TensorNames)
+    held: int = 0
 
     @property
     def empty(self) -> bool:
@@ -83,6 +85,7 @@ def make_plan(
     exact: bool = False,
     direct: bool = False,
     checked: bool = False,
+    hold: bool = False,
 ) -> Plan:
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
 
@@ -97,6 +100,7 @@ def make_plan(
         direct: whether the tensors came without a preceding ``load_config``. Experts that
             upstream stacks are then not checked.
         checked: whether the caller has checked numbers and experts.
+        hold: whether weights stay packed where MLX can hold them as they are stored.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
@@ -136,6 +140,9 @@ def make_plan(
     # Layer by layer. Sorting is stable, so the order within a layer stays.
     order = {layer: n for n, layer in enumerate(dict.fromkeys(b.layer for b in builds))}
     builds.sort(key=lambda build: order[build.layer])
+    if hold:
+        builds = [_held(build, row) for build in builds]
+    held = sum(len(build.weights) for build in builds if build.held is not None)
     drops = row.ignored if returns_early else row.dropped_here
     return Plan(
         module=row.module,
@@ -148,9 +155,31 @@ def make_plan(
         widen=widen,
         experts=experts,
         stacked=len(blocks) if stacking else 0,
-        dequantized=0 if digested else len(numbers.weights),
+        dequantized=0 if digested else len(numbers.weights) - held,
         digested=len(numbers.weights) if digested else 0,
+        held=held,
     )
+
+
+def _held(build: Build, row: Row) -> Build:
+    """Return the build with the format in which MLX holds its targets, if there is one.
+
+    Words can be stacked and cut into rows, but neither transposed nor split within a row, and
+    no ``sanitize`` can compute with them. Only expert layers have a global scale.
+    """
+    dequantize = build.dequantize
+    if dequantize is None or dequantize.held is None or build.target.endswith(row.computed):
+        return build
+    stacked = any(isinstance(op, StackExperts | SplitGateUp) for op in build.ops)
+    moved = (op for op in build.ops if op is not dequantize)
+    if not all(
+        isinstance(op, StackExperts) or (isinstance(op, SplitGateUp) and op.axis == -2)
+        for op in moved
+    ):
+        return build
+    if dequantize.held.global_scale and not stacked and ".switch_mlp." not in build.target:
+        return build
+    return replace(build, held=dequantize.held)
 
 
 def _is_stored(block: ExpertBlock, numbers: Numbers) -> bool:

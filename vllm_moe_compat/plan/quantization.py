@@ -7,14 +7,17 @@ be quantised again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.plan.packing import Requantize
+from vllm_moe_compat.checkpoint.operations import MlxFormat
+from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.packing import Packing
 
 DEQUANTIZED = "dequantized"
 """The ``quant_method`` of configs whose weights were dequantised; mlx-lm has no branch for
@@ -40,12 +43,20 @@ def sign_of_quantization(
         return f"config.json says quant_method {method!r}"
     if not numbers.weights and extern:
         return "it has an hf_quant_config.json"
-    if found := [n for n in layout.tensors if n.endswith((".scales", ".weight_packed"))]:
+    ours = numbers.tensors
+    packed = [n for n in layout.tensors if n.endswith((".scales", ".weight_packed"))]
+    if found := [n for n in packed if n not in ours]:
         return f"it holds {fold(found)}"
     return None
 
 
-def announce(config: dict[str, Any], packing: Requantize) -> None:
+def commonest_held(builds: Iterable[Build]) -> MlxFormat | None:
+    """Return the format that most builds hold; None if none holds any."""
+    count = Counter(build.held for build in builds if build.held is not None)
+    return count.most_common(1)[0][0] if count else None
+
+
+def announce(config: dict[str, Any], packing: Packing) -> None:
     """Make ``load_model`` quantise its modules and return a config that declares it."""
     config["quantization"] = dict(packing.config)
     # One dict under both keys, as in mlx-lm. Modules in a format of their own are added once

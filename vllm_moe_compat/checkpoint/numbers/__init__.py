@@ -55,6 +55,13 @@ class Numbers:
         return frozenset(names)
 
     @property
+    def tensors(self) -> frozenset[str]:
+        """Names of all tensors of the forms."""
+        return self.parts.union(
+            stored.tensor for found in self.found for stored in found.weights.values()
+        )
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Names of tensors that MLX does not use."""
         return tuple(name for found in self.found for name in found.unused)

@@ -19,7 +19,7 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.config_file import read_config
 from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.checkpoint.names import fold, layer_of
-from vllm_moe_compat.checkpoint.operations import Operand, Spec
+from vllm_moe_compat.checkpoint.operations import Spec
 from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.dtypes import STORED_NAMES, mlx_dtype
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
@@ -31,6 +31,7 @@ from vllm_moe_compat.load.context import current
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.plan.effective_config import effective_config
 from vllm_moe_compat.plan.estimate import nbytes
+from vllm_moe_compat.plan.packing import packed_tensors
 from vllm_moe_compat.plan.quantization import DEQUANTIZED
 
 
@@ -103,9 +104,7 @@ def _results(piece: requantize.PackedBuild, pending: requantize.SanitizedLoad) -
         if packing is None:
             found[name] = spec
             continue
-        packed = packing.result(Operand((spec,)), "")
-        parts = (*packed.weights, *(spec for specs in packed.parts.values() for spec in specs))
-        for kind, part in zip(("weight", "scales", "biases"), parts, strict=False):
+        for kind, part in packed_tensors(packing, spec).items():
             found[f"{name.removesuffix('.weight')}.{kind}"] = part
     return found
 

@@ -64,4 +64,7 @@ def _step(action: str, names: Sequence[str]) -> Step:
 
 
 def _action(build: Build) -> str:
-    return ", ".join(op.words for op in build.ops) or "rename"
+    if build.held is None:
+        return ", ".join(op.words for op in build.ops) or "rename"
+    held = f"hold packed as {build.held}"
+    return ", ".join(held if op is build.dequantize else op.words for op in build.ops)

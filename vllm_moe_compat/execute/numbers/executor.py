@@ -20,11 +20,28 @@ Parts = Mapping[str, mx.array]
 
 
 class Executor(ABC):
-    """Runs one form's dequantising operation and its inverse."""
+    """Runs one form's dequantising operation and its inverse.
+
+    ``ready`` is called once for each tensor that is made, ``cut`` and then ``floats`` or ``packed``
+    for each band of rows.
+    """
 
     @abstractmethod
     def ready(self, op: Any, parts: Parts, shape: tuple[int, int, int]) -> Parts:
-        """Return the parts of a weight ``[N, O, I]`` in the shape and dtype of ``floats``."""
+        """Return the parts of a weight in the shape and dtype of ``floats`` and ``packed``.
+
+        Args:
+            op: the dequantising operation.
+            parts: the parts as stored, for all of ``N``.
+            shape: ``[N, …, …]`` of the tensor as it is stored.
+
+        Raises:
+            ValueError: the parts' values contradict the operation.
+        """
+
+    def cut(self, op: Any, weight: mx.array, rows: slice) -> mx.array:
+        """Return the rows ``rows`` of stored tensors ``[n, …, …]``; lazy."""
+        return weight[:, rows]
 
     @abstractmethod
     def floats(
@@ -34,12 +51,35 @@ class Executor(ABC):
 
         Args:
             op: the dequantising operation.
-            weight: ``[n, o, I]``: rows ``rows`` of experts ``experts``.
+            weight: the result of ``cut``: rows ``rows`` of experts ``experts``.
             parts: the result of ``ready`` for the whole weight.
             experts: slice of ``N``.
             rows: slice of ``O``; starts at a multiple of ``op.rows_per_part``.
             dtype: dtype of the result.
         """
+
+    def packed(
+        self, op: Any, weight: mx.array, parts: Parts, experts: slice, rows: slice
+    ) -> tuple[mx.array, ...]:
+        """Return a band in the format ``op.held``; lazy. Arguments are those of ``floats``.
+
+        Returns:
+            Words ``uint32 [n, o, I·bits/32]``, scales ``[n, o, I/group]`` and, in mode ``affine``,
+            biases like the scales.
+        """
+        raise NotImplementedError(f"{type(op).__name__} holds nothing")
+
+    def global_scale(self, op: Any, parts: Parts) -> mx.array:
+        """Return the float32 scale of each matrix, ``[N]``, where ``op.held`` has one."""
+        raise NotImplementedError(f"{type(op).__name__} has no global scale")
+
+    def region(self, op: Any, weight: mx.array, region: Restriction) -> mx.array:
+        """Return the region of a stored tensor, given in rows and columns of the floats."""
+        if region.experts is not None:
+            weight = weight[slice(*region.experts)]
+        if region.rows is not None:
+            weight = weight[..., slice(*region.rows), :]
+        return weight if region.columns is None else weight[..., slice(*region.columns)]
 
     def fill(
         self, op: Any, weight: Stack, parts: Parts, dtype: str, targets: int
@@ -55,7 +95,7 @@ class Executor(ABC):
     def restrict(
         self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
     ) -> dict[str, mx.array]:
-        """Return the parts for a region of whole blocks of a weight of ``shape``."""
+        """Return the parts for a region of whole blocks of a weight of ``shape`` as stored."""
 
     @abstractmethod
     def quantize(self, op: Op, given: Arrays) -> Arrays:
