@@ -30,8 +30,8 @@ from vllm_moe_compat.families.row_builders import (
     moe_row,
 )
 
-INT4_KEPT = ("compressed-tensors int4",)
-"""Releases packed by compressed-tensors, which the module unpacks into MLX's own format."""
+ABSORBED = (".kv_b_proj.weight",)
+"""``sanitize`` splits ``kv_b_proj`` within a head, to absorb it into query and output."""
 MISTRAL_4 = Moe(stacks=(PER_EXPERT, COMBINED))
 """Both layouts are stacked by ``sanitize``."""
 MISTRAL_VISION = Extras(parts=("vision_tower", "multi_modal_projector"))
@@ -56,19 +56,21 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         STANDARD,
         workarounds.LAYER_61,
         workarounds.CONFIG,
-        keeps=INT4_KEPT,
+        computed=ABSORBED,
         dropped_here=EXTRA_LAYERS,
         sanitize_wrapper=sanitize_wrappers.layer_61,
         head=OWN_HEAD,
     ),
     block_fp8_row(
         "deepseek_v32",
+        computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
         head=OWN_HEAD,
     ),
     block_fp8_row(
         "glm_moe_dsa",
+        computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
         defaults=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"), ("moe_layer_freq", 1)),
@@ -85,7 +87,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         STANDARD,
         workarounds.LAYER_61,
         workarounds.CONFIG,
-        keeps=INT4_KEPT,
+        computed=ABSORBED,
         dropped_upstream=KIMI_VISION,
         dropped_here=EXTRA_LAYERS | Extras(prefixes=("model.vision_tower", "model.mm_projector")),
         renames=(*LIFTED, (r"^language_model\.model\.blocks\.", "language_model.model.layers.")),
@@ -108,6 +110,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     moe_row(
         "kimi_linear",
         Moe(sources=("block_sparse_moe.experts", "mlp.experts"), spelling=W123),
+        computed=ABSORBED,
         dropped_upstream=Extras(prefixes=("model.mtp",)),
         renames=(
             (r"\.self_attn\.forget_gate\.", ".self_attn."),
@@ -127,6 +130,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     moe_row(
         "kimi_k3",
         Moe(sources=("block_sparse_moe.experts",), spelling=W123),
+        computed=ABSORBED,
         keeps=("compressed-tensors",),
         dropped_upstream=KIMI_VISION | EXTRA_LAYERS | Extras(prefixes=("model.mtp", "mtp")),
         roots=("language_model.model.", "model."),
@@ -146,6 +150,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     ),
     moe_row(
         "glm4_moe_lite",
+        computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
         head=OWN_HEAD,
@@ -156,6 +161,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     *(
         moe_row(
             module,
+            computed=ABSORBED,
             dropped_upstream=Extras(prefixes=("model.mtp",)),
             dropped_here=Extras(beyond_experts=True),
             defaults=(
@@ -169,7 +175,9 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         )
         for module in ("longcat_flash", "longcat_flash_ngram")
     ),
-    block_fp8_row("mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), keeps=INT4_KEPT),
+    block_fp8_row(
+        "mistral4", MISTRAL_4, digests=("fp8 block 128", "fp8 tensor"), computed=ABSORBED
+    ),
     block_fp8_row(
         "mimo_v2_flash",
         dropped_here=Extras(prefixes=("model.mtp",)),
@@ -179,6 +187,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     ),
     moe_row(
         "bailing_hybrid",
+        computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         embedding="word_embeddings",
     ),
@@ -192,6 +201,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     ),
     moe_row(
         "bailing_moe_v3",
+        computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS | Extras(parts=("mtp.",)),
         embedding="word_embeddings",
     ),
@@ -200,6 +210,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         workarounds.MINISTRAL_FP8,
         workarounds.OTHER_LAYOUTS,
         moe=MISTRAL_4,
+        computed=ABSORBED,
         dropped_upstream=MISTRAL_VISION,
         misreads=("fp8 tensor",),
         roots=ANY_ROOT,

@@ -7,10 +7,8 @@ and the published forms in the row's ``keeps`` are left to mlx-lm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from vllm_moe_compat.checkpoint.config import quantization_configs
 from vllm_moe_compat.checkpoint.findings import CONVERT, Finding
 from vllm_moe_compat.checkpoint.layout import Layout
 from vllm_moe_compat.errors import UnsupportedCheckpointError
@@ -28,22 +26,22 @@ _ENDINGS = {
 }
 """Ending of a tensor's name → the published form that it identifies."""
 _ANY_ENDING = tuple(_ENDINGS)
-INT4 = "compressed-tensors int4"
-_EXPECTED = "floats, FP8, or weights packed in MLX's own form"
+_EXPECTED = "floats, FP8, packed integers, or weights packed in MLX's own form"
 
 
-def check_packed(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_packed(layout: Layout, row: Row) -> Iterator[Finding]:
     """Yield the packed tensors that nothing reads."""
     forms: dict[str, list[str]] = {}
+    read = layout.numbers.tensors
     for name in layout.tensors:
-        if name.endswith(_ANY_ENDING):
+        if name.endswith(_ANY_ENDING) and name not in read:
             form = next(form for end, form in _ENDINGS.items() if name.endswith(end))
             forms.setdefault(form, []).append(name)
     if "nvfp4" in forms:
         # NVFP4 as compressed-tensors writes it has ``_global_scale`` beside ``_packed``.
         forms["nvfp4"] += forms.pop("compressed-tensors", [])
     for form, names in forms.items():
-        if not _is_read(form, names, row, config):
+        if form not in row.keeps:
             for name in names:
                 yield Finding(
                     name,
@@ -54,24 +52,3 @@ def check_packed(layout: Layout, row: Row, config: Mapping[str, Any]) -> Iterato
                     rank=1,
                     topic="packed",
                 )
-
-
-def _is_read(form: str, names: list[str], row: Row, config: Mapping[str, Any]) -> bool:
-    if form in row.keeps:
-        return True
-    entry = next(iter(quantization_configs(config)), {})
-    if form == "compressed-tensors":
-        return INT4 in row.keeps and _bits(entry) == {4}
-    # load_model unpacks AWQ after sanitize: linear layers, but not experts, which sanitize
-    # would have to stack before.
-    awq = form == "gptq" and entry.get("quant_method") == "awq" and entry.get("bits", 4) == 4
-    return awq and not any(".experts." in name or name.endswith(".g_idx") for name in names)
-
-
-def _bits(entry: Mapping[str, Any]) -> set[Any]:
-    """Return the bit widths of all groups in a compressed-tensors config."""
-    groups = entry.get("config_groups")
-    each = groups.values() if isinstance(groups, Mapping) else ()
-    weights = [group.get("weights") for group in each if isinstance(group, Mapping)]
-    found = {w.get("num_bits", 4) for w in weights if isinstance(w, Mapping)}
-    return found or {4}

@@ -352,7 +352,7 @@ def _plan(
         findings: list[Finding] = []
         if not keeps_numbers(row, layout):
             findings += layout.numbers.findings()
-            findings += check_packed(layout, row, config)
+            findings += check_packed(layout, row)
             findings += check_experts(layout, row, config)
         if faults := list(faults_of(findings, tensors)):
             return None, faults

@@ -12,11 +12,17 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.checkpoint.numbers import fp8
+from vllm_moe_compat.checkpoint.numbers import awq, fp8, gptq, int_quantized, pack_quantized
 from vllm_moe_compat.checkpoint.numbers.form import Details, FoundNumbers, NumberForm, StoredWeight
 from vllm_moe_compat.checkpoint.operations import Dequantize
 
-FORMS: list[NumberForm] = [fp8.FORM]
+FORMS: list[NumberForm] = [
+    fp8.FORM,
+    pack_quantized.FORM,
+    int_quantized.FORM,
+    gptq.FORM,
+    awq.FORM,
+]
 
 
 @dataclass(frozen=True, slots=True)

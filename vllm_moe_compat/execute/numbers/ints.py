@@ -1,0 +1,284 @@
+"""Packed integers on MLX arrays: as floats, or as the words that MLX computes with.
+
+All storages are brought into MLX's order of words, ``[n, O, I·b/32]`` with the lowest bits first,
+a band of rows at a time. GPTQ's words need a transposition, since they are a stream of bits
+along ``I`` as MLX's are, int8 a flip of the highest bit, AWQ's nibbles an exchange. Nothing is
+rounded: biases ``-zero·scale`` are computed in float32.
+
+Axes: ``N`` experts, ``O`` output rows, ``I`` input columns, ``G`` groups of columns, ``b`` bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from vllm_moe_compat.checkpoint.numbers.ints_op import (
+    AWQ_WORDS,
+    BYTES,
+    COLUMN_WORDS,
+    ORDER,
+    ROW_WORDS,
+    SCALE,
+    SHAPE,
+    ZERO,
+    DequantizeInts,
+)
+from vllm_moe_compat.checkpoint.operations import Dequantize, Op
+from vllm_moe_compat.dtypes import mlx_dtype
+from vllm_moe_compat.execute.numbers.executor import Executor, Parts
+from vllm_moe_compat.execute.stack import Arrays
+from vllm_moe_compat.plan.build import Restriction
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Row within a word of AWQ → the nibble that holds it."""
+
+
+class IntExecutor(Executor):
+    """Runs ``DequantizeInts``."""
+
+    def ready(self, op: DequantizeInts, parts: Parts, shape: tuple[int, int, int]) -> Parts:
+        """Return scales and zero points ``[N, O, G]`` and the columns' groups ``[N, I]``.
+
+        Raises:
+            ValueError: ``weight_shape``, ``g_idx`` or the zero points contradict the operation.
+        """
+        count, rows, columns = op.logical(shape)
+        stored = parts[SCALE]
+        groups = op.groups
+        if stored.size != count * rows * groups:
+            scale = mx.broadcast_to(stored.reshape(-1, 1, 1), (count, rows, groups))
+        elif op.storage in (ROW_WORDS, BYTES):
+            scale = stored.reshape(count, rows, groups)
+        else:
+            scale = stored.reshape(count, groups, rows).swapaxes(1, 2)
+        found = {SCALE: scale}
+        if ZERO in parts:
+            zero = _zeros(op, parts[ZERO], count, rows)
+            if op.symmetric and mx.any(zero != 2 ** (op.bits - 1)).item():
+                raise ValueError(
+                    "zero points differ from the middle, and config.json says that the weights are "
+                    "symmetric"
+                )
+            found[ZERO] = zero
+        if ORDER in parts:
+            order = mx.broadcast_to(parts[ORDER].reshape(-1, columns), (count, columns))
+            _check_order(op, order)
+            if op.act_order:
+                found[ORDER] = order
+        if SHAPE in parts:
+            sizes = parts[SHAPE]
+            each = sizes.reshape(-1, sizes.shape[-1])[:, -2:]
+            if mx.any(each != mx.array([rows, columns])).item():
+                raise ValueError(f"weight_shape is {each[0].tolist()}, not {[rows, columns]}")
+        return found
+
+    def cut(self, op: DequantizeInts, weight: mx.array, rows: slice) -> mx.array:
+        """Return the rows of stored integers, which may be in the last axis."""
+        match op.storage:
+            case "column words":
+                return weight[:, :, rows]
+            case "AWQ words":
+                return weight[:, :, rows.start // 8 : -(-rows.stop // 8)]
+        return weight[:, rows]
+
+    def floats(
+        self,
+        op: DequantizeInts,
+        weight: mx.array,
+        parts: Parts,
+        experts: slice,
+        rows: slice,
+        dtype: str,
+    ) -> mx.array:
+        """Return ``(q - zero)·scale`` of a band."""
+        values = _values(op, weight).astype(mx.float32)
+        scale = parts[SCALE][experts, rows].astype(mx.float32)
+        zero = parts[ZERO][experts, rows] if ZERO in parts else None
+        if zero is None:
+            values -= 2.0 ** (op.bits - 1)
+        wide = _widener(op, parts, experts, rows)
+        if zero is not None:
+            values -= wide(zero.astype(mx.float32))
+        return (values * wide(scale)).astype(mlx_dtype(dtype))
+
+    def packed(
+        self, op: DequantizeInts, weight: mx.array, parts: Parts, experts: slice, rows: slice
+    ) -> tuple[mx.array, ...]:
+        """Return words, scales and biases of a band."""
+        held = op.held
+        assert held is not None, "the plan holds no other weight"
+        exact = parts[SCALE][experts, rows].astype(mx.float32)
+        zero = parts[ZERO][experts, rows].astype(mx.float32) if ZERO in parts else None
+        bias = exact * -(2.0 ** (op.bits - 1)) if zero is None else -zero * exact
+        dtype = mlx_dtype(held.scales)
+        scale, bias = exact.astype(dtype), bias.astype(dtype)
+        if held.group != op.group:
+            starts = mx.arange(0, op.columns, held.group) // op.group
+            scale, bias = mx.take(scale, starts, axis=-1), mx.take(bias, starts, axis=-1)
+        return _words(op, weight), scale, bias
+
+    def region(self, op: DequantizeInts, weight: mx.array, region: Restriction) -> mx.array:
+        """Return the region's experts and rows; all columns stay."""
+        if region.experts is not None:
+            weight = weight[slice(*region.experts)]
+        if region.rows is None:
+            return weight
+        first, last = region.rows
+        match op.storage:
+            case "column words":
+                return weight[..., first:last]
+            case "AWQ words":
+                return weight[..., first // 8 : -(-last // 8)]
+        return weight[..., first:last, :]
+
+    def restrict(
+        self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
+    ) -> dict[str, mx.array]:
+        """Return the region's parts; ``weight_shape`` is that of the whole weight."""
+        assert isinstance(op, DequantizeInts)
+        found = {role: part for role, part in parts.items() if role != SHAPE}
+        lead = len(shape) - 2
+        for role, part in found.items():
+            if region.experts is not None and lead and part.ndim > lead:
+                part = part[slice(*region.experts)]
+            if region.rows is not None and role in (SCALE, ZERO) and part.size > 1:
+                first, last = region.rows
+                words = role == ZERO and op.storage != BYTES
+                if words:
+                    first, last = first * op.bits // 32, -(-last * op.bits // 32)
+                if op.storage in (COLUMN_WORDS, AWQ_WORDS) or part.ndim == lead + 1:
+                    part = part[..., first:last]
+                else:
+                    part = part[..., first:last, :]
+            found[role] = part
+        return found
+
+    def quantize(self, op: Op, given: Arrays) -> Arrays:
+        """No operation writes packed integers."""
+        raise TypeError(f"{type(op).__name__} is no quantising operation")
+
+
+EXECUTORS: dict[type[Op], Executor] = {DequantizeInts: IntExecutor()}
+
+
+def _zeros(op: DequantizeInts, stored: mx.array, count: int, rows: int) -> mx.array:
+    """Return zero points as integers ``[N, O, G]``, on the scale of the words."""
+    groups = op.groups
+    match op.storage:
+        case "bytes":
+            if stored.size != count * rows * groups:
+                stored = mx.broadcast_to(stored.reshape(-1, 1, 1), (count, rows, groups))
+            return stored.reshape(count, rows, groups).astype(mx.int32) + 128
+        case "row words":
+            words = stored.view(mx.uint32).reshape(count, -1, groups).swapaxes(1, 2)
+            return unpack(words, op.bits)[..., :rows].swapaxes(1, 2).astype(mx.int32)
+        case "AWQ words":
+            words = stored.view(mx.uint32).reshape(count, groups, -1)
+            return _awq_values(words).swapaxes(1, 2).astype(mx.int32)
+    words = stored.view(mx.uint32).reshape(count, groups, -1)
+    zero = unpack(words, op.bits)
+    if op.minus_one:
+        zero = (zero + 1) & (2**op.bits - 1)
+    return zero.swapaxes(1, 2).astype(mx.int32)
+
+
+def _check_order(op: DequantizeInts, order: mx.array) -> None:
+    """Check the groups of columns.
+
+    Raises:
+        ValueError: a group does not exist, or columns are in act order and should not be.
+    """
+    if not op.act_order:
+        if mx.any(order != mx.arange(op.columns) // op.group).item():
+            raise ValueError("g_idx puts the columns in act order, and config.json says not")
+    elif mx.any(order < 0).item() or mx.any(order >= op.groups).item():
+        raise ValueError(f"g_idx names groups beyond the {op.groups:,} of the scales")
+
+
+def _widener(
+    op: DequantizeInts, parts: Parts, experts: slice, rows: slice
+) -> Callable[[mx.array], mx.array]:
+    """Return a function from ``[n, o, G]`` to the columns ``[n, o, I]``, or what broadcasts."""
+    if op.groups == 1:
+        return lambda part: part
+    if ORDER in parts:
+        order = parts[ORDER][experts][:, None, :].astype(mx.int32)
+        return lambda part: mx.take_along_axis(
+            part, mx.broadcast_to(order, (*part.shape[:2], op.columns)), axis=-1
+        )
+    return lambda part: mx.repeat(part, op.group, axis=-1)[..., : op.columns]
+
+
+def _values(op: DequantizeInts, weight: mx.array) -> mx.array:
+    """Return the unsigned integers ``[n, o, I]`` of a band."""
+    match op.storage:
+        case "bytes":
+            return weight.astype(mx.int32) + 128
+        case "AWQ words":
+            return _awq_values(weight.view(mx.uint32)).swapaxes(1, 2)
+        case "column words":
+            return unpack(weight.view(mx.uint32).swapaxes(1, 2), op.bits)
+    return unpack(weight.view(mx.uint32), op.bits)[..., : op.columns]
+
+
+def _words(op: DequantizeInts, weight: mx.array) -> mx.array:
+    """Return a band in MLX's words ``[n, o, I·b/32]``."""
+    match op.storage:
+        case "bytes":
+            return mx.contiguous(weight).view(mx.uint32) ^ 0x80808080
+        case "AWQ words":
+            return _awq_words(weight.view(mx.uint32))
+        case "column words":
+            return mx.contiguous(weight.view(mx.uint32).swapaxes(1, 2))
+    return mx.contiguous(weight).view(mx.uint32)
+
+
+def unpack(words: mx.array, bits: int) -> mx.array:
+    """Return the integers of a stream of bits: ``uint32 [..., W]`` gives ``[..., 32·W/bits]``."""
+    mask = 2**bits - 1
+    if 32 % bits == 0:
+        shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
+        spread: mx.array = (words[..., None] >> shifts) & mask
+        return spread.reshape(*words.shape[:-1], -1)
+    # 32 integers fill ``bits`` words; some lie across two of them.
+    blocks = words.reshape(*words.shape[:-1], -1, bits)
+    places = [divmod(bits * number, 32) for number in range(32)]
+    first = mx.array([word for word, _ in places])
+    shift = mx.array([start for _, start in places], dtype=mx.uint32)
+    after = mx.array([min(word + 1, bits - 1) for word, _ in places])
+    crosses = mx.array([start + bits > 32 for _, start in places])
+    low = mx.take(blocks, first, axis=-1) >> shift
+    high = mx.take(blocks, after, axis=-1) << mx.where(crosses, 32 - shift, 0)
+    found: mx.array = mx.where(crosses, low | high, low) & mask
+    return found.reshape(*words.shape[:-1], -1)
+
+
+def _awq_values(words: mx.array) -> mx.array:
+    """Return the integers of AWQ's words: ``[..., W]`` gives ``[..., 8·W]``."""
+    shifts = mx.array([4 * nibble for nibble in _AWQ_ORDER], dtype=mx.uint32)
+    spread: mx.array = (words[..., None] >> shifts) & 15
+    return spread.reshape(*words.shape[:-1], -1)
+
+
+def _awq_words(words: mx.array) -> mx.array:
+    """Return MLX's words ``[n, 8·c, I/8]`` of AWQ's ``[n, I, c]``.
+
+    8 words of one column hold a square of 8 rows by 8 columns, which is transposed by exchanging
+    halves, then bytes, then nibbles of pairs of words.
+    """
+    count, columns, width = words.shape
+    square = words.reshape(count, columns // 8, 8, width)
+    rows = [square[:, :, n] for n in range(8)]
+    for step, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        shift = 4 * step
+        for n in range(8):
+            if n & step:
+                continue
+            low, high = rows[n], rows[n + step]
+            rows[n] = (low & mask) | ((high & mask) << shift)
+            rows[n + step] = ((low >> shift) & mask) | (high & (mask ^ 0xFFFFFFFF))
+    # ``rows[k]`` now holds nibble ``k`` of the 8 columns; AWQ's order says which row that is.
+    ordered = mx.stack([rows[nibble] for nibble in _AWQ_ORDER], axis=-1)
+    return mx.contiguous(ordered.transpose(0, 2, 3, 1)).reshape(count, 8 * width, columns // 8)
