@@ -6,7 +6,9 @@ form. So a daily run has
 
 - every family and variant as it is released and as transformers saves it, since its
   settings are its own, and
-- every other form once per shape, with the first family of that shape.
+- every other form once per shape, with the first family of that shape; of packed integers,
+  whose plans differ in little else than FP8's, one form for every shape and all forms for
+  the families of ``PACKED``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,16 @@ from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row
 
 OF_EVERY_FAMILY = ("release", "saved")
+PACKED = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen3_5_moe",
+    "granitemoe",
+    "nemotron_h",
+    "deepseek_v3",
+    "llama",
+    "gemma3_text",
+)
 # Fields of a row that name it, document it, or are about config.json, serving, or what precedes a
 # plan: names and output heads, which tests/load tries in every family.
 _NO_PART_OF_A_SHAPE = {
@@ -49,12 +61,18 @@ def shape_of(family: Family) -> Hashable:
     return shape(TRANSFORMS_BY_MODULE.get(f"mlx_lm.models.{family.module}"))
 
 
+def in_every_shape(form: Form) -> bool:
+    """Whether the form is tried in every shape, not for some families only."""
+    return form.packed is None or form.name == "int4"
+
+
 def choose() -> list[tuple[Family, Form]]:
     """Return the daily cells, in the order of the matrix."""
     chosen, seen = [], set()
     for family, form in CELLS:
         key = (shape_of(family), form.name)
-        if form.name in OF_EVERY_FAMILY or key not in seen:
+        first = key not in seen if in_every_shape(form) else family.name in PACKED
+        if form.name in OF_EVERY_FAMILY or first:
             chosen.append((family, form))
         seen.add(key)
     return chosen

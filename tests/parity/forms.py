@@ -23,10 +23,19 @@ from parity.dense import DENSE
 from parity.families import FAMILIES
 from parity.family import Family
 from parity.fp8 import quantize
+from parity.packed import NOT_LOADED, packed_cell
 from parity.reference import GRAIN, Reference, State, reference
 from parity.release import release_config, release_names
 from parity.verdict import stock
 from support.checkpoints import Checkpoint
+from support.packed import (
+    PackedForm,
+    auto_round_form,
+    awq_form,
+    gptq_form,
+    int_form,
+    pack_form,
+)
 from vllm_moe_compat.probes.variants import LINEAR
 
 
@@ -34,7 +43,9 @@ from vllm_moe_compat.probes.variants import LINEAR
 class Form:
     """A layout of the experts, and how their numbers are stored.
 
-    ``block`` is the FP8 block, and ``scheme`` how scales are named and described;
+    ``block`` is the FP8 block, and ``scheme`` how scales are named and described; ``packed``
+    is the form of packed integers. A tolerance larger than the family's is that of random
+    integers, whose products round more than those of four bits;
     the size and the grain say which reference it is made from.
     """
 
@@ -46,6 +57,8 @@ class Form:
     ragged: bool = False
     grain: float = GRAIN
     mtp: bool = False
+    packed: PackedForm | None = None
+    tolerance: float = 0.0
 
 
 @dataclass
@@ -64,6 +77,7 @@ class Cell:
 
 
 BFLOAT16 = torch.bfloat16
+RANDOM = 2e-5
 FORMS = (
     Form("saved"),
     Form("in-library"),
@@ -83,6 +97,21 @@ FORMS = (
     Form("per-tensor FP8", "single", "tensor", grain=1),
     Form("per-channel FP8", "single", "channel"),
     Form("ModelOpt FP8", "single", "modelopt"),
+    Form("int4", "single", packed=pack_form(4, 32), tolerance=RANDOM),
+    Form(
+        "int4 combined", "own combined", packed=pack_form(4, 32, symmetric=False), tolerance=RANDOM
+    ),
+    Form("int4 ragged", "single", packed=pack_form(4, 32), ragged=True, tolerance=RANDOM),
+    Form("int4 act-order", "single", packed=pack_form(4, 32, order=True), tolerance=RANDOM),
+    Form("int8 g64", "single", packed=pack_form(8, 64, symmetric=False), tolerance=RANDOM),
+    Form("int8 W8A8", "single", packed=int_form(), tolerance=RANDOM),
+    Form("GPTQ", "single", packed=gptq_form(4, 32), tolerance=RANDOM),
+    Form("GPTQ combined", "own combined", packed=gptq_form(8, 32, v2=True), tolerance=RANDOM),
+    Form("GPTQ 3-bit", "single", packed=gptq_form(3, 32, symmetric=True), tolerance=RANDOM),
+    Form("GPTQ act-order", "single", packed=gptq_form(4, 32, order=True), tolerance=RANDOM),
+    Form("AWQ", "single", packed=awq_form(32), tolerance=RANDOM),
+    Form("AWQ ragged", "single", packed=awq_form(32), ragged=True, tolerance=RANDOM),
+    Form("AutoRound", "single", packed=auto_round_form("gptq", 8), tolerance=RANDOM),
 )
 FORM_BY_NAME = {form.name: form for form in FORMS}
 
@@ -101,6 +130,8 @@ _DENSE = {family.name for family in DENSE}
 
 def applies(family: Family, form: Form) -> bool:
     """Whether the family comes in the form."""
+    if form.packed is not None and family.base in NOT_LOADED:
+        return False
     if family.forms:
         return form.name in family.forms
     if form.name in NOT.get(family.name, ()) or (form.mtp and not family.mtp):
@@ -115,6 +146,9 @@ CELLS = [(f, form) for f in FAMILIES.values() for form in FORMS if applies(f, fo
 
 def build(family: Family, form: Form) -> Cell:
     """Make the family's checkpoint in the form."""
+    if form.packed is not None:
+        layout = LAYOUTS[form.layout]
+        return Cell(*packed_cell(family, form.packed, layout, _is_linear, form.ragged))
     found = reference(family.name, form.ragged, form.grain)
     if form.name == "saved":
         return Cell(Checkpoint(found.saved, found.config), found)

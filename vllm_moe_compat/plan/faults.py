@@ -71,6 +71,22 @@ def already_quantized(
         )
 
 
+def stays_packed(folder: Path, layout: Layout, serving: Serving) -> Iterator[Fault]:
+    """Yield a fault if weights that MLX holds as they are stored are to be quantised again."""
+    if serving.setting == NONE:
+        return
+    if weights := quantization.weights_that_stay(layout):
+        forms = " and ".join(details.words for details in layout.numbers.details)
+        yield Fault(
+            "quantized-already",
+            f"{folder}: {fold(weights)} stay packed as they are stored ({forms}), where weights "
+            f"were expected that {QUANTIZE.name} can quantise",
+            f"unset {QUANTIZE.name} to load them as they are",
+            UnsupportedCheckpointError,
+            len(weights),
+        )
+
+
 def unmapped(
     folder: Path, layout: Layout, module: str, reason: str, serving: Serving
 ) -> Iterator[Fault]:

@@ -40,6 +40,7 @@ from vllm_moe_compat.plan.faults import (
     needs_row,
     of_error,
     of_file,
+    stays_packed,
     unmapped,
 )
 from vllm_moe_compat.plan.heads import KEY as TYING
@@ -165,6 +166,8 @@ class PlannedLoad:
         folder, extern = self.headers.folder, self.headers.extern
         if any(already_quantized(folder, self.original, self.layout, serving, extern=extern)):
             return None
+        if any(stays_packed(folder, self.layout, serving)):
+            return None
         split, exact = setting != NONE, serving.exact
         return make_plan(
             self.layout,
@@ -267,6 +270,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         faults += found_faults
         if plan is not None:
             plan = replace(plan, names=names)
+            faults += stays_packed(headers.folder, layout, serving)
             _settle_quantization(effective, layout, plan, serving)
     faults.sort(key=lambda fault: fault.error is not CheckpointFileError)
     return PlannedLoad(

@@ -50,6 +50,16 @@ def sign_of_quantization(
     return None
 
 
+def weights_that_stay(layout: Layout) -> list[str]:
+    """Return the weights in numbers that MLX holds as they are; there must be no findings."""
+    return [
+        name
+        for found in layout.numbers.found
+        for name in found.weights
+        if found.dequantize(name).held is not None
+    ]
+
+
 def commonest_held(builds: Iterable[Build]) -> MlxFormat | None:
     """Return the format that most builds hold; None if none holds any."""
     count = Counter(build.held for build in builds if build.held is not None)

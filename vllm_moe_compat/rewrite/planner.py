@@ -101,7 +101,8 @@ def _parts(row: Row, layout: Layout, forward: Plan) -> dict[str, dict[tuple[str,
     """Return the stacked tensors after ``forward``: layer prefix → part and kind → tensor."""
     if row.moe is None:
         return {}
-    sources = {name for block in layout.experts for name in block.names()}
+    names = {name for block in layout.experts for name in block.names()}
+    sources = {layout.numbers.stored(name).tensor for name in names}
     shapes = {
         target: spec.shape
         for build in forward.builds

@@ -8,7 +8,7 @@ cast to the serving dtype and the layers are described.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from vllm_moe_compat.backend.model.describe_layers import describe
 from vllm_moe_compat.backend.model.dry_run import DryRun, dry_run
+from vllm_moe_compat.backend.model.exact_scales import keep_scales
 from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.load.options import loading_with
@@ -69,7 +70,10 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     # Both calls only build graphs. The first one refuses a model before its weights are read,
     # the second one sees the final dtypes.
     dry_run(loaded, describe(loaded))
-    _cast(loaded, dtype)
+    kept = keep_scales(loaded, dtype)
+    _cast(loaded, dtype, kept)
+    if kept:
+        logger.info("%d scales and biases of packed weights stay float32, to be exact", len(kept))
     widened = widen_experts(loaded)
     mx.clear_cache()
     result = dry_run(loaded, describe(loaded))
@@ -105,12 +109,12 @@ def _single_sequence(result: DryRun) -> str:
     return f", one sequence at a time, since its code fails on several ({result.failure})"
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def _cast(model: nn.Module, dtype: mx.Dtype, kept: Collection[str]) -> None:
     """Cast floating parameters to ``dtype`` and evaluate all parameters, one at a time.
 
     One at a time bounds the peak at the model plus one tensor. Parameters that the model itself
-    excludes from casts (``A_log`` of Qwen3.5) keep their dtype, and so do arrays that are no
-    parameters, whose names start with an underscore: rotary frequencies in half precision turn
+    excludes from casts (``A_log`` of Qwen3.5) keep their dtype, and so do ``kept`` and arrays
+    that are no parameters, whose names start with an underscore: rotary frequencies in half precision turn
     by the wrong angle after a few hundred tokens.
     """
     keep = getattr(model, "cast_predicate", lambda _: True)
@@ -121,7 +125,7 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
                 continue
             path = f"{name}.{key}" if name else key
             is_float = not key.startswith("_") and mx.issubdtype(value.dtype, mx.floating)
-            if is_float and value.dtype != dtype and keep(path):
+            if is_float and value.dtype != dtype and path not in kept and keep(path):
                 value = value.astype(dtype)
                 module[key] = value
             mx.eval(value)

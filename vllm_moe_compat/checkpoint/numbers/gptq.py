@@ -13,7 +13,14 @@ from collections.abc import Iterator, Mapping
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers.form import StoredWeight
 from vllm_moe_compat.checkpoint.numbers.int_settings import AUTO_ROUND, IntConfig, IntSettings
-from vllm_moe_compat.checkpoint.numbers.ints import Candidate, Contradiction, IntForm, Parts, expect
+from vllm_moe_compat.checkpoint.numbers.ints import (
+    Candidate,
+    Contradiction,
+    IntForm,
+    Parts,
+    expect,
+    float_name,
+)
 from vllm_moe_compat.checkpoint.numbers.ints_op import (
     COLUMN_WORDS,
     ORDER,
@@ -47,17 +54,8 @@ def packed_weights(
             found = config.packing or "gptq"
         if found == packing:
             parts = tuple((r, base + e) for r, e in _ENDINGS.items() if base + e in tensors)
-            yield Candidate(_float_name(base, tensors), StoredWeight(name, parts))
-
-
-def _float_name(base: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the name in a float checkpoint, where combined experts have no ``.weight``."""
-    stem = base.removesuffix(".").removesuffix("_")
-    place, _, projection = stem.rpartition(".")
-    combined = f"{place}.gate_up_proj{base[len(stem) :]}{QWEIGHT}" in tensors
-    if place.endswith(".experts") and combined and projection in ("gate_up_proj", "down_proj"):
-        return stem
-    return f"{base}weight"
+            weight = float_name(f"{base}weight", tensors, QWEIGHT)
+            yield Candidate(weight, StoredWeight(name, parts))
 
 
 def check_packing(config: IntConfig, packing: str) -> None:

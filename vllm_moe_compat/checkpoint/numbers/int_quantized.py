@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers.form import StoredWeight
 from vllm_moe_compat.checkpoint.numbers.int_settings import IntConfig, IntSettings
-from vllm_moe_compat.checkpoint.numbers.ints import Candidate, Contradiction, IntForm, Parts, expect
+from vllm_moe_compat.checkpoint.numbers.ints import (
+    Candidate,
+    Contradiction,
+    IntForm,
+    Parts,
+    expect,
+    float_name,
+)
 from vllm_moe_compat.checkpoint.numbers.ints_op import (
     BYTES,
     ORDER,
@@ -44,7 +51,7 @@ class IntQuantized(IntForm):
             scale = tensors.get(f"{name}_scale")
             if (scale is None and ours) or (scale is not None and scale.dtype in FLOATS):
                 parts = tuple((r, name + e) for r, e in _ENDINGS.items() if name + e in tensors)
-                yield Candidate(name, StoredWeight(name, parts))
+                yield Candidate(float_name(name, tensors, "weight"), StoredWeight(name, parts))
 
     def operation(
         self, parts: Parts, settings: IntSettings | None, config: IntConfig

@@ -201,6 +201,26 @@ class IntForm(NumberForm):
         return dict(tensors)
 
 
+def float_name(weight: str, tensors: Mapping[str, TensorInfo], ending: str) -> str:
+    """Return a weight's name in a float checkpoint, where combined experts have no ``.weight``.
+
+    Args:
+        weight: ``….weight``, or a name without it.
+        tensors: all tensors.
+        ending: turns ``weight`` without ``weight`` into the name of the stored tensor.
+    """
+    stem = weight.removesuffix(".weight")
+    place, _, projection = stem.rpartition(".")
+    if stem == weight or not place.endswith(".experts"):
+        return weight
+    if projection not in ("gate_up_proj", "up_proj", "down_proj"):
+        return weight
+    # Without a gate, up and down are combined experts too; beside one they are stacked.
+    stacked = f"{place}.gate_proj.{ending}" in tensors
+    joined = projection == "up_proj" and f"{place}.gate_up_proj.{ending}" in tensors
+    return weight if stacked or joined else stem
+
+
 def expect(parts: Parts, role: str, shape: tuple[int, ...], dtypes: Collection[str]) -> None:
     """Check shape and dtype of a part.
 

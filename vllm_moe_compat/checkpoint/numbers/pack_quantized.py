@@ -14,7 +14,14 @@ from collections.abc import Iterator, Mapping
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers.form import StoredWeight
 from vllm_moe_compat.checkpoint.numbers.int_settings import IntConfig, IntSettings
-from vllm_moe_compat.checkpoint.numbers.ints import Candidate, Contradiction, IntForm, Parts, expect
+from vllm_moe_compat.checkpoint.numbers.ints import (
+    Candidate,
+    Contradiction,
+    IntForm,
+    Parts,
+    expect,
+    float_name,
+)
 from vllm_moe_compat.checkpoint.numbers.ints_op import (
     ORDER,
     ROW_WORDS,
@@ -49,7 +56,8 @@ class PackQuantized(IntForm):
                     for role, end in _ENDINGS.items()
                     if weight + end in tensors
                 )
-                yield Candidate(weight, StoredWeight(name, parts))
+                named = float_name(weight, tensors, "weight_packed")
+                yield Candidate(named, StoredWeight(name, parts))
 
     def operation(
         self, parts: Parts, settings: IntSettings | None, config: IntConfig

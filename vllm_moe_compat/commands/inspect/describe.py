@@ -31,12 +31,12 @@ def files(tensors: Mapping[str, TensorInfo], shards: int) -> Files:
 
 def _held(block: ExpertBlock, layout: Layout) -> tuple[str, int, tuple[str, ...]]:
     """Return form, number and dtypes of one layer's experts."""
-    names = [name for name in block.names() if name in layout.tensors]
+    names = [name for name in block.names() if name in layout.weights]
     count = len({e for experts in block.per_expert.values() for e in experts})
     for name in (*block.combined.values(), *block.stacked.values()):
-        shape = layout.tensors[name].shape
+        shape = layout.weights[name].shape
         count = max(count, shape[0] if len(shape) > 1 else 0)
-    dtypes = Counter(layout.tensors[name].dtype for name in names)
+    dtypes = Counter(layout.weights[name].dtype for name in names)
     form = " and ".join(block.layouts) or "unknown form"
     return form, count, tuple(sorted(dtypes))
 
