@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def packed_cell(
         for name, value in layout(family.base, path, layer).items():
             tensors |= {name: value} if "bias" in name else packer.store(name, value)
     config = release_config(family.base, found.config)
-    config["quantization_config"] = form.config
+    config["quantization_config"] = deepcopy(form.config)
     return Checkpoint(tensors, config), replace(found, logits=logits)
 
 

@@ -28,7 +28,13 @@ def packed(llm: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "form"),
-    [("qwen3_moe", "int4"), ("qwen3_moe", "AWQ"), ("deepseek_v3", "int8 W8A8")],
+    [
+        ("qwen3_moe", "int4"),
+        ("qwen3_moe", "GPTQ"),
+        ("qwen3_moe", "AWQ"),
+        ("qwen3_moe", "AutoRound"),
+        ("deepseek_v3", "int8 W8A8"),
+    ],
 )
 def test_the_tokens_are_mlx_lms(family: str, form: str, tmp_path: Path):
     folder = build(FAMILIES[family], FORM_BY_NAME[form]).write(tmp_path)
@@ -44,7 +50,7 @@ def test_scales_stay_exact_in_half_precision(tmp_path: Path):
         model = worker(llm).served.model
         for module in (model.layers[1].self_attn.o_proj, model.layers[1].mlp.switch_mlp.up_proj):
             assert module.scales.dtype == module.biases.dtype == mx.float32
-        assert model.norm.weight.dtype == mx.bfloat16
+        assert model.model.norm.weight.dtype == mx.bfloat16
         hidden = model.model(mx.array([[1, 2, 3]]))
         assert hidden.dtype == mx.bfloat16
         assert len(generate(llm, [[5, 6, 7]])[0]) > 1

@@ -85,6 +85,8 @@ def failure(build: Build, error: BaseException, files: Mapping[str, str]) -> Com
     known = sorted({files[n] for n in build.sources if files.get(n)})
     where = known[0] + (f" and {len(known) - 1} more" if len(known) > 1 else "") if known else ""
     head = f"{where + ': ' if where else ''}{' and '.join(build.targets)} could not be built"
+    if isinstance(error, CompatError):
+        return type(error)(f"{head}: {error}")
     if isinstance(error, MemoryError) or "alloc" in str(error):
         return InsufficientMemoryError(
             f"{head} ({error}), where enough free memory was expected; free some, or set "

@@ -140,7 +140,7 @@ class DequantizedConfig(QuantizationConfig):
 
 
 class CompressedTensorsConfig(DequantizedConfig):
-    """FP8 as written by llm-compressor; mlx-lm repacks or refuses its other formats."""
+    """FP8 and packed integers as written by llm-compressor."""
 
     method = "compressed-tensors"
 
@@ -169,17 +169,35 @@ class GptOssMxfp4Config(Mxfp4Config):
     method = "gpt_oss_mxfp4"
 
 
-def register() -> None:
-    """Register the stubs; idempotent."""
-    bridge.allow_one_head_size_for_all_layers()
-    for config in (
+INTEGER_METHODS = (
+    *("gptq", "auto_gptq", "gptq_marlin"),
+    *("awq", "auto_awq", "awq_marlin"),
+    *("auto-round", "inc", "moe_wna16"),
+)
+"""vLLM's names of GPTQ, AWQ and AutoRound. Each may claim a checkpoint of another name, and
+restrict its dtype, unless all are replaced."""
+
+
+def _configs() -> list[type[DequantizedConfig]]:
+    integers = [
+        type("PackedIntegersConfig", (DequantizedConfig,), {"method": name})
+        for name in INTEGER_METHODS
+    ]
+    return [
         DequantizedConfig,
         CompressedTensorsConfig,
         ModelOptConfig,
         MlxQuantizedConfig,
         Mxfp4Config,
         GptOssMxfp4Config,
-    ):
+        *integers,
+    ]
+
+
+def register() -> None:
+    """Register the stubs; idempotent."""
+    bridge.allow_one_head_size_for_all_layers()
+    for config in _configs():
         register_quantization_config(config.method)(config)
     for names, stub in (
         (architectures.PLAIN, MlxCausalLM),

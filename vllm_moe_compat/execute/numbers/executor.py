@@ -36,7 +36,7 @@ class Executor(ABC):
             shape: ``[N, …, …]`` of the tensor as it is stored.
 
         Raises:
-            ValueError: the parts' values contradict the operation.
+            LayoutError: the parts' values contradict the operation.
         """
 
     def cut(self, op: Any, weight: mx.array, rows: slice) -> mx.array:

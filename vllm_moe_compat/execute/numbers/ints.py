@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from vllm_moe_compat.checkpoint.findings import AGAIN
 from vllm_moe_compat.checkpoint.numbers.ints_op import (
     AWQ_WORDS,
     BYTES,
@@ -27,6 +28,7 @@ from vllm_moe_compat.checkpoint.numbers.ints_op import (
 )
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
+from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.plan.build import Restriction
@@ -42,7 +44,7 @@ class IntExecutor(Executor):
         """Return scales and zero points ``[N, O, G]`` and the columns' groups ``[N, I]``.
 
         Raises:
-            ValueError: ``weight_shape``, ``g_idx`` or the zero points contradict the operation.
+            LayoutError: ``weight_shape``, ``g_idx`` or the zero points contradict the operation.
         """
         count, rows, columns = op.logical(shape)
         stored = parts[SCALE]
@@ -57,9 +59,9 @@ class IntExecutor(Executor):
         if ZERO in parts:
             zero = _zeros(op, parts[ZERO], count, rows)
             if op.symmetric and mx.any(zero != 2 ** (op.bits - 1)).item():
-                raise ValueError(
-                    "zero points differ from the middle, and config.json says that the weights are "
-                    "symmetric"
+                raise _contradiction(
+                    "zero points other than the middle",
+                    "the middle was expected, as config.json says that the weights are symmetric",
                 )
             found[ZERO] = zero
         if ORDER in parts:
@@ -70,8 +72,12 @@ class IntExecutor(Executor):
         if SHAPE in parts:
             sizes = parts[SHAPE]
             each = sizes.reshape(-1, sizes.shape[-1])[:, -2:]
-            if mx.any(each != mx.array([rows, columns])).item():
-                raise ValueError(f"weight_shape is {each[0].tolist()}, not {[rows, columns]}")
+            wrong = mx.any(each != mx.array([rows, columns]), axis=-1)
+            if mx.any(wrong).item():
+                named = each[mx.argmax(wrong).item()].tolist()
+                raise _contradiction(
+                    f"a weight_shape of {named}", f"{[rows, columns]} was expected, as packed"
+                )
         return found
 
     def cut(self, op: DequantizeInts, weight: mx.array, rows: slice) -> mx.array:
@@ -188,13 +194,21 @@ def _check_order(op: DequantizeInts, order: mx.array) -> None:
     """Check the groups of columns.
 
     Raises:
-        ValueError: a group does not exist, or columns are in act order and should not be.
+        LayoutError: a group does not exist, or columns are in act order and should not be.
     """
     if not op.act_order:
         if mx.any(order != mx.arange(op.columns) // op.group).item():
-            raise ValueError("g_idx puts the columns in act order, and config.json says not")
+            raise _contradiction(
+                "a g_idx in act order", "consecutive groups were expected, as config.json says"
+            )
     elif mx.any(order < 0).item() or mx.any(order >= op.groups).item():
-        raise ValueError(f"g_idx names groups beyond the {op.groups:,} of the scales")
+        raise _contradiction(
+            "a g_idx beyond the scales", f"one of {op.groups:,} groups was expected"
+        )
+
+
+def _contradiction(found: str, expected: str) -> LayoutError:
+    return LayoutError(f"it has {found}, where {expected}; {AGAIN}.")
 
 
 def _widener(
