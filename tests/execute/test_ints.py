@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from vllm_moe_compat.checkpoint.numbers import Numbers, find_numbers
 from vllm_moe_compat.checkpoint.operations import MlxFormat
 from vllm_moe_compat.execute import stack
 from vllm_moe_compat.execute.build_tensor import make_build
+from vllm_moe_compat.execute.numbers.awq_words import in_mlx_order
 from vllm_moe_compat.execute.run_plan import tensor_infos
 from vllm_moe_compat.plan.build import Build, Restriction
 from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts
@@ -227,6 +230,19 @@ def test_a_restricted_build_makes_that_part(form: PackedForm, part: Restriction)
     assert {k.rpartition(".")[2]: v.shape for k, v in packed.items()} == {
         kind: spec.shape for kind, spec in build.held.tensors(wanted.shape).items()
     }
+
+
+def test_awqs_words_are_exchanged_alike_on_every_device():
+    generator = np.random.default_rng(8)
+    words = generator.integers(0, 2**32, (3, 64, 5), dtype=np.uint32)
+    found = [np.array(make(mx.array(words))) for make in (in_mlx_order, _as_on_a_gpu)]
+    assert np.array_equal(*found)
+
+
+def _as_on_a_gpu(words: mx.array) -> mx.array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
+        return in_mlx_order(words)
 
 
 @pytest.mark.parametrize("lead", [(3,), (2, 2)])

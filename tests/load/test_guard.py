@@ -137,28 +137,6 @@ def test_bitnet_is_left_alone(tmp_path: Path):
     assert parameters(model)[DENSE].dtype == mx.uint8
 
 
-def test_awq_is_left_alone(tmp_path: Path):
-    checkpoint = family("llama")
-    group = 32
-    for name in list(checkpoint.tensors):
-        if name.endswith("_proj.weight"):
-            rows, columns = checkpoint.tensors.pop(name).shape
-            base, shape = name.removesuffix("weight"), (columns // group, rows)
-            packed = torch.randint(-(2**31), 2**31 - 1, (columns, rows // 8), dtype=torch.int32)
-            checkpoint.tensors[f"{base}qweight"] = packed
-            checkpoint.tensors[f"{base}qzeros"] = packed[: shape[0]]
-            checkpoint.tensors[f"{base}scales"] = torch.rand(shape).half()
-    checkpoint.config["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group,
-        "version": "gemm",
-        "zero_point": True,
-    }
-    model = same_as_stock(checkpoint.write(tmp_path))
-    assert parameters(model)[DENSE].dtype == mx.uint32
-
-
 @pytest.mark.parametrize(
     ("config", "refused"),
     [
@@ -168,7 +146,7 @@ def test_awq_is_left_alone(tmp_path: Path):
         ({"quantization_config": "fp8"}, True),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, True),
         ({"quantization": {"bits": 4, "group_size": 64}}, False),
-        ({"quantization_config": {"quant_method": "gptq"}}, False),
+        ({"quantization_config": {"quant_method": "gptq"}}, True),
         ({"text_config": {"quantization_config": {"quant_method": "bitnet"}}}, False),
     ],
 )
@@ -186,7 +164,7 @@ def test_integers_that_are_no_weights_of_the_model_are_not_its_business():
     """Strict loading names what is too many."""
     model = new_model(family("llama").config)
     guard.check(model, {"somewhere.else": mx.zeros((2,), mx.int32)}, {}, "")
-    packed = {DENSE: mx.zeros((64, 8), mx.uint32), DENSE.replace("weight", "scales"): mx.ones(1)}
+    packed = {"some.weight": mx.zeros((64, 8), mx.uint32), "some.scales": mx.ones(1)}
     guard.check(model, packed, {}, "")
 
 
@@ -266,3 +244,32 @@ def test_integers_are_named_when_weights_are_quantised_too(tmp_path: Path, monke
     monkeypatch.setenv("VLLM_MOE_COMPAT_QUANTIZE", "8bit")
     with pytest.raises(UnsupportedCheckpointError, match=r"input_layernorm.*int8"):
         load(checkpoint.write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "scales", "biases"),
+    [
+        ((64, 5), (64, 2), (64, 2)),
+        ((64, 8), (64, 4), (64, 4)),
+        ((64, 8), (64, 2), (64, 1)),
+        ((64, 8), (64, 2), None),
+    ],
+    ids=["no whole bits", "group 16", "other biases", "no biases"],
+)
+def test_words_that_no_format_explains_are_refused(
+    words: tuple[int, ...], scales: tuple[int, ...], biases: tuple[int, ...] | None
+):
+    """As an upstream sanitize would leave them that takes one packed form for another."""
+    model = new_model(family("llama").config)
+    path = DENSE.removesuffix(".weight")
+    weights = {DENSE: mx.zeros(words, mx.uint32), f"{path}.scales": mx.zeros(scales)}
+    if biases is not None:
+        weights[f"{path}.biases"] = mx.zeros(biases)
+    with pytest.raises(UnsupportedCheckpointError, match="no format of MLX explains"):
+        guard.check(model, weights, {}, "here")
+    sound = {
+        DENSE: mx.zeros((64, 8), mx.uint32),
+        f"{path}.scales": mx.zeros((64, 2)),
+        f"{path}.biases": mx.zeros((64, 2)),
+    }
+    guard.check(model, sound, {}, "here")

@@ -27,6 +27,7 @@ from vllm_moe_compat.commands.inspect.collect import inspect
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import stack
 from vllm_moe_compat.load.report import last_report
+from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 QUANTIZE = "VLLM_MOE_COMPAT_QUANTIZE"
@@ -78,8 +79,17 @@ def test_convert_writes_what_a_load_holds(form: str, tmp_path: Path):
         assert mx.array_equal(array, wanted[name].astype(array.dtype)).item(), name
 
 
+@pytest.mark.parametrize("form", ["int4", "int4 combined", "GPTQ combined", "AWQ"])
+@pytest.mark.parametrize("experts", ["per-expert", "combined"])
+def test_convert_writes_published_layouts_of_floats(experts: str, form: str, tmp_path: Path):
+    found = cell(form)
+    path = found.write(tmp_path / "source")
+    convert(path, tmp_path / "out", Options(WrittenLayout(experts), dtype="float32"))
+    assert compare(load(tmp_path / "out"), found.reference, 2e-5).word == "right"
+
+
 def mixed() -> Cell:
-    """Attention in FP8 and bf16, experts in int4, the shared layer's down in int8."""
+    """Attention in FP8 and bf16, experts in int4."""
     found = cell("int4")
     generator = torch.Generator().manual_seed(3)
     plain = build(FAMILIES["qwen3_moe"], FORM_BY_NAME["release"])

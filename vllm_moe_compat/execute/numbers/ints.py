@@ -29,12 +29,10 @@ from vllm_moe_compat.checkpoint.numbers.ints_op import (
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.errors import LayoutError
+from vllm_moe_compat.execute.numbers import awq_words
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.plan.build import Restriction
-
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Row within a word of AWQ → the nibble that holds it."""
 
 
 class IntExecutor(Executor):
@@ -243,7 +241,7 @@ def _words(op: DequantizeInts, weight: mx.array) -> mx.array:
         case "bytes":
             return mx.contiguous(weight).view(mx.uint32) ^ 0x80808080
         case "AWQ words":
-            return _awq_words(weight.view(mx.uint32))
+            return awq_words.in_mlx_order(weight.view(mx.uint32))
         case "column words":
             return mx.contiguous(weight.view(mx.uint32).swapaxes(1, 2))
     return mx.contiguous(weight).view(mx.uint32)
@@ -271,28 +269,6 @@ def unpack(words: mx.array, bits: int) -> mx.array:
 
 def _awq_values(words: mx.array) -> mx.array:
     """Return the integers of AWQ's words: ``[..., W]`` gives ``[..., 8·W]``."""
-    shifts = mx.array([4 * nibble for nibble in _AWQ_ORDER], dtype=mx.uint32)
+    shifts = mx.array([4 * nibble for nibble in awq_words.NIBBLES], dtype=mx.uint32)
     spread: mx.array = (words[..., None] >> shifts) & 15
     return spread.reshape(*words.shape[:-1], -1)
-
-
-def _awq_words(words: mx.array) -> mx.array:
-    """Return MLX's words ``[n, 8·c, I/8]`` of AWQ's ``[n, I, c]``.
-
-    8 words of one column hold a square of 8 rows by 8 columns, which is transposed by exchanging
-    halves, then bytes, then nibbles of pairs of words.
-    """
-    count, columns, width = words.shape
-    square = words.reshape(count, columns // 8, 8, width)
-    rows = [square[:, :, n] for n in range(8)]
-    for step, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-        shift = 4 * step
-        for n in range(8):
-            if n & step:
-                continue
-            low, high = rows[n], rows[n + step]
-            rows[n] = (low & mask) | ((high & mask) << shift)
-            rows[n + step] = ((low >> shift) & mask) | (high & (mask ^ 0xFFFFFFFF))
-    # ``rows[k]`` now holds nibble ``k`` of the 8 columns; AWQ's order says which row that is.
-    ordered = mx.stack([rows[nibble] for nibble in _AWQ_ORDER], axis=-1)
-    return mx.contiguous(ordered.transpose(0, 2, 3, 1)).reshape(count, 8 * width, columns // 8)
