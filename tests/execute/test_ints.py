@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from support.packed import (
     PackedForm,
@@ -260,3 +263,57 @@ def test_leading_axes_are_experts(form: PackedForm, lead: tuple[int, ...]):
     (made,) = make_build(build, dict(weights), "float32").values()
     wanted = np.stack([one.values for one in ints]).reshape(*lead, 32, 64)
     assert np.array_equal(np.array(made), wanted)
+
+
+PACKERS = {
+    **{
+        f"int{b} g{g}{' asym' if a else ''}": ("pack-quantized", b, g, a, False)
+        for b, g, a in ((4, 32, False), (4, 0, False), (8, 64, False), (4, 64, True), (8, 0, True))
+    },
+    "int4 g32 act": ("pack-quantized", 4, 32, False, True),
+    "W8A8": ("int-quantized", 8, 0, False, False),
+    "W8A8 asym": ("int-quantized", 8, 0, True, False),
+    "naive": ("naive-quantized", 8, 32, False, False),
+}
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_what_compressed_tensors_packs_is_what_it_unpacks(name: str):
+    """Its own packer as a second oracle; GPTQ, AWQ and AutoRound have none that is installed."""
+    form, bits, group, asymmetric, act_order = PACKERS[name]
+    generator = np.random.default_rng(9)
+    drawn = pack_form(bits, group, not asymmetric, act_order, np.float32).draw(generator, 96, 128)
+    weights = QuantizationArgs(
+        num_bits=bits,
+        strategy="group" if group else "channel",
+        group_size=group or None,
+        symmetric=not asymmetric,
+        actorder="group" if act_order else None,
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    state = {
+        "weight": torch.from_numpy(drawn.values),
+        "weight_scale": torch.from_numpy(drawn.scale),
+        "weight_zero_point": torch.from_numpy(drawn.zero - 2 ** (bits - 1)).to(torch.int8),
+    }
+    if act_order:
+        state["weight_g_idx"] = torch.from_numpy(drawn.order).to(torch.int32)
+    packer = BaseCompressor.get_value_from_registry(form)
+    packed = packer.compress(state, scheme)
+    wanted = packer.decompress(packed, scheme)["weight"].float().numpy()
+    assert np.array_equal(wanted, drawn.values)
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
+    }
+    stored = arrays({f"m.{key}": value for key, value in packed.items()})
+    found = find_numbers(tensor_infos(stored), {"quantization_config": config})
+    assert list(found.findings()) == []
+    build = build_of(found, ["m.weight"])
+    (made,) = make_build(build, dict(stored), "float32").values()
+    assert np.array_equal(np.array(made), wanted)
+    if build.held is not None:
+        held = make_build(build, dict(stored), "float32", formats=(build.held,))
+        assert np.allclose(widened(held, "m", build.held), wanted, rtol=1e-6, atol=1e-7)
+    assert (build.held is None) == act_order

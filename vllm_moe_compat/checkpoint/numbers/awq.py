@@ -28,6 +28,7 @@ class Awq(IntForm):
     title = "AWQ"
     methods = frozenset({"awq", *AUTO_ROUND})
     dtypes = frozenset({"I32"})
+    misread_upstream = "it rounds zero points to the half precision of the scales"
 
     def candidates(
         self, tensors: Mapping[str, TensorInfo], config: IntConfig

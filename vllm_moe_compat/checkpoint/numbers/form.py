@@ -110,6 +110,8 @@ class NumberForm(ABC):
         faults: kind of finding, ``scales`` or ``unsupported`` → what it means.
         methods: values of ``quant_method`` in configs of checkpoints in the form.
         dtypes: safetensors' names of the dtypes of weights in the form alone.
+        misread_upstream: what mlx-lm's ``load_model`` does wrong with linear layers of the form,
+            where it reads the form at all; experts it does not read.
     """
 
     name: str
@@ -117,6 +119,7 @@ class NumberForm(ABC):
     faults: Mapping[str, str]
     methods: frozenset[str]
     dtypes: frozenset[str]
+    misread_upstream: str = ""
 
     @abstractmethod
     def find(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> FoundNumbers:

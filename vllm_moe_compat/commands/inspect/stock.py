@@ -18,6 +18,7 @@ from vllm_moe_compat.commands.inspect.model import Stock
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.ops import Add
 from vllm_moe_compat.plan.planner import Plan, rename
+from vllm_moe_compat.plan.quantization import weights_that_stay
 from vllm_moe_compat.plan.upstream import digests_block, digests_numbers, keeps_numbers
 
 LOADS, REFUSES, WRONG, EITHER = "loads", "refuses", "wrong", "refuses or wrong"
@@ -51,7 +52,8 @@ def stock(
         kind = config.get("model_type")
         return Stock(REFUSES, [f"mlx-lm has no module of the name {kind!r}"])
     refusals, doubts, wrongs = _quantization(config, layout, row, extern), [], []
-    unexpected = _unexpected(plan, layout, row)
+    misread = _misread(config, layout)
+    unexpected = set() if misread else _unexpected(plan, layout, row)
     if unexpected:
         refusals.append(
             f"{len(unexpected):,} tensors have no parameter in its module, or are in a form that "
@@ -74,9 +76,10 @@ def stock(
     knows = row.digests or row.keeps or row.misreads
     foreign = keeps_numbers(row, layout) or digests_numbers(row, layout)
     if layout.numbers.weights and knows and not foreign:
-        doubts.append("its sanitize knows FP8, but not in this form")
+        doubts.append("its sanitize reads stored numbers, but not in this form")
     if any(isinstance(op, Add) for build in plan.builds for op in build.ops):
         wrongs.append("it does not add 1 to norms that are stored less 1")
+    wrongs += misread
     _add_symptoms(layout, row, config, refusals, wrongs)
     reasons = [*refusals, *doubts, *wrongs, *hints]
     if doubts:
@@ -107,6 +110,17 @@ def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:
         if split or latent or rename(row, name) != name:
             found.add(name)
     return found
+
+
+def _misread(config: Mapping[str, Any], layout: Layout) -> list[str]:
+    """Return what ``load_model`` does wrong with a form that it reads."""
+    forms = [found.form for found in layout.numbers.found]
+    methods = [entry.get("quant_method") for entry in quantization_configs(config)]
+    if layout.experts or [form.name for form in forms] != methods[:1]:
+        return []
+    if len(weights_that_stay(layout)) < len(layout.numbers.weights):
+        return []  # It knows MLX's groups only.
+    return [form.misread_upstream for form in forms if form.misread_upstream]
 
 
 def _quantization(config: Mapping[str, Any], layout: Layout, row: Row, extern: Any) -> list[str]:
