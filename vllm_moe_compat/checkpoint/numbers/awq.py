@@ -45,7 +45,7 @@ class Awq(IntForm):
         check_packing(config, "awq")
         settings = settings or IntSettings()
         *lead, columns, words = parts["weight"].shape
-        rows = parts[SCALE].shape[-1]
+        rows = parts[SCALE].shape[-1] if parts[SCALE].shape else 0
         bits = width(parts, rows, settings)
         if bits != 4:
             found = f"has integers of {bits} bits"

@@ -184,6 +184,9 @@ class IntForm(NumberForm):
                     "a known packing",
                     UnsupportedCheckpointError,
                 )
+            shape = tensors[stored.tensor].shape
+            if len(shape) < 2 or 0 in shape:
+                raise Contradiction("weight", f"has the shape {list(shape)}", "rows and columns")
             return self.operation({"weight": tensors[stored.tensor], **parts}, settings, config)
         except Contradiction as fault:
             return fault.with_traceback(None)
