@@ -33,6 +33,9 @@ NOT_LOADED = {*RENAMED, *DROPPED, "qwen3_vl_moe", "longcat_flash", "gpt_oss", "l
 whose combined experts are transposed."""
 
 
+Layout = Callable[[str, str, ex.Experts], State]
+
+
 class Packer:
     """Draws integers for matrices and finds them again by their values."""
 
@@ -73,28 +76,54 @@ class Packer:
 def packed_cell(
     family: Family,
     form: PackedForm,
-    layout: Callable[[str, str, ex.Experts], State],
+    layout: Layout,
     linear: Callable[[str, torch.Tensor], bool],
     ragged: bool,
 ) -> tuple[Checkpoint, Reference]:
     """Return the family's checkpoint in the form, and the reference of its values."""
+    packed, plain, layers = pack(family, form, layout, linear, ragged)
+    found = reference(family.name, ragged)
+    own: State = {}
+    for path, layer in layers.items():
+        single = family.base in ex.COMBINED
+        own |= (ex.own_single if single else ex.released)(family.base, path, layer)
+    logits = _logits(family, plain | own, found.config)
+    return packed, replace(found, logits=logits)
+
+
+def packed_and_plain(
+    family: Family,
+    form: PackedForm,
+    layout: Layout,
+    linear: Callable[[str, torch.Tensor], bool],
+) -> tuple[Checkpoint, Checkpoint]:
+    """Return the family's checkpoint in the form, and its release with the same values."""
+    packed, plain, layers = pack(family, form, layout, linear, ragged=False)
+    for path, layer in layers.items():
+        plain |= ex.released(family.base, path, layer)
+    config = {k: v for k, v in packed.config.items() if k != "quantization_config"}
+    return packed, Checkpoint(plain, config)
+
+
+def pack(
+    family: Family,
+    form: PackedForm,
+    layout: Layout,
+    linear: Callable[[str, torch.Tensor], bool],
+    ragged: bool,
+) -> tuple[Checkpoint, State, dict[str, ex.Experts]]:
+    """Return the checkpoint in the form, and the values: all but the experts, and these."""
     found = reference(family.name, ragged)
     rest, layers = ex.take_experts(family.base, release_names(family.base, found.saved))
     packer = Packer(form)
     # A module whose rows fill no words is spared; no list names it.
-    chosen = {n for n, value in rest.items() if linear(n, value) and value.shape[0] % 32 == 0}
-    if ragged:
-        chosen = {n for n, value in rest.items() if linear(n, value) and value.shape[0] % 8 == 0}
+    whole = 8 if ragged else 32
+    chosen = {n for n, value in rest.items() if linear(n, value) and value.shape[0] % whole == 0}
     plain = {n: packer.values(value) if n in chosen else value for n, value in rest.items()}
     drawn = {
         path: replace(layer, parts={p: packer.values(value) for p, value in layer.parts.items()})
         for path, layer in layers.items()
     }
-    own: State = {}
-    for path, layer in drawn.items():
-        single = family.base in ex.COMBINED
-        own |= (ex.own_single if single else ex.released)(family.base, path, layer)
-    logits = _logits(family, plain | own, found.config)
     tensors: State = {}
     for name, value in plain.items():
         tensors |= packer.store(name, value) if name in chosen else {name: value}
@@ -103,7 +132,7 @@ def packed_cell(
             tensors |= {name: value} if "bias" in name else packer.store(name, value)
     config = release_config(family.base, found.config)
     config["quantization_config"] = deepcopy(form.config)
-    return Checkpoint(tensors, config), replace(found, logits=logits)
+    return Checkpoint(tensors, config), plain, drawn
 
 
 def _logits(family: Family, state: State, config: dict[str, Any]) -> np.ndarray:

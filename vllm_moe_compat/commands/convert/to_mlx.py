@@ -24,7 +24,7 @@ from vllm_moe_compat.commands.convert.source import Source
 from vllm_moe_compat.dtypes import STORED_NAMES, mlx_dtype
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.execute import quantize as requantize
-from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy
+from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, held_formats
 from vllm_moe_compat.execute.run_plan import tensor_infos
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.context import current
@@ -188,7 +188,7 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
         stream=stream,
         save_config=_saver(_as_translated(folder, config), cast, keep_vision=keep_vision),
         kind="mlx",
-        form=f"MLX form, {'floats' if setting == 'none' else setting}",
+        form=f"MLX form, {_words(setting, stand_ins.pending)}",
         read=sum(nbytes(info) for name, info in tensors.items() if name not in stand_ins.ignored),
         notes=notes,
     )
@@ -212,6 +212,12 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
 
     source.check = check
     return source
+
+
+def _words(setting: str, pending: requantize.SanitizedLoad | None) -> str:
+    """Return the form of the weights: the setting, or what stays packed, or floats."""
+    held = () if pending is None else held_formats(pending.policy)
+    return setting if setting != "none" else ", ".join(held) or "floats"
 
 
 def _layer(name: str) -> tuple[int, int]:
