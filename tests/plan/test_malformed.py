@@ -294,8 +294,8 @@ TENSORS: dict[str, tuple[str, Fp8 | None, Break, type[CompatError], list[str]]] 
         "per-expert",
         None,
         add(f"{EXPERTS}.0.gate_proj.qweight", torch.zeros(32, 8, dtype=torch.int32)),
-        UnsupportedCheckpointError,
-        [f"{EXPERTS}.0.gate_proj.qweight"],
+        LayoutError,
+        [f"{EXPERTS}.0.gate_proj.qweight", f"repeats the weight {FIRST}"],
     ),
     "experts at another path": (
         "per-expert",

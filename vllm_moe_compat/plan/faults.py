@@ -100,12 +100,18 @@ def unmapped(
             f"unset {QUANTIZE.name}, or quantise the checkpoint with `mlx_lm.convert -q`",
             UnsupportedCheckpointError,
         )
-    weights = [*layout.numbers.weights, *layout.numbers.stray]
+    refused = [
+        found
+        for found in layout.numbers.found
+        # Linear layers of these are read by load_model, whatever the module.
+        if layout.experts or not found.form.misread_upstream
+    ]
+    weights = [name for found in refused for name in (*found.weights, *found.stray())]
     if weights:
-        forms = " and ".join(sorted({f.form.title for f in layout.numbers.found}))
+        forms = " and ".join(sorted({found.form.title for found in refused}))
         verb = "are" if len(weights) > 1 else "is"
         yield Fault(
-            f"{layout.numbers.found[0].form.name}-unmapped",
+            f"{refused[0].form.name}-unmapped",
             f"{layout.weights[weights[0]].file}: {fold(weights)} {verb} {forms}, which {module} "
             f"reads as integers, and it cannot be patched, since {reason}",
             "load a bf16 release of the model instead",

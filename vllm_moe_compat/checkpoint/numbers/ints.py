@@ -152,6 +152,8 @@ class IntForm(NumberForm):
             op = known.get(key)
             if op is None:
                 op = known[key] = self._examine(stored, tensors, settings, read)
+            if weight in tensors and weight != stored.tensor:
+                op = Contradiction("weight", f"repeats the weight {weight}", "one of them")
             if isinstance(op, Contradiction):
                 found.faults.append(self._finding(op, stored))
             else:

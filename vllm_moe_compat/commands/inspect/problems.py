@@ -54,7 +54,7 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     **{
         f"{form.name}-unmapped": (
             _ERROR,
-            f"the module has no row; it would read {form.title} bytes",
+            f"the module has no row; it cannot read {form.title}",
         )
         for form in FORMS
     },
