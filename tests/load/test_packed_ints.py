@@ -88,6 +88,27 @@ def test_convert_writes_published_layouts_of_floats(experts: str, form: str, tmp
     assert compare(load(tmp_path / "out"), found.reference, 2e-5).word == "right"
 
 
+@pytest.mark.parametrize("form", ["int4", "int8 W8A8", "GPTQ", "AWQ", "GPTQ act-order"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_may_be_stacked_already(family: str, form: str, tmp_path: Path):
+    found = cell(form, family)
+    tensors = found.checkpoint.tensors
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for name in [name for name in tensors if ".experts." in name]:
+        path, _, rest = name.partition(".experts.")
+        expert, _, rest = rest.partition(".")
+        stacks.setdefault(f"{path}.switch_mlp.{rest}", {})[int(expert)] = tensors.pop(name)
+    for name, each in stacks.items():
+        tensors[name] = torch.stack([each[e] for e in sorted(each)])
+    path = found.write(tmp_path)
+    with planned_loads() as plans:
+        model = load(path)
+    check_agreement(path, plans, None)
+    assert compare(model, found.reference, 2e-5).word == "right"
+    dtype = mx.float32 if "act-order" in form else mx.uint32
+    assert parameters(model)[f"{SWITCH}.weight"].dtype == dtype
+
+
 def mixed() -> Cell:
     """Attention in FP8 and bf16, experts in int4."""
     found = cell("int4")

@@ -52,9 +52,9 @@ class PackQuantized(IntForm):
             if name.endswith("_packed") and info.dtype == "I32":
                 weight = name.removesuffix("_packed")
                 parts = tuple(
-                    (role, weight + end)
+                    (role, part)
                     for role, end in _ENDINGS.items()
-                    if weight + end in tensors
+                    if (part := weight + end) in tensors
                 )
                 named = float_name(weight, tensors, "weight_packed")
                 yield Candidate(named, StoredWeight(name, parts))
