@@ -22,6 +22,7 @@ from parity.verdict import compare
 from support.agreement import check_agreement, planned_loads
 from support.loading import load, parameters, same_bits
 from support.packed import awq_form, gptq_form, pack_form
+from vllm_moe_compat.checkpoint import contents
 from vllm_moe_compat.commands.convert.conversion import Options, convert
 from vllm_moe_compat.commands.inspect.collect import inspect
 from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
@@ -349,6 +350,11 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         change(f"{ATTENTION}.weight_shape", lambda t: torch.tensor([1, 2, 3])),
         "has the shape .3., expected .2.",
     ),
+    "another weight_shape": (
+        "int4",
+        change(f"{EXPERT}.weight_shape", lambda t: t + 1),
+        "weight_shape is .97, 65., expected .96, 64.",
+    ),
     "g_idx too short": (
         "GPTQ act-order",
         change(f"{ATTENTION}.g_idx", lambda t: t[:-1]),
@@ -396,11 +402,6 @@ def test_a_contradiction_is_refused_by_name(name: str, tmp_path: Path):
 
 
 VALUES: dict[str, tuple[str, Break, str]] = {
-    "weight_shape": (
-        "int4",
-        change(f"{EXPERT}.weight_shape", lambda t: t + 1),
-        "a weight_shape of .97, 65., where .96, 64. was expected",
-    ),
     "g_idx out of range": (
         "GPTQ act-order",
         change(f"{EXPERT}.g_idx", lambda t: t + 1),
@@ -424,5 +425,17 @@ def test_a_value_that_contradicts_stops_the_load(name: str, tmp_path: Path):
     form, break_, words = VALUES[name]
     found = cell(form)
     break_(found.checkpoint.tensors, found.checkpoint.config)
+    with pytest.raises(CompatError, match=words):
+        load(found.write(tmp_path))
+
+
+def test_weight_shapes_that_nobody_looked_at_are_compared_by_the_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of many weights only some are read before the load."""
+    monkeypatch.setattr(contents, "MOST", 1)
+    found = cell("int4")
+    found.checkpoint.tensors[f"{EXPERT}.weight_shape"] += 1
+    words = "a weight_shape of .97, 65., where .96, 64. was expected"
     with pytest.raises(CompatError, match=words):
         load(found.write(tmp_path))

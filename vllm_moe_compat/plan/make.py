@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.adapters import MERGE, adapter_file
 from vllm_moe_compat.checkpoint.config import quantization_configs
+from vllm_moe_compat.checkpoint.contents import check_contents
 from vllm_moe_compat.checkpoint.files import FileFault
 from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
@@ -266,7 +267,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         faults += unmapped(headers.folder, layout, module, reason, serving)
     elif layout is not None and row is not None:
         faults += already_quantized(headers.folder, config, layout, serving, extern=headers.extern)
-        plan, found_faults = _plan(layout, row, effective, serving, headers.tensors)
+        plan, found_faults = _plan(layout, row, effective, serving, headers)
         faults += found_faults
         if plan is not None:
             plan = replace(plan, names=names)
@@ -349,7 +350,7 @@ def _plan(
     row: Row,
     config: Mapping[str, Any],
     serving: Serving,
-    tensors: Mapping[str, TensorInfo],
+    headers: Headers,
 ) -> tuple[Plan | None, list[Fault]]:
     """Return the plan, or the faults that prevent it."""
     try:
@@ -358,7 +359,9 @@ def _plan(
             findings += layout.numbers.findings()
             findings += check_packed(layout, row)
             findings += check_experts(layout, row, config)
-        if faults := list(faults_of(findings, tensors)):
+        if not findings:
+            findings += check_contents(headers.folder, headers.tensors, layout.numbers)
+        if faults := list(faults_of(findings, headers.tensors)):
             return None, faults
         split = serving.setting != NONE
         plan = make_plan(

@@ -84,6 +84,10 @@ class FoundNumbers(ABC):
     def findings(self) -> Iterator[Finding]:
         """Yield the faults of the form's tensors."""
 
+    def contents(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield small tensors that repeat what headers say, and the numbers in them."""
+        return iter(())
+
     @abstractmethod
     def kinds(self) -> Collection[frozenset[str]]:
         """Return the kinds of each group of similar weights.

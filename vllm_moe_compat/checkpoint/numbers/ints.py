@@ -27,7 +27,7 @@ from vllm_moe_compat.checkpoint.numbers.int_settings import (
     IntSettings,
     read_int_config,
 )
-from vllm_moe_compat.checkpoint.numbers.ints_op import DequantizeInts
+from vllm_moe_compat.checkpoint.numbers.ints_op import SHAPE, DequantizeInts
 from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
 
 Parts: TypeAlias = Mapping[str, TensorInfo]
@@ -86,6 +86,14 @@ class IntTensors(FoundNumbers):
     def findings(self) -> Iterator[Finding]:
         """Yield the contradictions of parts, shapes and config."""
         yield from self.faults
+
+    def contents(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the ``weight_shape`` of each weight, and the shape of its floats."""
+        for weight in self.ops:
+            name = dict(self.weights[weight].parts).get(SHAPE)
+            if name is not None and len(self.tensors[name].shape) == 1:
+                size = self.tensors[name].shape[0]
+                yield name, self.logical(weight).shape[-size:]
 
     def kinds(self) -> Collection[frozenset[str]]:
         """Return the form's name: no module reads some of its variants only."""
