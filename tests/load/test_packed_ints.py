@@ -170,6 +170,22 @@ def test_the_config_names_formats_that_differ(tmp_path: Path):
     assert config["quantization"] == four | named
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_of_zeros_that_no_layer_has_are_dropped(value: float, tmp_path: Path):
+    found = cell("GPTQ", "llama")
+    for name in [n for n in found.checkpoint.tensors if n.endswith(".qweight")]:
+        bias = torch.full(found.checkpoint.tensors[name].shape[1:], value)
+        found.checkpoint.tensors[name.replace("qweight", "bias")] = bias
+    path = found.write(tmp_path / "source")
+    if value:
+        with pytest.raises(ValueError, match="Received 14 parameters not in model"):
+            load(path)
+        return
+    assert compare(load(path), found.reference, 1e-5).word == "right"
+    report = convert(path, tmp_path / "out", Options(dtype="float32"))
+    assert "affine 4-bit g32" in report.form
+
+
 def test_auto_round_has_other_settings_for_single_layers(tmp_path: Path):
     found = cell("AutoRound")
     generator = np.random.default_rng(1)

@@ -23,7 +23,7 @@ from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context, guard, memory
+from vllm_moe_compat.load import context, guard, memory, zero_biases
 from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
@@ -183,6 +183,8 @@ def sanitize_hook(
                 logger.info("%s: put %s into %s", load.model_dir, words, row.module)
             rotary.check(model, load.planned.settings)
         sanitized, report = run_load(row, load, model, weights, sanitize)
+        if load is not None and load.planned.layout is not None:
+            zero_biases.drop(model, sanitized, load.planned.layout)
         guard.check(model, sanitized, read_config, "" if load is None else str(load.model_dir))
     finally:
         _inside.reset(token)

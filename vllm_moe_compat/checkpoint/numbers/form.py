@@ -116,6 +116,7 @@ class NumberForm(ABC):
         dtypes: safetensors' names of the dtypes of weights in the form alone.
         misread_upstream: what mlx-lm's ``load_model`` does wrong with linear layers of the form,
             where it reads the form at all; experts it does not read.
+        zero_biases: whether packers of the form write biases of zeros for layers without a bias.
     """
 
     name: str
@@ -124,6 +125,7 @@ class NumberForm(ABC):
     methods: frozenset[str]
     dtypes: frozenset[str]
     misread_upstream: str = ""
+    zero_biases: bool = False
 
     @abstractmethod
     def find(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> FoundNumbers:

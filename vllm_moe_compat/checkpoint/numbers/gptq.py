@@ -115,6 +115,7 @@ class Gptq(IntForm):
     title = "GPTQ"
     methods = frozenset({"gptq", *AUTO_ROUND})
     dtypes = frozenset({"I32"})
+    zero_biases = True
 
     def candidates(
         self, tensors: Mapping[str, TensorInfo], config: IntConfig
