@@ -97,6 +97,28 @@ def test_a_module_has_the_settings_of_the_first_pattern_that_matches():
     assert (down.bits, down.group, down.symmetric) == (4, 128, False)
 
 
+def test_a_module_is_named_whole_or_by_its_last_names_before_any_pattern():
+    extra = {
+        "model.layers.0.mlp.up_proj": {"bits": 8},
+        "self_attn.q_proj": {"group_size": 32},
+        ".*proj": {"bits": 2},
+        ".*another": {"bits": 3},
+    }
+    entry = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "extra_config": extra}
+    read = read_int_config({"quantization_config": entry})
+    found = {
+        name: read.of(f"model.layers.0.{name}")
+        for name in ("mlp.up_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.another", "x")
+    }
+    assert {name: (s.bits, s.group) for name, s in found.items() if s is not None} == {
+        "mlp.up_proj": (8, 128),
+        "self_attn.q_proj": (4, 32),
+        "mlp.gate_proj": (2, 128),
+        "mlp.another": (3, 128),
+        "x": (4, 128),
+    }
+
+
 def test_a_pattern_that_is_none_is_named():
     entry = {"quant_method": "gptq", "bits": 4, "dynamic": {"+:(": {"bits": 8}}}
     with pytest.raises(LayoutError, match=r"names modules by '\('"):

@@ -8,8 +8,8 @@ order. Settings may differ per module.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs
@@ -50,8 +50,9 @@ class IntConfig:
 
     Attributes:
         method: ``quant_method``; empty without one.
-        usual: settings of modules without a target.
-        targets: settings of single modules, the first match first.
+        usual: settings of modules without settings of their own.
+        named: name of a module, or its last names → its settings; there may be thousands.
+        targets: settings by pattern, for modules without a name; the first match counts.
         packing: ``gptq`` or ``awq``, if the config tells.
         minus_one: whether GPTQ's zero points are stored less 1.
         unknown: a setting whose value no form has, in words.
@@ -59,6 +60,7 @@ class IntConfig:
 
     method: str = ""
     usual: IntSettings | None = None
+    named: Mapping[str, IntSettings] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
     packing: str = ""
     minus_one: bool = True
@@ -66,6 +68,11 @@ class IntConfig:
 
     def of(self, module: str) -> IntSettings | None:
         """Return the settings of a module; None if the config has none for it."""
+        rest = module if self.named else ""
+        while rest:
+            if rest in self.named:
+                return self.named[rest]
+            rest = rest.partition(".")[2]
         for target in self.targets:
             if target.pattern.match(module):
                 return target.settings
@@ -84,36 +91,36 @@ def read_int_config(config: Mapping[str, Any]) -> IntConfig:
     method = entry.get("quant_method")
     method = method if isinstance(method, str) else ""
     if method == "compressed-tensors":
-        usual, targets = _schemes(entry)
-        return IntConfig(method, usual, tuple(targets))
+        return _schemes(entry)
     bits = _number(entry, "bits", "w_bit")
     group = _group(entry.get("group_size", entry.get("q_group_size")))
     symmetric = entry.get("sym")
     if method == "awq" and isinstance(entry.get("zero_point"), bool):
         symmetric = not entry["zero_point"]
     usual = IntSettings(bits, group, _flag(symmetric), _flag(entry.get("desc_act")))
-    targets = list(_overrides(entry, usual))
+    named, targets = _overrides(entry, usual)
     if method == "awq":
         version = str(entry.get("version") or "gemm").lower()
         unknown = "" if version == "gemm" else f"version {version!r}"
-        return IntConfig(method, usual, tuple(targets), "awq", unknown=unknown)
+        return IntConfig(method, usual, named, targets, "awq", unknown=unknown)
     if method in AUTO_ROUND:
         packing = str(entry.get("packing_format") or "auto_round:auto_gptq")
         known = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
         unknown = "" if packing in known else f"packing_format {packing!r}"
-        return IntConfig(method, usual, tuple(targets), known.get(packing, ""), unknown=unknown)
+        return IntConfig(method, usual, named, targets, known.get(packing, ""), unknown=unknown)
     written = str(entry.get("checkpoint_format") or "gptq").lower()
     unknown = "" if written in ("gptq", "gptq_v2") else f"checkpoint_format {written!r}"
     if entry.get("is_marlin_format"):
         unknown = "is_marlin_format"
     packing = "gptq" if method == "gptq" else ""
-    return IntConfig(method, usual, tuple(targets), packing, written != "gptq_v2", unknown)
+    return IntConfig(method, usual, named, targets, packing, written != "gptq_v2", unknown)
 
 
-def _schemes(entry: Mapping[str, Any]) -> tuple[IntSettings | None, list[Target]]:
-    """Return the usual settings and the targets of compressed-tensors' integer groups."""
+def _schemes(entry: Mapping[str, Any]) -> IntConfig:
+    """Return the settings of compressed-tensors' integer groups."""
     groups = entry.get("config_groups")
     usual: IntSettings | None = None
+    named: dict[str, IntSettings] = {}
     targets: list[Target] = []
     for scheme in groups.values() if isinstance(groups, Mapping) else ():
         weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
@@ -133,24 +140,31 @@ def _schemes(entry: Mapping[str, Any]) -> tuple[IntSettings | None, list[Target]
             if name.startswith("re:"):
                 targets.append(Target(_pattern(name[3:]), settings))
             elif "." in name:
-                targets.append(Target(_pattern(f"{re.escape(name)}$"), settings))
+                named.setdefault(name, settings)
             else:  # The class of a layer, which nearly all configs name: Linear.
                 usual = usual or settings
-    return usual, targets
+    return IntConfig("compressed-tensors", usual, named, tuple(targets))
 
 
-def _overrides(entry: Mapping[str, Any], usual: IntSettings) -> Iterator[Target]:
-    """Yield GPTQModel's ``dynamic`` and AutoRound's ``extra_config``."""
+def _overrides(
+    entry: Mapping[str, Any], usual: IntSettings
+) -> tuple[dict[str, IntSettings], tuple[Target, ...]]:
+    """Return the settings of GPTQModel's ``dynamic`` and AutoRound's ``extra_config``."""
+    named: dict[str, IntSettings] = {}
+    targets: list[Target] = []
     dynamic = entry.get("dynamic")
     for key, values in dynamic.items() if isinstance(dynamic, Mapping) else ():
         if isinstance(values, Mapping) and not key.startswith("-:"):
-            yield Target(_pattern(key.removeprefix("+:")), _changed(usual, values))
+            targets.append(Target(_pattern(key.removeprefix("+:")), _changed(usual, values)))
     extra = entry.get("extra_config")
     for key, values in extra.items() if isinstance(extra, Mapping) else ():
-        if isinstance(values, Mapping):
-            plain = re.fullmatch(r"[\w.\-]+", key) is not None
-            pattern = rf"(?:.*\.)?{re.escape(key)}$" if plain else key
-            yield Target(_pattern(pattern), _changed(usual, values))
+        if not isinstance(values, Mapping):
+            continue
+        if re.fullmatch(r"[\w.\-]+", key):
+            named[key] = _changed(usual, values)
+        else:
+            targets.append(Target(_pattern(key), _changed(usual, values)))
+    return named, tuple(targets)
 
 
 def _changed(usual: IntSettings, values: Mapping[str, Any]) -> IntSettings:
