@@ -18,8 +18,9 @@ from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, LAYOUTS, _is_linear, applies
 from parity.packed import NOT_LOADED, packed_and_plain
 from parity.reference import TOKENS
+from parity.test_parity import check_held
+from support.agreement import planned_loads
 from support.loading import load
-from vllm_moe_compat.load.report import last_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 RELEASE = FORM_BY_NAME["release"]
@@ -48,9 +49,8 @@ def test_the_logits_are_those_of_the_values(name: str, form: str, tmp_path: Path
     assert wanted.packed is not None
     layout = LAYOUTS[wanted.layout]
     packed, plain = packed_and_plain(family, wanted.packed, layout, _is_linear)
-    found = logits(packed.write(tmp_path / "packed"))
-    report = last_report()
-    assert report is not None
-    assert report.held_packed + report.dequantized > 0
+    with planned_loads() as plans:
+        found = logits(packed.write(tmp_path / "packed"))
+    check_held(plans)
     expected = logits(plain.write(tmp_path / "plain"))
     assert np.abs(found - expected).max() / np.abs(expected).max() < 2e-5

@@ -7,6 +7,12 @@ from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_fa
 from vllm_moe_compat.families.row import HEAD_IF_STORED, OWN_HEAD, Cache, Row
 from vllm_moe_compat.families.row_builders import ANY_ROOT, LIFTED, NESTED_ROOTS, make_row
 
+FALCON_MULTIPLIED = (
+    *("embed_tokens.weight", "lm_head.weight", "q_proj.weight", "k_proj.weight", "o_proj.weight"),
+    *("out_proj.weight", "gate_proj.weight", "down_proj.weight", "in_proj.weight"),
+)
+"""``sanitize`` multiplies these by the multipliers of config.json."""
+
 DENSE_ROWS: tuple[Row, ...] = (
     *(
         make_row(m, workarounds.FP8, workarounds.CONFIG)
@@ -14,8 +20,9 @@ DENSE_ROWS: tuple[Row, ...] = (
     ),
     *(
         make_row(m, workarounds.FP8, workarounds.CONFIG)
-        for m in ("granite", "ernie4_5", "starcoder2", "falcon_h1")
+        for m in ("granite", "ernie4_5", "starcoder2")
     ),
+    make_row("falcon_h1", workarounds.FP8, workarounds.CONFIG, computed=FALCON_MULTIPLIED),
     *(
         make_row(m, workarounds.FP8, workarounds.CONFIG, head=OWN_HEAD)
         for m in ("glm4", "stablelm")
