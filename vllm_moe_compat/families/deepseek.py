@@ -155,7 +155,6 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         translations=(settings.FIRST_DENSE,),
         head=OWN_HEAD,
     ),
-    moe_row("glm4_moe_lite", dropped_upstream=EXTRA_LAYERS, translations=(settings.FIRST_DENSE,)),
     moe_row("dots1", PLAIN, workarounds.CONFIG),
     # Two attentions per layer; the checkpoint has weights for identity experts.
     *(
