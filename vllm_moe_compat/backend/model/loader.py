@@ -114,8 +114,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype, kept: Collection[str]) -> None:
 
     One at a time bounds the peak at the model plus one tensor. Parameters that the model itself
     excludes from casts (``A_log`` of Qwen3.5) keep their dtype, and so do ``kept`` and arrays
-    that are no parameters, whose names start with an underscore: rotary frequencies in half precision turn
-    by the wrong angle after a few hundred tokens.
+    that are no parameters, whose names start with an underscore: rotary frequencies in half
+    precision turn by the wrong angle after a few hundred tokens.
     """
     keep = getattr(model, "cast_predicate", lambda _: True)
     for name, module in model.named_modules():
