@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from vllm_moe_compat.checkpoint.unused_scales import is_unused_scale
+
 PROJECTIONS = {
     **{"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
     **{"w1": "gate", "w3": "up", "w2": "down"},
@@ -28,8 +30,6 @@ PROJECTIONS = {
 
 SCALES = ("_scale_inv", "_scale")
 """Endings that turn a weight's name into the name of its scale."""
-UNUSED_SCALES = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
-"""Endings of the names of scales for activations and KV caches."""
 _PACKED = ("_packed", "_blocks", "_scales", ".scales", ".biases", ".qweight", ".qzeros", ".g_idx")
 _PLACE = re.compile(
     r"\.(?:switch_mlp|moe\.mlp(?=\.\d)|block_sparse_moe(?=\.(?:in|out)put_linear\.)"
@@ -132,9 +132,11 @@ def _parse(rest: str) -> tuple[str, str, int, str]:
     ``unrecognized``. The cache pays because every layer has the same few thousand endings.
     """
     nothing = ("unrecognized", "", -1, "")
+    if is_unused_scale(rest):
+        return "scale", "", -1, ""
     if rest.endswith(_PACKED) or rest.endswith(("_scale_2", "_global_scale", "weight_shape")):
         return "packed", "", -1, ""
-    if rest.endswith((*SCALES, *UNUSED_SCALES)) or rest in _BESIDE:
+    if rest.endswith(SCALES) or rest in _BESIDE:
         return "scale", "", -1, ""
     index, _, path = rest.partition(".")
     numbered = _INDEX.fullmatch(index) is not None

@@ -90,7 +90,7 @@ def detect(
 
 def _weights(tensors: Mapping[str, TensorInfo], numbers: Numbers) -> Mapping[str, TensorInfo]:
     """Return the tensors with every stored weight under its float name, in the same order."""
-    if not numbers.found:
+    if not numbers.found and not numbers.unused:
         return tensors
     float_names = {
         stored.tensor: name

@@ -108,7 +108,8 @@ def make_plan(
     """
     numbers = layout.numbers
     if keeps_numbers(row, layout):
-        return Plan(row.module, layout.words, digested=len(numbers.weights))
+        digested = len(numbers.weights)
+        return Plan(row.module, layout.words, drops=numbers.unused, digested=digested)
     digested = digests_numbers(row, layout) and not split and not exact
     blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
     stacking = row.moe is not None and any(

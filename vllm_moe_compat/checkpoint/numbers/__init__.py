@@ -15,6 +15,7 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers import awq, fp8, gptq, int_quantized, pack_quantized
 from vllm_moe_compat.checkpoint.numbers.form import Details, FoundNumbers, NumberForm, StoredWeight
 from vllm_moe_compat.checkpoint.operations import Dequantize
+from vllm_moe_compat.checkpoint.unused_scales import unused_scales
 
 FORMS: list[NumberForm] = [
     fp8.FORM,
@@ -32,10 +33,13 @@ class Numbers:
     Attributes:
         found: the forms that occur.
         weights: name of each weight in such a form → the tensors of that form.
+        unused_scales: scales and zero points of activations and caches, in whatever form the
+            weights are.
     """
 
     found: tuple[FoundNumbers, ...]
     weights: Mapping[str, FoundNumbers]
+    unused_scales: tuple[str, ...] = ()
 
     def stored(self, weight: str) -> StoredWeight:
         """Return the tensors of a weight; a float weight is a single tensor."""
@@ -55,7 +59,7 @@ class Numbers:
     @property
     def parts(self) -> frozenset[str]:
         """Names of all tensors of the forms that are not weights, such as scales."""
-        names = {name for found in self.found for name in found.unused}
+        names = set(self.unused)
         for found in self.found:
             names.update([name for _, parts in found.weights.values() for _, name in parts])
         return frozenset(names)
@@ -70,7 +74,8 @@ class Numbers:
     @property
     def unused(self) -> tuple[str, ...]:
         """Names of tensors that MLX does not use."""
-        return tuple(name for found in self.found for name in found.unused)
+        of_forms = (name for found in self.found for name in found.unused)
+        return (*self.unused_scales, *of_forms)
 
     @property
     def stray(self) -> tuple[str, ...]:
@@ -99,9 +104,13 @@ def find_numbers(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
     Raises:
         LayoutError: the config describes a form with an invalid value.
     """
+    unused = unused_scales(tensors)
+    if aside := set(unused):
+        tensors = {name: info for name, info in tensors.items() if name not in aside}
     each = [form.find(tensors, config) for form in FORMS]
     found = tuple(numbers for numbers in each if numbers or numbers.unused)
-    return Numbers(found, {name: numbers for numbers in found for name in numbers.weights})
+    weights = {name: numbers for numbers in found for name in numbers.weights}
+    return Numbers(found, weights, unused)
 
 
 def infer_dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

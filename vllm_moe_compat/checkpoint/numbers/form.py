@@ -60,8 +60,7 @@ class FoundNumbers(ABC):
     Attributes:
         form: the form.
         weights: name of the weight in a float checkpoint → its tensors.
-        unused: tensors of the form that MLX does not use, such as scales of activations and
-            of KV caches.
+        unused: tensors of the form that MLX does not use.
     """
 
     form: NumberForm

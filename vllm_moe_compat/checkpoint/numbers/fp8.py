@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from vllm_moe_compat.checkpoint.experts import UNUSED_SCALES
 from vllm_moe_compat.checkpoint.findings import CONVERT, Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers.form import (
@@ -74,7 +73,7 @@ class Fp8Tensors(FoundNumbers):
         bare: FP8 weights without a scale.
         orphans: scales without a weight.
         plain: scale → its weight, if the weight is not FP8.
-        unused: scales of activations and of KV caches.
+        unused: always empty.
         alike: dtypes, shapes and naming → the weights that share them.
     """
 
@@ -218,7 +217,6 @@ class Fp8(NumberForm):
         """Pair every FP8 weight with its scale."""
         found = Fp8Tensors(self, tensors)
         weights, groups = found.weights, found.alike
-        unused: list[str] = []
         for name, info in tensors.items():
             if info.dtype in _DTYPES and not name.endswith(_NOT_WEIGHTS):
                 scale = f"{name}_scale_inv"
@@ -237,10 +235,7 @@ class Fp8(NumberForm):
                 weight = tensors.get(name.removesuffix(_INVERSE).removesuffix("_scale"))
                 if weight is None or weight.dtype not in _DTYPES:
                     _look_for_weight(name, tensors, found)
-            elif name.endswith(UNUSED_SCALES):
-                unused.append(name)
         if found.weights:
-            found.unused = unused
             found.blocks = block_sizes(config)
         return found
 

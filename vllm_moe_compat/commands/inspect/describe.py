@@ -104,7 +104,7 @@ def quantization(layout: Layout, config: Mapping[str, Any], extern: Any) -> Quan
             sum(form.weights for form in details),
             [list(block) for form in details for block in form.blocks],
             sorted({dtype for form in details for dtype in form.scale_dtypes}),
-            sum(form.unused for form in details),
+            len(layout.numbers.unused),
         )
     packed = [n for n in tensors if n.endswith((".scales", "_packed", "_blocks", ".qweight"))]
     own = config.get("quantization")

@@ -100,6 +100,8 @@ def _unexpected(plan: Plan, layout: Layout, row: Row) -> set[str]:
     found = set(dropped_by_us(plan, layout))
     if layout.numbers.weights and not digests_numbers(row, layout):
         found |= layout.numbers.parts
+    elif not layout.numbers.weights:
+        found |= set(layout.numbers.unused_scales)
     for block in layout.experts:
         ours = block.per_expert or (block.combined and not block.packed)
         if row.moe is not None and ours and not digests_block(row.moe, block, layout):
