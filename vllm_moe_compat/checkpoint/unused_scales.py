@@ -16,7 +16,8 @@ import re
 from collections.abc import Collection
 
 _LEAVES = (
-    *("activation_scale", "input_scale", "output_scale", "kv_scale"),
+    *("activation_scale", "input_activation_scale", "output_activation_scale"),
+    *("input_scale", "output_scale", "kv_scale"),
     *("q_scale", "k_scale", "v_scale", "prob_scale", "prob_output_scale"),
     *("input_global_scale", "output_global_scale"),
     *("q_global_scale", "k_global_scale", "v_global_scale"),

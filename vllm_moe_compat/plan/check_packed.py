@@ -29,12 +29,17 @@ _ANY_ENDING = tuple(_ENDINGS)
 _EXPECTED = "floats, FP8, packed integers, or weights packed in MLX's own form"
 
 
+def is_packed_name(name: str) -> bool:
+    """Whether a tensor's name identifies a published packed form."""
+    return name.endswith(_ANY_ENDING)
+
+
 def check_packed(layout: Layout, row: Row) -> Iterator[Finding]:
     """Yield the packed tensors that nothing reads."""
     forms: dict[str, list[str]] = {}
     read = layout.numbers.tensors
     for name in layout.tensors:
-        if name.endswith(_ANY_ENDING) and name not in read:
+        if is_packed_name(name) and name not in read:
             form = next(form for end, form in _ENDINGS.items() if name.endswith(end))
             forms.setdefault(form, []).append(name)
     if "nvfp4" in forms:

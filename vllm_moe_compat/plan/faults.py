@@ -19,6 +19,7 @@ from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import CheckpointFileError, CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.plan import quantization
+from vllm_moe_compat.plan.check_unreadable import check_unreadable
 from vllm_moe_compat.plan.serving import NONE, Serving
 
 _RANKS = {0: "experts-twice", 1: "experts-gap", 2: "experts-contradict", 3: "experts-unlike"}
@@ -88,11 +89,17 @@ def stays_packed(folder: Path, layout: Layout, serving: Serving) -> Iterator[Fau
 
 
 def unmapped(
-    folder: Path, layout: Layout, module: str, reason: str, serving: Serving
+    folder: Path,
+    layout: Layout,
+    config: Mapping[str, Any],
+    module: str,
+    reason: str,
+    serving: Serving,
 ) -> Iterator[Fault]:
     """Yield the faults of a load by a module that is not wrapped."""
     if reason == OWN_CODE:
         return
+    yield from faults_of(check_unreadable(layout, config, None), layout.tensors)
     if serving.setting != NONE:
         yield Fault(
             "quantize-unmapped",

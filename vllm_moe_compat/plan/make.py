@@ -33,6 +33,7 @@ from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
+from vllm_moe_compat.plan.check_unreadable import check_unreadable
 from vllm_moe_compat.plan.effective_config import Settings, effective_config, text_section
 from vllm_moe_compat.plan.faults import (
     Fault,
@@ -156,7 +157,7 @@ class PlannedLoad:
             reason=reason,
             plan=None,
             needs_row=needs_row(layout),
-            faults=tuple(unmapped(folder, layout, self.module, reason, serving)),
+            faults=tuple(unmapped(folder, layout, config, self.module, reason, serving)),
         )
 
     def plan_for(self, setting: str) -> Plan | None:
@@ -264,7 +265,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         faults.append(of_error("config-number", error))
     if layout is not None and row is None:
         unsafe = needs_row(layout)
-        faults += unmapped(headers.folder, layout, module, reason, serving)
+        faults += unmapped(headers.folder, layout, config, module, reason, serving)
     elif layout is not None and row is not None:
         faults += already_quantized(headers.folder, config, layout, serving, extern=headers.extern)
         plan, found_faults = _plan(layout, row, effective, serving, headers)
@@ -354,7 +355,7 @@ def _plan(
 ) -> tuple[Plan | None, list[Fault]]:
     """Return the plan, or the faults that prevent it."""
     try:
-        findings: list[Finding] = []
+        findings: list[Finding] = list(check_unreadable(layout, config, row))
         if not keeps_numbers(row, layout):
             findings += layout.numbers.findings()
             findings += check_packed(layout, row)

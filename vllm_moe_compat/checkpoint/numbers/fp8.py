@@ -210,7 +210,7 @@ class Fp8(NumberForm):
             "unsupported": "FP8 of a kind that MLX cannot decode",
         }
     )
-    methods = frozenset({"fp8", "compressed-tensors", "modelopt"})
+    methods = frozenset({"fp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp8", "quark"})
     dtypes = frozenset(_DTYPES)
 
     def find(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Fp8Tensors:

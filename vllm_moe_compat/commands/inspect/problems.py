@@ -80,6 +80,10 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
         "error",
         "packed weights that neither mlx-lm nor this package reads",
     ),
+    "form-unsupported": (
+        "error",
+        "quantised weights in a form that neither mlx-lm nor this package reads",
+    ),
     "plan-impossible": ("error", "a planned operation does not fit the tensors' shapes"),
     "mtp-disagree": ("note", "config and tensors disagree on heads that predict further tokens"),
     "vision-disagree": ("note", "config and tensors disagree on towers for images or sound"),
