@@ -139,66 +139,27 @@ class DequantizedConfig(QuantizationConfig):
         return
 
 
-class CompressedTensorsConfig(DequantizedConfig):
-    """FP8 and packed integers as written by llm-compressor."""
-
-    method = "compressed-tensors"
-
-
-class ModelOptConfig(DequantizedConfig):
-    """FP8 and NVFP4 as written by NVIDIA's ModelOpt."""
-
-    method = "modelopt"
-
-
-class MlxQuantizedConfig(DequantizedConfig):
-    """The format of mlx-community: ``{"group_size": 64, "bits": 4}``, without a method."""
-
-    method = "mlx"
-
-
-class Mxfp4Config(DequantizedConfig):
-    """The format of GPT-OSS, which mlx-lm keeps packed."""
-
-    method = "mxfp4"
-
-
-class GptOssMxfp4Config(Mxfp4Config):
-    """The same format under vLLM's own name for GPT-OSS."""
-
-    method = "gpt_oss_mxfp4"
-
-
-INTEGER_METHODS = (
-    *("gptq", "auto_gptq", "gptq_marlin"),
-    *("awq", "auto_awq", "awq_marlin"),
+METHODS = (
+    *("fp8", "fbgemm_fp8", "mxfp8", "compressed-tensors", "quark"),
+    *("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"),
+    *("awq", "auto_awq", "awq_marlin", "gptq", "auto_gptq", "gptq_marlin"),
     *("auto-round", "inc", "moe_wna16"),
+    *("mxfp4", "gpt_oss_mxfp4", "mlx"),
 )
-"""vLLM's names of GPTQ, AWQ and AutoRound. Each may claim a checkpoint of another name, and
-restrict its dtype, unless all are replaced."""
+"""Methods of checkpoints that this package or mlx-lm reads, and vLLM's own names for them.
 
-
-def _configs() -> list[type[DequantizedConfig]]:
-    integers = [
-        type("PackedIntegersConfig", (DequantizedConfig,), {"method": name})
-        for name in INTEGER_METHODS
-    ]
-    return [
-        DequantizedConfig,
-        CompressedTensorsConfig,
-        ModelOptConfig,
-        MlxQuantizedConfig,
-        Mxfp4Config,
-        GptOssMxfp4Config,
-        *integers,
-    ]
+vLLM resolves ``modelopt`` with NVFP4 to ``modelopt_fp4``, ``awq`` to the kernels of its choice,
+GPT-OSS to ``gpt_oss_mxfp4``; each class may claim a checkpoint of another name. ``mlx`` is the
+format of mlx-community, which names no method.
+"""
 
 
 def register() -> None:
     """Register the stubs; idempotent."""
     bridge.allow_one_head_size_for_all_layers()
-    for config in _configs():
-        register_quantization_config(config.method)(config)
+    for method in METHODS:
+        stub_config = type("DequantizedConfig", (DequantizedConfig,), {"method": method})
+        register_quantization_config(method)(stub_config)
     for names, stub in (
         (architectures.PLAIN, MlxCausalLM),
         (architectures.STATEFUL, MlxHybridCausalLM),
