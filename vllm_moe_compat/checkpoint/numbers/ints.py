@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from vllm_moe_compat.checkpoint.experts import UNUSED_SCALES
 from vllm_moe_compat.checkpoint.findings import CONVERT, Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers.form import (
@@ -61,7 +60,7 @@ class IntTensors(FoundNumbers):
         weights: weight → its tensors.
         ops: weight → its operation; faulty weights have none.
         faults: the faults of weights.
-        unused: scales of activations.
+        unused: always empty.
     """
 
     form: NumberForm
@@ -166,8 +165,6 @@ class IntForm(NumberForm):
                 found.faults.append(self._finding(op, stored))
             else:
                 found.ops[weight] = op
-        if found.weights:
-            found.unused = [name for name in tensors if name.endswith(UNUSED_SCALES)]
         return found
 
     def _examine(
