@@ -72,13 +72,13 @@ def test_scales_find_their_weights_in_two_and_three_dimensions():
     }
 
 
-def test_e4m3_scales_of_packed_formats_are_no_weights():
+def test_e4m3_scales_of_packed_formats_are_no_fp8_weights():
     tensors = {
-        "a.weight": TensorInfo("U8", (4, 4)),
+        "a.weight": TensorInfo("U8", (4, 8)),
         "a.weight_scale": TensorInfo("F8_E4M3", (4, 1)),
     }
-    assert not detect(tensors, {}).numbers.found
-    assert not detect(infer_dtypes(tensors), {}).numbers.found
+    for described in (tensors, infer_dtypes(tensors)):
+        assert [found.form.name for found in detect(described, {}).numbers.found] == ["nvfp4"]
 
 
 def test_bytes_with_a_scale_and_bytes_without_any_are_fp8():

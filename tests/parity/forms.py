@@ -18,6 +18,7 @@ import torch
 from mlx.utils import tree_flatten
 
 from parity import experts as ex
+from parity import fp4
 from parity import quantization as qc
 from parity.dense import DENSE
 from parity.families import FAMILIES
@@ -59,6 +60,11 @@ class Form:
     mtp: bool = False
     packed: PackedForm | None = None
     tolerance: float = 0.0
+
+    @property
+    def fp4(self) -> bool:
+        """Whether weights are stored in FP4."""
+        return "fp4" in self.scheme
 
 
 @dataclass
@@ -112,6 +118,12 @@ FORMS = (
     Form("AWQ", "single", packed=awq_form(32), tolerance=RANDOM),
     Form("AWQ ragged", "single", packed=awq_form(32), ragged=True, tolerance=RANDOM),
     Form("AutoRound", "single", packed=auto_round_form("gptq", 8), tolerance=RANDOM),
+    Form("NVFP4", "single", "ct nvfp4"),
+    Form("ModelOpt NVFP4", "single", "modelopt nvfp4"),
+    Form("ModelOpt NVFP4 combined", "own combined", "modelopt nvfp4"),
+    Form("ModelOpt FP8 and NVFP4", "single", "modelopt nvfp4 mixed"),
+    Form("MXFP4", "single", "ct mxfp4", grain=1),
+    Form("FP4 of DeepSeek", "single", "deepseek fp4", grain=1),
 )
 FORM_BY_NAME = {form.name: form for form in FORMS}
 
@@ -149,7 +161,7 @@ def build(family: Family, form: Form) -> Cell:
     if form.packed is not None:
         layout = LAYOUTS[form.layout]
         return Cell(*packed_cell(family, form.packed, layout, _is_linear, form.ragged))
-    found = reference(family.name, form.ragged, form.grain)
+    found = reference(family.name, form.ragged, form.grain, form.fp4)
     if form.name == "saved":
         return Cell(Checkpoint(found.saved, found.config), found)
     if form.name == "in-library":
@@ -170,7 +182,8 @@ def build(family: Family, form: Form) -> Cell:
     if form.scheme:
         chosen = {name for name, value in rest.items() if _is_linear(name, value)}
         chosen |= {name for name in put if "bias" not in name}
-        tensors = _to_fp8(tensors, chosen, config, files, form)
+        turned = family.base in ex.TRANSPOSED
+        tensors = _to_fp8(tensors, chosen, config, files, form, turned)
         if form.mtp:  # nobody reads that layer: it may be incomplete
             for name in [name for name in tensors if name.startswith(family.mtp)][::5]:
                 del tensors[name]
@@ -229,7 +242,12 @@ def _is_linear(name: str, value: torch.Tensor) -> bool:
 
 
 def _to_fp8(
-    tensors: State, chosen: set[str], config: dict[str, Any], files: dict[str, Any], form: Form
+    tensors: State,
+    chosen: set[str],
+    config: dict[str, Any],
+    files: dict[str, Any],
+    form: Form,
+    turned: bool = False,
 ) -> State:
     """Return the tensors with the chosen ones in FP8, and describe that."""
     generator = torch.Generator().manual_seed(2)
@@ -238,10 +256,48 @@ def _to_fp8(
         if name not in chosen:
             stored[name] = value
             continue
+        if form.fp4 and _to_fp4(stored, name, value, form, generator, turned):
+            continue
         block = (1, value.shape[-1]) if form.scheme == "channel" else form.block
         stored[name], scale = quantize(value, block, form.grain, generator)
-        stored |= qc.scales(form.scheme, name, scale.to(form.scale))
+        scheme = "modelopt" if form.fp4 else form.scheme
+        stored |= qc.scales(scheme, name, scale.to(form.scale))
     kept = sorted(n.removesuffix(".weight") for n in tensors.keys() - chosen if tensors[n].ndim > 1)
+    if form.fp4:
+        config["quantization_config"] = fp4.config(form.scheme, kept)
+        return stored
     config["quantization_config"] = qc.config(form.scheme, form.block, form.scale, kept)
     files |= qc.files(form.scheme, kept)
     return stored
+
+
+def _to_fp4(
+    stored: State,
+    name: str,
+    value: torch.Tensor,
+    form: Form,
+    generator: torch.Generator,
+    turned: bool,
+) -> bool:
+    """Store a weight in FP4, or as floats where rows are no whole groups; False for FP8.
+
+    Columns under one scale are those that a product sums over, so combined experts that are
+    ``turned``, ``[E, I, O]``, are packed along ``I`` and stored in that order of axes.
+    """
+    scheme, mixed = form.scheme.removesuffix(" mixed"), form.scheme.endswith(" mixed")
+    if mixed and "expert" not in name:
+        return False
+    if scheme == "deepseek fp4" and "expert" not in name:
+        stored[name] = value
+        return True
+    mode = "nvfp4" if "nvfp4" in scheme else "mxfp4"
+    turned = turned and value.ndim == 3
+    matrix = value.mT if turned else value
+    if not fp4.fits(matrix, mode):
+        stored[name] = value
+        return True
+    packed, scale, shared = fp4.quantize(matrix, mode, form.grain, generator)
+    if turned:
+        packed, scale = packed.mT, scale.mT
+    stored |= fp4.tensors(scheme, name, packed, scale, shared)
+    return True

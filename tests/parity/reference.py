@@ -46,9 +46,14 @@ class Reference:
 
 
 @functools.cache
-def reference(name: str, ragged: bool = False, grain: float = GRAIN) -> Reference:
-    """Return the family's reference; callers must not change it."""
-    model = new_model(FAMILIES[name], ragged, grain)
+def reference(
+    name: str, ragged: bool = False, grain: float = GRAIN, steps: bool = False
+) -> Reference:
+    """Return the family's reference; callers must not change it.
+
+    Its matrices hold four significant bits, or with ``steps`` the six numbers of ``six_steps``.
+    """
+    model = new_model(FAMILIES[name], ragged, grain, steps)
     with torch.no_grad():
         logits = model(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
     assert np.isfinite(logits).all()
@@ -67,7 +72,7 @@ def new_config(family: Family, ragged: bool = False) -> Any:
     return getattr(transformers, name)(**family.settings(ragged))
 
 
-def new_model(family: Family, ragged: bool, grain: float) -> Any:
+def new_model(family: Family, ragged: bool, grain: float, steps: bool = False) -> Any:
     """Return the family's transformers model with random values in every tensor."""
     config = new_config(family, ragged)
     model_class = getattr(transformers, family.classes[1])
@@ -77,19 +82,20 @@ def new_model(family: Family, ragged: bool, grain: float) -> Any:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point() and tensor.numel():
-                tensor.copy_(_values(key, tensor, grain, generator))
+                tensor.copy_(_values(key, tensor, grain, generator, steps))
     return model
 
 
 def _values(
-    key: str, tensor: torch.Tensor, grain: float, generator: torch.Generator
+    key: str, tensor: torch.Tensor, grain: float, generator: torch.Generator, steps: bool
 ) -> torch.Tensor:
     leaf = key.rpartition(".")[2]
     if leaf == "A_log":  # mild decays; with strong ones the states are mostly noise
         return (torch.rand(tensor.shape, generator=generator) * 3 - 3).bfloat16().float()
     if tensor.ndim > 1 and tensor.shape[-1] > 1 and "bias" not in leaf:
         normal = torch.randn(tensor.shape, generator=generator).clamp(-3.99, 3.99)
-        return four_bits(normal) * 2.0 ** round(-math.log2(tensor.shape[-1]) / 2) * grain
+        rounded = six_steps(normal) if steps else four_bits(normal)
+        return rounded * 2.0 ** round(-math.log2(tensor.shape[-1]) / 2) * grain
     steps = torch.randint(-16, 17, tensor.shape, generator=generator) / 64
     return steps if "bias" in leaf or leaf == "sinks" else 1 + steps
 
@@ -100,6 +106,13 @@ def four_bits(values: torch.Tensor) -> torch.Tensor:
     exponent = exponent.clamp(min=-4)
     step = torch.ldexp(torch.ones_like(mantissa), exponent - 4)
     return (values / step).round() * step
+
+
+def six_steps(values: torch.Tensor) -> torch.Tensor:
+    """Round to 0, 1, 2, 3, 4 or 6 halves, which E2M1 has with a scale of 1 and of 1/2."""
+    steps = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
+    nearest = (values.abs()[..., None] - steps).abs().argmin(-1)
+    return steps[nearest] * values.sign()
 
 
 def _save(model: Any, folder: Path, **options: Any) -> tuple[State, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""FP8 of every convention, and configs of transformers 5, through vLLM's engine."""
+"""FP8 and FP4 of every convention, and configs of transformers 5, through vLLM's engine."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ pytestmark = [
         ("mixtral", "block FP8"),
         ("qwen3_5_moe_text", "saved"),
         ("ministral3", "per-tensor FP8"),
+        ("qwen3_moe", "NVFP4"),
+        ("qwen3_moe", "ModelOpt FP8 and NVFP4"),
+        ("qwen3_moe", "FP4 of DeepSeek"),
+        ("llama", "ModelOpt NVFP4"),
     ],
 )
 def test_the_tokens_are_mlx_lms(family: str, form: str, tmp_path: Path):

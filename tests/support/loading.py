@@ -38,9 +38,13 @@ def same_bits(left: Mapping[str, mx.array], right: Mapping[str, mx.array]) -> bo
     """Whether both hold the same names, dtypes and bits."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype
-        and mx.array_equal(left[name].view(mx.uint8), right[name].view(mx.uint8)).item()
+        and mx.array_equal(_bytes(left[name]), _bytes(right[name])).item()
         for name in left
     )
+
+
+def _bytes(array: mx.array) -> mx.array:
+    return array.reshape(-1).view(mx.uint8)
 
 
 def new_model(config: dict[str, Any]) -> Any:

@@ -82,7 +82,12 @@ class MlxFormat:
     @property
     def config(self) -> dict[str, int | str]:
         """The entry of mlx-lm's ``config["quantization"]`` for the format."""
-        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
+        found: dict[str, int | str] = {
+            "group_size": self.group,
+            "bits": self.bits,
+            "mode": self.mode,
+        }
+        return found | ({"global_scale": True} if self.global_scale else {})
 
     def __str__(self) -> str:
         return f"affine {self.bits}-bit g{self.group}" if self.mode == AFFINE else self.mode

@@ -190,14 +190,16 @@ def make_tensors(
     given = bands(weight, dequantize, parts, dtype, whole=whole, held=bool(held))
     shared: mx.array | None = None
     if dequantize is not None and held and held[0].global_scale:
-        shared = executor_of(dequantize).global_scale(dequantize, parts).reshape(lead)
+        shared = executor_of(dequantize).global_scale(dequantize, parts).reshape(*lead, -1)
     del weight, parts
     if transposed:
         given = _transposed(given)
     made = _fill(given, names, [_Target(shape, packing) for packing in packings], split)
     if shared is not None:
-        mx.eval(shared)
-        made |= {f"{name.removesuffix('.weight')}.global_scale": shared for name in names}
+        for number, name in enumerate(names):
+            mine = mx.contiguous(shared[..., min(number, shared.shape[-1] - 1)])
+            made[f"{name.removesuffix('.weight')}.global_scale"] = mine
+        mx.eval(made)
     return made
 
 

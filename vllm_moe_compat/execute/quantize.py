@@ -33,6 +33,7 @@ from vllm_moe_compat.execute.build_tensor import make_build, make_tensors
 from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, can_hold, decide
 from vllm_moe_compat.execute.run_plan import failure, widen_and_drop
 from vllm_moe_compat.execute.stack import Arrays
+from vllm_moe_compat.families.global_scale import take_global_scale
 from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.packing import Packing, Requantize
 from vllm_moe_compat.plan.planner import Plan
@@ -54,6 +55,8 @@ class QuantizedLoad:
         spare: modules, by the checkpoint's names, that are not quantised.
         float_dtype: dtype of tensors that are dequantised and not quantised.
         packed_dtype: dtype of the values that are quantised, and of affine scales.
+        corrects: whether the model computes in this process, so that its layers may get classes
+            of this package. Tensors that are only written are for mlx-lm's own layers.
     """
 
     plan: Plan
@@ -62,6 +65,7 @@ class QuantizedLoad:
     spare: Collection[str]
     float_dtype: str
     packed_dtype: str
+    corrects: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,9 @@ def sanitize_stand_ins(
     for build in (b for b in load.plan.builds if b not in made_early):
         names = tuple(places[build, index] for index in range(len(build.targets)))
         held = build.held
+        if held is not None and held.global_scale and load.corrects:
+            for name in names:
+                take_global_scale(modules.get(_module(name)))
         if held is not None and all(can_hold(modules.get(_module(n)), held) for n in names):
             paths = dict.fromkeys(map(_module, names), held)
             policy.formats |= paths

@@ -78,7 +78,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
     ),
     make_row(
         "deepseek_v41",
-        keeps=("fp8", "mxfp4 blocks"),
+        keeps=("fp8", "mxfp4"),
         roots=(),
     ),
     # DeepSeek-V3's language model under language_model, with a vision tower; released as int4.

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers import infer_dtypes
+from vllm_moe_compat.families.global_scale import take_global_scales
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load.context import LoadContext
 from vllm_moe_compat.load.options import load_options, serving_here
@@ -85,7 +86,13 @@ def run_load(
         spare = spared(load.planned.original, setting)
         packing = QUANTIZE_SETTINGS.get(setting)
         quantized = QuantizedLoad(
-            plan, tensors, packing, spare, serving.dtype, serving.packed_dtype
+            plan,
+            tensors,
+            packing,
+            spare,
+            serving.dtype,
+            serving.packed_dtype,
+            corrects=executor is None,
         )
         with bar(0 if executor else len(weights)) as done:
             sanitized, policy = (executor or load_quantized)(
@@ -99,6 +106,8 @@ def run_load(
             mark_dequantized(load.config)
         seconds = time.perf_counter() - start
         dtype = serving.dtype if packing is None else serving.packed_dtype
+    if executor is None:
+        take_global_scales(model, sanitized)
     return sanitized, LoadReport(
         path=path,
         module=plan.module,

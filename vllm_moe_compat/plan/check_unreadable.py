@@ -81,6 +81,16 @@ _ENDINGS = tuple(_BY_ENDING)
 _STATE = ".quant_state."
 _GGUF_NAME = re.compile(r"blk\.\d+\.(?:attn|ffn)_")
 
+_FORMATS: Mapping[str, tuple[str, ...]] = {
+    "float-quantized": ("fp8",),
+    "naive-quantized": ("fp8", "int-quantized"),
+    "int-quantized": ("int-quantized",),
+    "pack-quantized": ("pack-quantized",),
+    "nvfp4-pack-quantized": ("nvfp4",),
+    "mxfp4-pack-quantized": ("mxfp4",),
+}
+"""``format`` in configs of compressed-tensors → names of number forms."""
+
 OF_MLX_LM = frozenset({"awq", "bitnet", "gptq", "mxfp4", "mxfp8"})
 """Values of ``quant_method`` that ``load_model`` of mlx-lm has a branch for."""
 
@@ -133,6 +143,7 @@ def check_unreadable(
         )
         return
     yield from _contradictions(layout, method)
+    yield from _other_format(layout, config, method)
     if row is not None and not row.keeps and method not in OF_MLX_LM:
         yield from _unexplained(layout)
 
@@ -150,7 +161,7 @@ def _contradictions(layout: Layout, method: str | None) -> Iterator[Finding]:
     if method in (None, DEQUANTIZED):
         return
     for found in layout.numbers.found:
-        if method not in found.form.methods:
+        if method not in found.form.methods and not any(found.findings()):
             for name in found.weights:
                 yield _finding(
                     name,
@@ -158,6 +169,50 @@ def _contradictions(layout: Layout, method: str | None) -> Iterator[Finding]:
                     f"correct quantization_config in config.json, or {AGAIN}",
                     "weights in the form that config.json names",
                 )
+
+
+def _other_format(
+    layout: Layout, config: Mapping[str, Any], method: str | None
+) -> Iterator[Finding]:
+    """Yield weights of which none is in a form that the config declares."""
+    found = [f for f in layout.numbers.found if f.weights]
+    said = _declared(config, method)
+    if said is None or not found:
+        return
+    words, names = said
+    if names.isdisjoint(f.form.name for f in found):
+        for one in found:
+            for name in one.weights:
+                yield _finding(
+                    name,
+                    f"is {one.form.title}, and config.json says {words}",
+                    f"correct quantization_config in config.json, or {AGAIN}",
+                    "weights in the form that config.json names",
+                )
+
+
+def _declared(config: Mapping[str, Any], method: str | None) -> tuple[str, frozenset[str]] | None:
+    """Return the config's format in words and the names of its forms; None if it may be any."""
+    entry = next(iter(quantization_configs(config)), {})
+    if method == "compressed-tensors":
+        groups = entry.get("config_groups")
+        each = groups.values() if isinstance(groups, Mapping) else ()
+        formats = [g.get("format") for g in each if isinstance(g, Mapping) and g.get("format")]
+        formats = formats or [entry.get("format")]
+        known = dict.fromkeys(f for f in formats if isinstance(f, str) and f in _FORMATS)
+        if len(known) < len(set(map(str, formats))):
+            return None
+        names = frozenset(name for f in known for name in _FORMATS[f])
+        return f"format {' and '.join(map(repr, known))}", names
+    if method == "modelopt":
+        settings = entry.get("quantization")
+        algorithm = (settings if isinstance(settings, Mapping) else entry).get("quant_algo")
+        if not isinstance(algorithm, str):
+            return None
+        for part, name in (("NVFP4", "nvfp4"), ("MXFP4", "mxfp4"), ("FP8", "fp8")):
+            if part in algorithm:
+                return f"quant_algo {algorithm!r}", frozenset({name})
+    return None
 
 
 def _unexplained(layout: Layout) -> Iterator[Finding]:
@@ -170,8 +225,6 @@ def _unexplained(layout: Layout) -> Iterator[Finding]:
             continue
         if f"{name.removesuffix('.weight')}.scales" in layout.tensors:
             continue  # MLX's own form.
-        if f"{name}_scales" in layout.tensors or f"{name}_scale_2" in layout.tensors:
-            continue  # ``check_packed`` names it.
         yield _finding(name, f"is {info.dtype}, as which no form of weights is known")
 
 

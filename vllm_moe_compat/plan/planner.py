@@ -166,19 +166,16 @@ def _held(build: Build, row: Row) -> Build:
     """Return the build with the format in which MLX holds its targets, if there is one.
 
     Words can be stacked and cut into rows, but neither transposed nor split within a row, and
-    no ``sanitize`` can compute with them. Only expert layers have a global scale.
+    no ``sanitize`` can compute with them.
     """
     dequantize = build.dequantize
     if dequantize is None or dequantize.held is None or build.target.endswith(row.computed):
         return build
-    stacked = any(isinstance(op, StackExperts | SplitGateUp) for op in build.ops)
     moved = (op for op in build.ops if op is not dequantize)
     if not all(
         isinstance(op, StackExperts) or (isinstance(op, SplitGateUp) and op.axis == -2)
         for op in moved
     ):
-        return build
-    if dequantize.held.global_scale and not stacked and ".switch_mlp." not in build.target:
         return build
     return replace(build, held=dequantize.held)
 

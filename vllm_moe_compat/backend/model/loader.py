@@ -121,8 +121,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype, kept: Collection[str]) -> None:
     for name, module in model.named_modules():
         for key in list(module.keys()):
             value = module[key]
-            if not isinstance(value, mx.array):
-                continue
+            if not isinstance(value, mx.array) or key == "global_scale":
+                continue  # MLX's kernels take a global scale in float32 only.
             path = f"{name}.{key}" if name else key
             is_float = not key.startswith("_") and mx.issubdtype(value.dtype, mx.floating)
             if is_float and value.dtype != dtype and path not in kept and keep(path):

@@ -12,7 +12,15 @@ from typing import Any
 
 from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.checkpoint.numbers import awq, fp8, gptq, int_quantized, pack_quantized
+from vllm_moe_compat.checkpoint.numbers import (
+    awq,
+    fp8,
+    gptq,
+    int_quantized,
+    mxfp4,
+    nvfp4,
+    pack_quantized,
+)
 from vllm_moe_compat.checkpoint.numbers.form import Details, FoundNumbers, NumberForm, StoredWeight
 from vllm_moe_compat.checkpoint.operations import Dequantize
 from vllm_moe_compat.checkpoint.unused_scales import unused_scales
@@ -23,6 +31,8 @@ FORMS: list[NumberForm] = [
     int_quantized.FORM,
     gptq.FORM,
     awq.FORM,
+    nvfp4.FORM,
+    mxfp4.FORM,
 ]
 
 

@@ -6,10 +6,10 @@ There is one file per form, as in ``checkpoint/numbers``. ``EXECUTORS`` lists th
 from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.operations import Op
-from vllm_moe_compat.execute.numbers import fp8, ints
+from vllm_moe_compat.execute.numbers import fp4, fp8, ints
 from vllm_moe_compat.execute.numbers.executor import Executor
 
-EXECUTORS: dict[type[Op], Executor] = {**fp8.EXECUTORS, **ints.EXECUTORS}
+EXECUTORS: dict[type[Op], Executor] = {**fp8.EXECUTORS, **ints.EXECUTORS, **fp4.EXECUTORS}
 
 
 def executor_of(op: Op) -> Executor:

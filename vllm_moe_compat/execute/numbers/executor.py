@@ -70,7 +70,11 @@ class Executor(ABC):
         raise NotImplementedError(f"{type(op).__name__} holds nothing")
 
     def global_scale(self, op: Any, parts: Parts) -> mx.array:
-        """Return the float32 scale of each matrix, ``[N]``, where ``op.held`` has one."""
+        """Return the float32 scale of each matrix, where ``op.held`` has one.
+
+        Returns:
+            ``[N]``, or ``[N, 2]`` with one each for the gate and the up of combined experts.
+        """
         raise NotImplementedError(f"{type(op).__name__} has no global scale")
 
     def region(self, op: Any, weight: mx.array, region: Restriction) -> mx.array:
