@@ -334,7 +334,11 @@ def test_a_loaded_model_that_mlx_lm_saves_loads_again(tmp_path: Path):
 @pytest.mark.parametrize("form", ["NVFP4", "MXFP4", "ModelOpt FP8 and NVFP4"])
 def test_stock_mlx_lm_loads_what_is_converted(family: str, form: str, tmp_path: Path):
     made = cell(family, form)
-    convert(made.write(tmp_path / "source"), tmp_path / "converted", Options(dtype="float32"))
+    options = Options(dtype="float32")
+    report = convert(made.write(tmp_path / "source"), tmp_path / "converted", options)
+    widened = [note for note in report.notes if "are written as floats" in note]
+    # Shared experts are linear layers.
+    assert bool(widened) == (form == "NVFP4" or (family == "deepseek_v3" and "NVFP4" in form))
     ours = parameters(load(tmp_path / "source"))
     with stock():
         model, _ = mlx_lm.utils.load_model(tmp_path / "converted")
@@ -549,3 +553,54 @@ def test_kimi_k3s_experts_are_held(tmp_path: Path):
     assert (layer.up_proj.mode, layer.up_proj.weight.dtype) == ("mxfp4", mx.uint32)
     found, wanted = (np.array(model(mx.array([TOKENS]))[0]) for model in (held, plain))
     assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+# --- beside other forms, settings and modules ---------------------------------
+
+
+def test_quark_names_its_bytes_weight(tmp_path: Path):
+    made = cell("qwen3_moe", "MXFP4")
+    tensors = made.checkpoint.tensors
+    for name in [name for name in tensors if name.endswith("_packed")]:
+        tensors[name.removesuffix("_packed")] = tensors.pop(name)
+    made.checkpoint.config["quantization_config"] = {"quant_method": "quark"}
+    verdict = judge(made.write(tmp_path), made.reference, 1e-5)
+    assert verdict.word == "right", verdict
+    report = last_report()
+    assert report is not None
+    assert report.held_packed == 32
+
+
+def test_bytes_with_float_scales_are_no_fp4(tmp_path: Path):
+    """ModelOpt's W4A8 AWQ has integers in bytes, and scales to divide activations by."""
+    made = cell("qwen3_moe", "ModelOpt NVFP4")
+    tensors = made.checkpoint.tensors
+    tensors[f"{Q}_scale"] = tensors[f"{Q}_scale"].float()
+    with (
+        planned_loads() as plans,
+        pytest.raises(ValueError, match=r"q_proj\.weight is U8") as caught,
+    ):
+        load(made.write(tmp_path))
+    check_agreement(tmp_path, plans, str(caught.value))
+
+
+@pytest.mark.parametrize("form", ["NVFP4", "MXFP4"])
+def test_what_stays_packed_is_not_quantised_again(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_MOE_COMPAT_QUANTIZE", "8bit")
+    folder = cell("qwen3_moe", form).write(tmp_path)
+    with planned_loads() as plans, pytest.raises(ValueError, match="stay packed") as caught:
+        load(folder)
+    check_agreement(folder, plans, str(caught.value))
+
+
+@pytest.mark.parametrize("form", ["NVFP4", "ModelOpt NVFP4", "MXFP4"])
+def test_a_module_without_a_row_is_refused(form: str, tmp_path: Path):
+    made = cell("llama", form)
+    made.checkpoint.config["model_type"] = "helium"
+    folder = made.write(tmp_path)
+    with planned_loads() as plans, pytest.raises(ValueError, match="cannot be patched") as caught:
+        load(folder)
+    assert ("MXFP4" if form == "MXFP4" else "NVFP4") in str(caught.value)
+    check_agreement(folder, plans, str(caught.value))

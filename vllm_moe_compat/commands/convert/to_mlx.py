@@ -43,6 +43,7 @@ class _StandIns:
         pieces: id of a stand-in → its piece, and its name in the piece.
         keep: the stand-ins; their ids are unique only while they live.
         ignored: tensors of the checkpoint that the model does not use.
+        widened: number of weights that a load would hold packed, and mlx-lm's layers cannot.
     """
 
     def __init__(self, cast: str) -> None:
@@ -51,6 +52,7 @@ class _StandIns:
         self.pieces: dict[int, tuple[requantize.PackedBuild, str]] = {}
         self.keep: list[mx.array] = []
         self.ignored: frozenset[str] = frozenset()
+        self.widened = 0
 
     def __call__(
         self,
@@ -65,6 +67,7 @@ class _StandIns:
             layout = context.planned.layout
             self.ignored = frozenset() if layout is None else layout.ignored
         pending = self.pending = requantize.sanitize_stand_ins(load, weights, sanitize, model)
+        self.widened = load.plan.held - pending.policy.held
         if self._cast:
             kind, may = mlx_dtype(self._cast), _may_cast(model)
             for piece in pending.builds:
@@ -182,6 +185,11 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
             mx.clear_cache()
 
     notes: list[str] = []
+    if stand_ins.widened:
+        notes.append(
+            f"{stand_ins.widened:,} weights that a load holds packed are written as floats, since "
+            "mlx-lm's own layers cannot hold them: linear layers have no global scale (NVFP4)"
+        )
     tensors = read_headers(folder)
     source = Source(
         specs=specs,

@@ -133,7 +133,9 @@ def _quantization(config: Mapping[str, Any], layout: Layout, row: Row, extern: A
     if entry is None and isinstance(extern, dict):
         return ["hf_quant_config.json names FP8, and of ModelOpt's it takes only NVFP4"]
     method = entry.get("quant_method") if entry is not None else None
-    if method in ("compressed-tensors", "modelopt"):
+    accepted = ("NVFP4", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "pack-quantized")
+    says = {entry.get("format"), entry.get("quant_algo")} if entry is not None else set()
+    if method in ("compressed-tensors", "modelopt") and says.isdisjoint(accepted):
         return [f"quant_method {method} is taken for packed 4-bit formats only"]
     return []
 
