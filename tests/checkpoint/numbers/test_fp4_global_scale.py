@@ -18,6 +18,7 @@ from support.fp4 import LAYER, MLX_GLOBAL, cell
 from support.loading import TOKENS, load, parameters, same_bits
 from vllm_moe_compat.commands.convert.conversion import Options, convert
 from vllm_moe_compat.families.global_scale import take_global_scale
+from vllm_moe_compat.rewrite.written_layout import LAYOUTS, WrittenLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
@@ -124,5 +125,22 @@ def test_stock_mlx_lm_loads_what_is_converted(family: str, form: str, tmp_path: 
     # mlx-lm's linear layers have no global scale, so they are floats there.
     linear = found[f"{LAYER}.self_attn.o_proj.weight"]
     assert linear.dtype == (mx.uint32 if form == "MXFP4" else mx.float32)
+    verdict = judge(tmp_path / "converted", made.reference, 1e-5)
+    assert verdict.word == "right", verdict
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("qwen3_moe", "NVFP4"),
+        ("llama4", "ModelOpt NVFP4 combined"),  # stored turned
+        ("deepseek_v3", "ModelOpt FP8 and NVFP4"),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp4_becomes_floats_in_any_layout(family: str, form: str, layout: str, tmp_path: Path):
+    made = cell(family, form)
+    options = Options(layout=WrittenLayout(experts=layout), dtype="float32")
+    convert(made.write(tmp_path / "source"), tmp_path / "converted", options)
     verdict = judge(tmp_path / "converted", made.reference, 1e-5)
     assert verdict.word == "right", verdict
