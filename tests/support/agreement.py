@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.commands.inspect.collect import SHOWN, inspect
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.load import hooks
 from vllm_moe_compat.plan.make import PlannedLoad
@@ -31,7 +31,7 @@ def planned_loads() -> Iterator[list[PlannedLoad]]:
 
 
 def check_agreement(folder: Path, plans: list[PlannedLoad], refusal: str | None) -> None:
-    """See that inspect says what the load did: verdict, exit code, message, steps.
+    """See that inspect says what the load did: verdict, exit code, message, steps, warnings.
 
     Args:
         folder: of the checkpoint.
@@ -56,3 +56,6 @@ def check_agreement(folder: Path, plans: list[PlannedLoad], refusal: str | None)
     put_in = [words for _, words in planned.fixes]
     wanted = steps(planned.plan, planned.layout, planned.row, planned.translated, put_in)
     assert report.ours.steps == wanted
+    warned = [found.message for found in report.findings if found.id == "setting-unknown"]
+    own = [found.message for found in planned.warnings if found.id == "setting-unknown"]
+    assert warned[:SHOWN] == own[:SHOWN]

@@ -87,6 +87,11 @@ def resolve(config: Mapping[str, Any]) -> Settings:
     return _resolve(config).settings
 
 
+def has_class(config: Mapping[str, Any]) -> bool:
+    """Whether a config class of transformers resolves the config."""
+    return any(config_class(section) is not None for section in (config, text_section(config)))
+
+
 def _resolve(config: Mapping[str, Any]) -> Resolved:
     cls = config_class(config)
     if cls is not None:

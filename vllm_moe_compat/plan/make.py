@@ -33,6 +33,7 @@ from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
+from vllm_moe_compat.plan.check_settings import check_settings
 from vllm_moe_compat.plan.check_unreadable import check_unreadable
 from vllm_moe_compat.plan.effective_config import Settings, effective_config, text_section
 from vllm_moe_compat.plan.faults import (
@@ -248,6 +249,9 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
                 translated += (TYING,)
             names = _with_heads(names, heads, headers.tensors)
             headers = replace(headers, tensors=names.of(headers.tensors))
+            wrong, unknown = check_settings(module, config, settings)
+            faults += wrong
+            warnings += unknown
             layout = detect(headers.tensors, effective, row.ignored)
             foreign = [*unmerged(layout.tensors)] or [
                 *unknown_names(layout.tensors, row, modules.mlx_lm().words_of(row))

@@ -65,6 +65,14 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
         "warning",
         "transformers is not installed, so settings that `config.json` leaves out are unknown",
     ),
+    "setting-fixed": (
+        "error",
+        "`config.json` has a setting that mlx-lm's module computes with other values only",
+    ),
+    "setting-unknown": (
+        "warning",
+        "`config.json` has a setting, other than its default, that nobody has tried",
+    ),
     "experts-none": ("warning", "the config declares experts, and no layer has any"),
     "experts-twice": ("error", "a layer has its experts twice"),
     "experts-gap": ("error", "experts are missing, or there are more than in the config"),
