@@ -20,7 +20,7 @@ SCRIPTS = ROOT / "scripts" / "docs"
 AGAIN = "run scripts/docs/supported-checkpoints --record"
 
 
-PAGES = ("supported_checkpoints", "removal", "environment")
+PAGES = ("supported_checkpoints", "removal", "environment", "settings")
 
 
 def script(name: str) -> Any:
