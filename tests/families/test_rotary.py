@@ -29,7 +29,7 @@ from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.families.fixes.rotary_embedding import RotaryEmbedding, computes
 from vllm_moe_compat.families.fixes.rotary_frequencies import Rotary
 from vllm_moe_compat.families.fixes.rotary_frequencies import rotary as defined
-from vllm_moe_compat.plan.make import PlannedLoad
+from vllm_moe_compat.plan.planned_load import PlannedLoad
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

@@ -18,7 +18,7 @@ from support.loading import distance, load, new_model, parameters, read, same_bi
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.plan.build import Build
-from vllm_moe_compat.plan.make import PlannedLoad
+from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 
 LIMIT = 1e-5

@@ -17,7 +17,7 @@ from parity.refused import REFUSED
 from parity.verdict import Verdict, judge, stock
 from support.agreement import check_agreement, planned_loads
 from vllm_moe_compat.load.report import last_report
-from vllm_moe_compat.plan.make import PlannedLoad
+from vllm_moe_compat.plan.planned_load import PlannedLoad
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 

@@ -12,7 +12,7 @@ import pytest
 from vllm_moe_compat.commands.inspect.collect import SHOWN, inspect
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.load import hooks
-from vllm_moe_compat.plan.make import PlannedLoad
+from vllm_moe_compat.plan.planned_load import PlannedLoad
 
 
 @contextmanager

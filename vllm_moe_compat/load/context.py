@@ -17,7 +17,7 @@ from typing import Any
 from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
 from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.plan.make import PlannedLoad
+from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 
 _BYTES = ("U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")

@@ -29,8 +29,9 @@ from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import estimate
-from vllm_moe_compat.plan.make import make, name_module, read_headers_of
+from vllm_moe_compat.plan.make import make, name_module
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
+from vllm_moe_compat.plan.planned_load import read_headers_of
 from vllm_moe_compat.plan.serving import NONE
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)

@@ -28,7 +28,8 @@ from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.heads import KEY as TYING
 from vllm_moe_compat.plan.heads import apply_tying
-from vllm_moe_compat.plan.make import PlannedLoad, make, read_headers_of
+from vllm_moe_compat.plan.make import make
+from vllm_moe_compat.plan.planned_load import PlannedLoad, read_headers_of
 from vllm_moe_compat.plan.serving import Serving
 from vllm_moe_compat.rewrite.outcome import results
 from vllm_moe_compat.rewrite.planner import plan_rewrite

@@ -38,7 +38,8 @@ from vllm_moe_compat.families.modules import OWN_CODE
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.config_class import installed
 from vllm_moe_compat.plan.faults import of_error
-from vllm_moe_compat.plan.make import Headers, PlannedLoad, make
+from vllm_moe_compat.plan.make import make
+from vllm_moe_compat.plan.planned_load import Headers, PlannedLoad
 from vllm_moe_compat.plan.serving import installed_device, serving
 
 SHOWN = 8

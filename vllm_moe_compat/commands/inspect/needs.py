@@ -14,8 +14,8 @@ from vllm_moe_compat.families.row import Cache
 from vllm_moe_compat.load.memory import host_memory
 from vllm_moe_compat.load.report import size
 from vllm_moe_compat.plan.estimate import estimate
-from vllm_moe_compat.plan.make import PlannedLoad
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
+from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 from vllm_moe_compat.plan.serving import NONE
 
