@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families.modules import mlx_lm
+from vllm_moe_compat.families.released_settings import is_released
 from vllm_moe_compat.families.settings_record import (
     ROPE,
     Class,
@@ -62,7 +63,9 @@ def check_settings(
                 faults.append(Fault("setting-fixed", message, remedy, UnsupportedCheckpointError))
             else:
                 warnings.append(_warning(message))
-        elif found is None and value not in OFF and (resolved or name in given):
+        elif found is not None or value in OFF or is_released(name, value):
+            continue
+        elif resolved or name in given:
             default = _default(name, config) if resolved else UNKNOWN
             if default is UNKNOWN and not reads(module, name):
                 strange.append(f"{name} = {_short(value)}")
