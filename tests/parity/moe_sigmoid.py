@@ -112,8 +112,6 @@ SIGMOID = (
         zero_expert_num=2,
         moe_topk=2,
         routed_scaling_factor=1.5,
-        tolerance=5e-5,
-        note="the epsilon of the latent norms is 1e-5 in mlx-lm, 1e-6 in transformers",
         mtp="model.mtp.layers.0.",
     ),
     causal(

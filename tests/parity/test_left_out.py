@@ -35,7 +35,6 @@ OWN = [f for f in FAMILIES.values() if "mixed" not in f.name and f.module != "db
 BARE = [f for f in OWN if " " not in f.name]
 # Where the class's defaults ask for what the module does not compute, whatever is left out.
 OTHER_FAULTS = {
-    "glm4_moe_lite": "float32 noise above the tolerance",
     "gpt_oss": "yarn without truncation",
     "hunyuan_v1_moe": "a head of its own",
     "kimi_k25": "a tied head",

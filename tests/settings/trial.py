@@ -27,7 +27,7 @@ from settings.baselines import Config, Path
 from settings.values import ABSENT, LONG, SHORT
 from support.agreement import planned_loads
 from vllm_moe_compat.errors import CompatError
-from vllm_moe_compat.plan import make
+from vllm_moe_compat.plan import settle_settings
 
 AGREES = 1e-4
 ROUNDS = 1e-3
@@ -191,7 +191,7 @@ def without_record() -> Iterator[None]:
         return [], []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make, "check_settings", nothing)
+        patch.setattr(settle_settings, "check_settings", nothing)
         yield
 
 

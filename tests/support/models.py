@@ -159,6 +159,8 @@ MODULE_PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "lm_head_bias": True,
             "original_max_position_embeddings": 4096,
             "rope_scaling": {
                 "type": "longrope",
@@ -314,7 +316,12 @@ MODULE_PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma4_text, shared keys": (
         "gemma4_text",
         "Gemma4ForCausalLM",
-        {**_GEMMA4, "layer_types": _SLIDING, "num_kv_shared_layers": 2},
+        {
+            **_GEMMA4,
+            "layer_types": _SLIDING,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,  # Another default in transformers.
+        },
     ),
     "mimo_v2_flash": (
         "mimo_v2_flash",
@@ -322,14 +329,19 @@ MODULE_PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             **_ROUTED,
             "hybrid_layer_pattern": [0, 1, 1, 0],
+            "layer_types": [_SLIDING[1], *_SLIDING[:1] * 2, _SLIDING[1]],
             "moe_layer_freq": [0, 1, 1, 1],
             "add_swa_attention_sink_bias": True,
             "add_full_attention_sink_bias": False,
             "sliding_window_size": 24,
+            "sliding_window": 24,
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
             "layernorm_epsilon": 1e-6,
+            # What transformers' class has without rope_parameters.
+            "rope_theta": 5000000.0,
             "swa_rope_theta": 10000.0,
+            "partial_rotary_factor": 0.334,
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 4,
             "num_key_value_heads": 2,
@@ -337,7 +349,6 @@ MODULE_PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "v_head_dim": 16,
             "swa_head_dim": 24,
             "swa_v_head_dim": 16,
-            "partial_rotary_factor": 0.5,
         },
     ),
     # Chunks.
@@ -545,7 +556,13 @@ MODULE_PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_LATENT,
             "head_dim": None,
             "rope_parameters": {
-                **_ROPE,
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
                 "llama_4_scaling_beta": 0.1,
                 "original_max_position_embeddings": 16,
             },

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes import latent_norms
 from vllm_moe_compat.families.row import (
     COMBINED,
     NEVER_TIED,
@@ -124,6 +125,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
             ),
         ),
         translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
+        fixes=latent_norms.OF_CONFIG,
         defaults=(("rope_theta", 10000.0),),
         head=NEVER_TIED,
     ),
@@ -153,6 +155,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
+        fixes=latent_norms.OF_CONFIG,
         head=OWN_HEAD,
     ),
     moe_row("dots1", PLAIN, workarounds.CONFIG),
@@ -170,6 +173,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
                 ("mla_scale_kv_lora", True),
             ),
             cache=Cache(attentions=2),
+            fixes=latent_norms.OF_MLX,
             head=OWN_HEAD,
         )
         for module in ("longcat_flash", "longcat_flash_ngram")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes import latent_norms
 from vllm_moe_compat.families.row import HEAD_IF_STORED, OWN_HEAD, Cache, Row
 from vllm_moe_compat.families.row_builders import ANY_ROOT, LIFTED, NESTED_ROOTS, make_row
 
@@ -35,7 +36,8 @@ DENSE_ROWS: tuple[Row, ...] = (
         head=HEAD_IF_STORED,
         sanitize_wrapper=sanitize_wrappers.own_head,
     ),
-    *(make_row(m, workarounds.FP8) for m in ("qwen3", "youtu_llm")),
+    make_row("qwen3", workarounds.FP8),
+    make_row("youtu_llm", workarounds.FP8, fixes=latent_norms.OF_CONFIG),
     make_row(
         "qwen3_vl",
         workarounds.FP8,
@@ -46,6 +48,7 @@ DENSE_ROWS: tuple[Row, ...] = (
         "minicpm3",
         workarounds.FP8,
         translations=(settings_by_family.MINICPM_ROPE,),
+        fixes=latent_norms.OF_MLX,
         cache=Cache(expands_latent=True),
         head=OWN_HEAD,
     ),

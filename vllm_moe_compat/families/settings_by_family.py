@@ -196,29 +196,55 @@ def _mimo(config: Section, text: Section) -> bool:
     kinds, mlps, rope = (text.get(k) for k in ("layer_types", "mlp_layer_types", "rope_parameters"))
     if not isinstance(kinds, list) or not isinstance(mlps, list) or not isinstance(rope, dict):
         return False
-    if text.get("hybrid_layer_pattern") is not None:
-        return False  # A release says it in the module's words.
     full, sliding = (section(rope.get(f"{kind}_attention")) for kind in ("full", "sliding"))
     heads = text.get("num_key_value_heads")
+    said_by_class = {
+        "hybrid_layer_pattern": [int(kind == "sliding_attention") for kind in kinds],
+        "moe_layer_freq": [int(kind == "sparse") for kind in mlps],
+        "sliding_window_size": text.get("sliding_window"),
+        "layernorm_epsilon": text.get("rms_norm_eps"),
+        "rope_theta": full.get("rope_theta"),
+        "swa_rope_theta": sliding.get("rope_theta"),
+        "partial_rotary_factor": full.get("partial_rotary_factor", 1.0),
+    }
+    if text.get("hybrid_layer_pattern") is not None:  # A release says it in the module's words.
+        _agree(text, said_by_class)
+        return False
     text.update(
-        hybrid_layer_pattern=[int(kind == "sliding_attention") for kind in kinds],
-        moe_layer_freq=[int(kind == "sparse") for kind in mlps],
+        **said_by_class,
         add_swa_attention_sink_bias=True,
         add_full_attention_sink_bias=False,
-        sliding_window_size=text.get("sliding_window"),
         n_shared_experts=None,
         topk_method="noaux_tc",
         scoring_func="sigmoid",
-        layernorm_epsilon=text.get("rms_norm_eps"),
-        rope_theta=full.get("rope_theta"),
-        swa_rope_theta=sliding.get("rope_theta"),
         swa_num_attention_heads=text.get("num_attention_heads"),
         swa_num_key_value_heads=2 * heads if isinstance(heads, int) else None,
         swa_head_dim=text.get("head_dim"),
         swa_v_head_dim=text.get("v_head_dim"),
-        partial_rotary_factor=full.get("partial_rotary_factor", 1.0),
     )
     return True
+
+
+_MIMO_WORDS = {
+    "hybrid_layer_pattern": "layer_types",
+    "moe_layer_freq": "mlp_layer_types",
+    "sliding_window_size": "sliding_window",
+    "layernorm_epsilon": "rms_norm_eps",
+    "rope_theta": "rope_parameters.full_attention.rope_theta",
+    "swa_rope_theta": "rope_parameters.sliding_attention.rope_theta",
+    "partial_rotary_factor": "rope_parameters.full_attention.partial_rotary_factor",
+}
+"""Keys of the release, which transformers' class ignores → keys of the class."""
+
+
+def _agree(text: Section, expected: Section) -> None:
+    """Refuse keys of the release that contradict what transformers' class says without them."""
+    for key, value in expected.items():
+        if text.get(key) not in (None, value):
+            raise UnsupportedCheckpointError(
+                f"config.json: {key} is {text[key]!r}, expected {value!r}, since transformers "
+                f"ignores it and reads {_MIMO_WORDS[key]}; set {_MIMO_WORDS[key]} to the same."
+            )
 
 
 MIMO = SettingTranslation(

@@ -25,6 +25,9 @@ GEMMA2 = {
     "rms_norm_eps": 1e-6,
     "vocab_size": 64,
     "query_pre_attn_scalar": 16,
+    # No token is outside a window; a window that is put in brings masks of five axes along.
+    "sliding_window": 64,
+    "max_position_embeddings": 64,
 }
 
 

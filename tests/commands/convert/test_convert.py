@@ -321,6 +321,7 @@ def test_what_mlx_lm_computes_otherwise_is_said(tmp_path: Path):
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 64,
         "vocab_size": 96,
+        "tie_word_embeddings": True,
     }
     tensors = {
         name: torch.zeros(array.shape) for name, array in parameters(new_model(config)).items()

@@ -23,7 +23,7 @@ from vllm_moe_compat.commands.status import command as status
 from vllm_moe_compat.errors import SettingError
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
-from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.families.row import Row, SettingTranslation
 from vllm_moe_compat.load.hook_status import PATCHED
 from vllm_moe_compat.probes import evidence
 from vllm_moe_compat.probes.status import status_of
@@ -95,14 +95,19 @@ def test_what_is_not_probed_is_said(capsys: pytest.CaptureFixture[str]):
 def test_a_module_that_goes_wrong_is_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    def opposite(config: dict[str, Any], text: dict[str, Any]) -> bool:
+        text["norm_topk_prob"] = not text["norm_topk_prob"]
+        return True
+
     row = TRANSFORMS_BY_MODULE[OLMOE]
-    monkeypatch.setitem(TRANSFORMS_BY_MODULE, OLMOE, replace(row, translations=()))
+    wrong = SettingTranslation("norm_topk_prob", "the opposite is right", opposite)
+    monkeypatch.setitem(TRANSFORMS_BY_MODULE, OLMOE, replace(row, translations=(wrong,)))
     code, found = as_json(capsys, "--module", "olmoe")
     assert code == 1
     assert found["rows"][0]["state"] == "broken"
     assert found["problems"] == [f"{OLMOE}: broken, {found['rows'][0]['reason']}"]
     assert run("--module", "olmoe") == 1
-    assert f"Problem: {OLMOE}: broken, olmoe, saved config: wrong" in capsys.readouterr().out
+    assert f"Problem: {OLMOE}: broken, olmoe, release: wrong" in capsys.readouterr().out
 
 
 def test_an_unpatchable_module_is_a_problem(
