@@ -52,7 +52,7 @@ class Evidence:
     """What the trials of one setting showed.
 
     ``usual`` are the values that baselines have, and the config class's default; ``movers`` are
-    right, and moved the logits.
+    right, and moved the logits. ``beside`` says that it was changed, right, beside others.
     """
 
     right: list[Any] = field(default_factory=list)
@@ -60,6 +60,7 @@ class Evidence:
     usual: list[Any] = field(default_factory=list)
     movers: list[Any] = field(default_factory=list)
     tried: bool = False
+    beside: bool = False
 
 
 def rows_of(folder: FilePath) -> Iterator[Row]:
@@ -97,12 +98,11 @@ def record_of(rows: Sequence[Row]) -> Record:
                 evidence[name].usual.append(value)
             elif row["outcome"] in WRONG and _counts(name, value, row["outcome"]):
                 evidence[name].wrong.append(value)
-        elif row["outcome"] in RIGHT:
+        if not row["setting"] and row["outcome"] in RIGHT:
             for other, own in row["settings"].items():
                 evidence[other].usual.append(own)
-                if row["plain"].get(other, own) != own:  # It is changed beside others.
-                    evidence[other].tried = True
-                    evidence[other].movers += [own] * (row["outcome"] == "moves with")
+                if row["plain"].get(other, ABSENT) != own:  # It is changed beside others.
+                    evidence[other].beside = True
     for row in (row for row in rows if row["outcome"] in WRONG and not changed_by(row)[0]):
         evidence = found[row["module"], row["kind"]]
         changed = [n for n in BLAMED if row["settings"].get(n) != row["plain"].get(n)]
@@ -111,7 +111,7 @@ def record_of(rows: Sequence[Row]) -> Record:
             evidence[name].wrong.append(row["settings"][name])
     record: Record = {}
     for (module, kind), settings in sorted(found.items()):
-        tried = {n: e for n, e in settings.items() if e.tried or e.usual}
+        tried = {n: e for n, e in settings.items() if e.tried or e.beside or e.usual}
         own = [row for row in rows if (row["module"], row["kind"]) == (module, kind)]
         classes = {n: classify(module, n, e, own) for n, e in tried.items()}
         record.setdefault(module, {})[kind] = _without_repeats(classes)
@@ -146,7 +146,7 @@ def classify(module: str, name: str, found: Evidence, rows: Iterable[Row]) -> Cl
         if several and any(map(_is_number, found.right)):
             return {"not": _unique(wrong)}
         return _unique(found.right)
-    if not found.tried and not _is_size(name):
+    if not found.tried and not found.beside and not _is_size(name):
         return _unique(found.right)  # transformers refuses every other value.
     if found.tried and not found.movers:
         return INERT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.fixes import latent_norms
+from vllm_moe_compat.families.fixes.multipliers import KEY_MULTIPLIER
 from vllm_moe_compat.families.row import HEAD_IF_STORED, OWN_HEAD, Cache, Row
 from vllm_moe_compat.families.row_builders import ANY_ROOT, LIFTED, NESTED_ROOTS, make_row
 
@@ -23,7 +24,13 @@ DENSE_ROWS: tuple[Row, ...] = (
         make_row(m, workarounds.FP8, workarounds.CONFIG)
         for m in ("granite", "ernie4_5", "starcoder2")
     ),
-    make_row("falcon_h1", workarounds.FP8, workarounds.CONFIG, computed=FALCON_MULTIPLIED),
+    make_row(
+        "falcon_h1",
+        workarounds.FP8,
+        workarounds.CONFIG,
+        computed=FALCON_MULTIPLIED,
+        fixes=(KEY_MULTIPLIER,),
+    ),
     *(
         make_row(m, workarounds.FP8, workarounds.CONFIG, head=OWN_HEAD)
         for m in ("glm4", "stablelm")
