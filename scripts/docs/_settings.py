@@ -45,8 +45,8 @@ transformers with those of the folder as it is loaded.
 
 A setting that is in none of these lists, with another value than its default, is a WARNING in \
 the log and the finding `setting-unknown` of [`inspect`](inspect.md). Token ids, dropout, \
-training and output settings are not listed: they never change the logits of text. A name in \
-parentheses is the kind of rotary embedding.
+training and output settings are not listed: they never change the logits of text. Rotary \
+settings stand under the kind of embedding that they belong to: `rope_parameters (yarn)`.
 
 {sections}"""
 
@@ -67,7 +67,12 @@ def section(module: str, kind: str, kinds: dict[str, dict[str, Class]]) -> str:
 
 
 def names_of(classes: Classes, word: str) -> list[str]:
-    return [name for name, found in classes.items() if found == word]
+    """Return the settings of a class; rotary ones of one kind of embedding are one name."""
+    names = [name for name, found in classes.items() if found == word]
+    kinds = [name.partition(" (")[2].rstrip(")") for name in names]
+    common = [name for name, kind in zip(names, kinds, strict=True) if not kind]
+    rotary = [f"rope_parameters ({kind})" for kind in sorted(set(kinds) - {""})]
+    return [*common, *rotary]
 
 
 def folded(heading: str, names: list[str]) -> Iterator[str]:
