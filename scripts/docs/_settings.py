@@ -69,6 +69,8 @@ def section(module: str, kind: str, kinds: dict[str, dict[str, Class]]) -> str:
 def names_of(classes: Classes, word: str) -> list[str]:
     """Return the settings of a class; rotary ones of one kind of embedding are one name."""
     names = [name for name, found in classes.items() if found == word]
+    if word == INERT:
+        return names  # A kind of embedding has inert settings beside others.
     kinds = [name.partition(" (")[2].rstrip(")") for name in names]
     common = [name for name, kind in zip(names, kinds, strict=True) if not kind]
     rotary = [f"rope_parameters ({kind})" for kind in sorted(set(kinds) - {""})]
