@@ -46,6 +46,8 @@ _NO_PART_OF_A_SHAPE = {
     "head",
     "embedding",
     "aliases",
+    "defaults",
+    "limits",
 }
 
 
