@@ -166,16 +166,23 @@ def test_minimax_with_linear_attention_is_another_model(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"no_rope_layers": [1, 0, 1, 0]}, {"moe_layers": [0, 1]}], ids=str
+    ("changes", "named"),
+    [
+        ({"no_rope_layers": [1, 0, 1, 0]}, "layer_types"),  # The class derives them.
+        ({"moe_layers": [0, 1]}, "moe_layers"),
+    ],
+    ids=str,
 )
-def test_llama_4_with_irregular_layers_is_refused(changes: dict[str, Any], tmp_path: Path):
+def test_llama_4_with_irregular_layers_is_refused(
+    changes: dict[str, Any], named: str, tmp_path: Path
+):
     family = Family(
         "llama4_text irregular",
         "llama4",
         ("Llama4TextConfig", "Llama4ForCausalLM"),
         LLAMA_4 | changes,
     )
-    refused(save(family, tmp_path), next(iter(changes)))
+    refused(save(family, tmp_path), named)
 
 
 def test_a_dense_llama4_text_is_left_to_the_module_of_that_name():

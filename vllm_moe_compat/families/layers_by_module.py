@@ -49,6 +49,7 @@ FIXES: dict[str, tuple[ForwardFix, ...]] = {
     "lfm2_moe": (BOTH,),
     "kimi_linear": (layer_types.needs("full_attention", "linear_attention"),),
     "mellum": (layer_types.needs("full_attention"),),
+    "minimax": (layer_types.MINIMAX,),
 }
 
 

@@ -170,7 +170,6 @@ MOE_ROWS: tuple[Row, ...] = (
         workarounds.CONFIG,
         dropped_upstream=LLAMA_VISION,
         text_types=("llama4_text",),
-        translations=(settings_by_family.LLAMA4_LAYERS,),
         aliases=((r"^(model|lm_head)\.", r"language_model.\1."),),
         roots=("language_model.model.",),
         head=OWN_HEAD,
@@ -251,7 +250,7 @@ MOE_ROWS: tuple[Row, ...] = (
         "minimax",
         BLOCK_SPARSE,
         renames=BLOCK_NAMES,
-        translations=(settings_by_family.MINIMAX_KIND, settings.ROTARY_DIM),
+        translations=(settings.ROTARY_DIM,),
         defaults=(("shared_intermediate_size", 0),),
     ),
     moe_row(

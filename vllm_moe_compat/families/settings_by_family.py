@@ -145,43 +145,6 @@ def has_llama4_experts(config: Mapping[str, Any]) -> bool:
     return bool(layers) if isinstance(layers, list) else bool(step)
 
 
-def _llama4_layers(config: Section, text: Section) -> bool:
-    """Refuse layers that the module, which counts them by periods, would build differently."""
-    count, step = text.get("num_hidden_layers"), text.get("interleave_moe_layer_step")
-    if not isinstance(count, int) or not isinstance(step, int) or not 0 < count < 10_000:
-        return False
-    wanted = {
-        "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(count)],
-        "moe_layers": list(range(step - 1, count, step)) if step > 0 else [],
-    }
-    for key, expected in wanted.items():
-        if text.get(key) not in (None, [], expected):
-            raise UnsupportedCheckpointError(
-                f"config.json: {key} is {text[key]!r}, expected {expected!r}, since mlx-lm's "
-                "module counts these layers by periods; serve this model elsewhere than on MLX."
-            )
-    return False
-
-
-LLAMA4_LAYERS = SettingTranslation(
-    "layers", "no_rope_layers and moe_layers are not read", _llama4_layers
-)
-
-
-def _lightning(config: Section, text: Section) -> bool:
-    kinds = [*kinds_of(text, "layer_types"), *kinds_of(text, "attn_type_list")]
-    if any(kind in ("linear_attention", 0) for kind in kinds):
-        raise UnsupportedCheckpointError(
-            "config.json: it has layers with linear attention, expected full attention in all, "
-            "since mlx-lm's minimax is the later MiniMax-M2; serve this model elsewhere than on "
-            "MLX."
-        )
-    return False
-
-
-MINIMAX_KIND = SettingTranslation("minimax", "the module is shared with another model", _lightning)
-
-
 def _minicpm_rope(config: Section, text: Section) -> bool:
     if text.get("rope_scaling") is not None:
         return False

@@ -20,6 +20,7 @@ from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families import modules
+from vllm_moe_compat.families.config_classes import config_classes
 from vllm_moe_compat.families.release_defaults import CLASS_OF
 
 Settings = dict[str, Any]
@@ -134,13 +135,12 @@ def _classes() -> Any:
         if hidden:
             os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
             sys.modules.update(hidden)  # None: it is not there.
-        from transformers import CONFIG_MAPPING
+        return config_classes()
     except ImportError:
         return None
     finally:
         for name in hidden:
             sys.modules.pop(name, None)
-    return CONFIG_MAPPING
 
 
 def _clean(config: Mapping[str, Any]) -> Settings:

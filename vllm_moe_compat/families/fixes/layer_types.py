@@ -113,6 +113,13 @@ def _llama4(settings: Settings) -> str | None:
     if not isinstance(kinds, list) or not isinstance(ropes, list):
         return None
     period = [(index + 1) % 4 != 0 for index in range(len(kinds))]
+    step, sparse = settings.get("interleave_moe_layer_step"), settings.get("moe_layers")
+    every = list(range(step - 1, len(kinds), step)) if isinstance(step, int) and step > 0 else []
+    if isinstance(sparse, list) and sparse and sparse != every:
+        raise UnsupportedCheckpointError(
+            f"config.json: moe_layers is {sparse!r}, expected {every!r}, since mlx-lm's module "
+            "counts these layers by a period; serve this model elsewhere than on MLX."
+        )
     for key, found in (
         ("layer_types", [kind != FULL for kind in kinds]),
         ("no_rope_layers", [bool(rope) for rope in ropes]),
@@ -123,6 +130,19 @@ def _llama4(settings: Settings) -> str | None:
                 "fourth layer a full-attention one without rotary embedding, and at least one; "
                 "serve this model elsewhere than on MLX."
             )
+    return None
+
+
+def _lightning(settings: Settings) -> str | None:
+    """Refuse MiniMax's first models; the module of that name is MiniMax-M2's."""
+    lists = [settings.get(key) for key in ("layer_types", "attn_type_list")]
+    kinds = [kind for found in lists if isinstance(found, list) for kind in found]
+    if any(kind in ("linear_attention", 0) for kind in kinds):
+        raise UnsupportedCheckpointError(
+            "config.json: it has layers with linear attention, expected full attention in all, "
+            "since mlx-lm's minimax is the later MiniMax-M2; serve this model elsewhere than on "
+            "MLX."
+        )
     return None
 
 
@@ -158,3 +178,4 @@ EXAONE_MOE = ForwardFix(
     _without_rope,
 )
 LLAMA_4 = _refusal("the kinds of layers have a fixed period", _llama4)
+MINIMAX = _refusal("the module is shared with another model", _lightning)

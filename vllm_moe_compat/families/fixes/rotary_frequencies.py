@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_moe_compat.errors import UnsupportedCheckpointError
+from vllm_moe_compat.families.config_classes import config_classes
 from vllm_moe_compat.families.fixes.fix import Settings
 
 Rope = Mapping[str, Any]
@@ -291,9 +292,7 @@ _DEFINITIONS = {
 
 def is_transformers(settings: Settings) -> bool:
     """Whether transformers has a config class for the family, so that its definitions hold."""
-    from transformers import CONFIG_MAPPING
-
-    return settings.get("model_type") in CONFIG_MAPPING
+    return settings.get("model_type") in config_classes()
 
 
 def wanted(settings: Settings) -> Iterator[tuple[str, Rope, Rotary]]:
