@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes.clip_qkv import CLIP_QKV
 from vllm_moe_compat.families.row import (
     COMBINED,
     GLU,
@@ -138,7 +139,7 @@ MOE_ROWS: tuple[Row, ...] = (
         sanitize_wrapper=sanitize_wrappers.tied_head,
         roots=NESTED_ROOTS,
     ),
-    moe_row("olmoe", STANDARD, workarounds.CONFIG),
+    moe_row("olmoe", STANDARD, workarounds.CONFIG, fixes=(CLIP_QKV,)),
     moe_row("mixtral", BLOCK_SPARSE, workarounds.CONFIG, renames=BLOCK_NAMES),
     moe_row(
         "phimoe",
