@@ -1,14 +1,16 @@
-"""Loading FP8 experts: this package, the straightforward way, and the bytes alone.
+"""Loading quantised experts: this package, the straightforward way, and the bytes alone.
 
 The checkpoint has the experts of a Qwen3.5 MoE (hidden 2048, intermediate 512, 256
-experts, one tensor each, 128x128 scales) and as little else as the class allows. A
-round loads it once in each way, each in a process of its own; the order is reversed
-every other round, and memory is touched before each. Files are in the page cache.
+experts, each on its own, in one of the forms of ``_forms``) and as little else as the
+class allows. A round loads it once in each way, each in a process of its own; the order
+is reversed every other round, and memory is touched before each. Files are in the page
+cache.
 
-``straightforward``: dequantise every tensor as a whole in float32, round, stack,
-concatenate gate and up, and let mlx-lm slice them again. ``raw``: read the files and
-write as many bytes as the bf16 weights have. Peaks are resident memory over what the
-process held after its imports; ``checksum`` says that both made the same parameters.
+``straightforward``, for FP8 only: dequantise every tensor as a whole in float32, round,
+stack, concatenate gate and up, and let mlx-lm slice them again. ``raw``: read the files
+and write as many bytes as the weights have in memory, twice as many for FP8. Peaks are
+resident memory over what the process held after its imports; ``checksum`` says that both
+made the same parameters.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _forms import BLOCK, FORMS
 
-HIDDEN, INTERMEDIATE, EXPERTS, BLOCK = 2048, 512, 256, 128
+HIDDEN, INTERMEDIATE, EXPERTS = 2048, 512, 256
 PREFIX = "model.language_model."
 SHAPES = {
     "gate_proj": (INTERMEDIATE, HIDDEN),
@@ -37,7 +40,7 @@ SHAPES = {
 SETTINGS = ("8bit", "mxfp8", "6bit", "4bit")
 
 
-def config(layers: int) -> dict[str, Any]:
+def config(layers: int, form: str) -> dict[str, Any]:
     """A config with one gated-delta layer per MoE layer, and a tiny vocabulary."""
     text = {
         "model_type": "qwen3_5_moe_text",
@@ -67,19 +70,18 @@ def config(layers: int) -> dict[str, Any]:
         "model_type": "qwen3_5_moe",
         "text_config": text,
         "tie_word_embeddings": False,
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+        "quantization_config": FORMS[form].config,
     }
 
 
-def write(path: Path, layers: int) -> int:
+def write(path: Path, layers: int, form: str) -> int:
     """Write the checkpoint, a shard per layer; return its bytes."""
     import mlx.core as mx
     import mlx_lm.utils
-    import torch
     from mlx.utils import tree_flatten
     from safetensors.torch import save_file
 
-    settings = config(layers)
+    settings = config(layers, form)
     (path / "config.json").write_text(json.dumps(settings))
     model_class, args_class = mlx_lm.utils._get_classes(settings)
     model = model_class(args_class.from_dict(settings))
@@ -96,14 +98,8 @@ def write(path: Path, layers: int) -> int:
         tensors = {}
         for expert in range(EXPERTS):
             for name, (rows, columns) in SHAPES.items():
-                key = f"{PREFIX}layers.{layer}.mlp.experts.{expert}.{name}.weight"
-                # A normal weight in blocks scaled to E4M3's range is mostly this.
-                values = draw.standard_normal((64, columns), dtype=np.float32) * 100
-                values = np.tile(values.clip(-448, 448), (rows // 64, 1))
-                tensors[key] = torch.from_numpy(values).to(torch.float8_e4m3fn)
-                grid = (rows // BLOCK, columns // BLOCK)
-                scale = torch.from_numpy(draw.uniform(1e-4, 1e-3, grid))
-                tensors[f"{key}_scale_inv"] = scale.to(torch.bfloat16)
+                module = f"{PREFIX}layers.{layer}.mlp.experts.{expert}.{name}"
+                tensors |= FORMS[form].store(draw, module, rows, columns)
         save_file(tensors, path / f"model-{layer:05}.safetensors")
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
@@ -157,18 +153,18 @@ def clear_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def raw(path: Path) -> int:
-    """Read every byte and write two for each."""
+def raw(path: Path, growth: int) -> int:
+    """Read every byte and write that many for each."""
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    final = np.empty(2 * size, dtype=np.uint8)
+    final = np.empty(growth * size, dtype=np.uint8)
     buffer = np.empty(2**24, dtype=np.uint8)
     at = 0
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb", buffering=0) as source:
             while count := source.readinto(memoryview(buffer)):
-                final[at : at + count] = buffer[:count]
-                final[at + count : at + 2 * count] = buffer[:count]
-                at += 2 * count
+                for _ in range(growth):
+                    final[at : at + count] = buffer[:count]
+                    at += count
     return final.nbytes
 
 
@@ -182,7 +178,7 @@ def warm(size: int) -> None:
     subprocess.run([sys.executable, "-c", code, str(size)], check=True)
 
 
-def child(mode: str, path: Path) -> dict[str, Any]:
+def child(mode: str, form: str, path: Path) -> dict[str, Any]:
     """Load once; this is the process that is measured."""
     os.environ["VLLM_MOE_COMPAT_DTYPE"] = "bfloat16"
     os.environ["VLLM_MOE_COMPAT_QUANTIZE"] = mode if mode in SETTINGS else "none"
@@ -204,7 +200,7 @@ def child(mode: str, path: Path) -> dict[str, Any]:
     clear_peak()
     base, began, cpu = resident(), time.perf_counter(), time.process_time()
     if mode == "raw":
-        final, checksum = raw(path), 0
+        final, checksum = raw(path, FORMS[form].growth), 0
     else:
         model, _ = mlx_lm.utils.load_model(path)
         final = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
@@ -219,19 +215,19 @@ def child(mode: str, path: Path) -> dict[str, Any]:
         checksum = 0
         for name, array in sorted(tree_flatten(model.parameters())):
             if "switch_mlp" in name:
-                for part in array:
+                for part in array if array.ndim > 1 else [array]:
                     checksum = zlib.crc32(memoryview(mx.contiguous(part).view(mx.uint8)), checksum)
     return result | {"checksum": checksum}
 
 
-def measure(path: Path, modes: list[str], rounds: int) -> dict[str, Any]:
+def measure(path: Path, form: str, modes: list[str], rounds: int) -> dict[str, Any]:
     """Rounds of one load in each way, and their medians."""
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     disk = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     for number in range(rounds):
         for mode in modes if number % 2 == 0 else modes[::-1]:
             warm(int(2.3 * disk))
-            command = [sys.executable, __file__, "--child", mode, str(path)]
+            command = [sys.executable, __file__, "--child", mode, form, str(path)]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             runs[mode].append(json.loads(done.stdout))
             last = runs[mode][-1]
@@ -239,21 +235,25 @@ def measure(path: Path, modes: list[str], rounds: int) -> dict[str, Any]:
                 f"round {number + 1}/{rounds} {mode}: {last['cpu_s']:.2f} CPU s, peak "
                 f"{last['peak'] / last['final']:.3f} of {last['final'] / 2**20:,.0f} MiB"
             )
-    theirs = statistics.median(run["cpu_s"] for run in runs["straightforward"])
     rows = {}
     for mode, found in runs.items():
         final = found[0]["final"]
-        cpu = statistics.median(run["cpu_s"] for run in found)
         rows[mode] = {
-            "cpu_s": round(cpu, 3),
+            "cpu_s": round(statistics.median(run["cpu_s"] for run in found), 3),
             "wall_s": round(statistics.median(run["wall_s"] for run in found), 3),
-            "cpu_ratio": round(cpu / theirs, 3),
             "final_bytes": final,
             "peak_ratio": round(max(run["peak"] for run in found) / final, 4),
             "after_ratio": round(max(run["after"] for run in found) / final, 4),
         }
-    same = {run["checksum"] for mode in ("ours", "straightforward") for run in runs[mode]}
-    return {"rows": rows, "same_parameters": len(same) == 1}
+        for other in {"straightforward", "raw"} & set(runs):
+            pairs = zip(found, runs[other], strict=True)
+            ratios = [one["cpu_s"] / two["cpu_s"] for one, two in pairs]
+            rows[mode][f"cpu_over_{other}"] = round(statistics.median(ratios), 3)
+    result: dict[str, Any] = {"rows": rows}
+    if "straightforward" in runs:
+        same = {run["checksum"] for mode in ("ours", "straightforward") for run in runs[mode]}
+        result["same_parameters"] = len(same) == 1
+    return result
 
 
 def keys(layers: int) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def keys(layers: int) -> dict[str, Any]:
                 tensors[key] = TensorInfo("F8_E4M3", shape)
                 tensors[f"{key}_scale_inv"] = TensorInfo("BF16", grid)
     row = TRANSFORMS_BY_MODULE["mlx_lm.models.qwen3_5_moe"]
-    settings = config(layers)
+    settings = config(layers, "fp8")
     times = []
     for _ in range(5):
         began = time.process_time()
@@ -302,17 +302,20 @@ def say(words: str) -> None:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| layers | | CPU s | ÷ straightforward | final MiB | peak ÷ final | after ÷ final |",
-        "|---|---|---|---|---|---|---|",
+        "| form | layers | | CPU s | ÷ straightforward | ÷ raw | final MiB | peak ÷ final "
+        "| after ÷ final |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
         for mode, row in case["rows"].items():
             lines.append(
-                f"| {case['layers']} | {mode} | {row['cpu_s']:.2f} | {row['cpu_ratio']:.2f} | "
+                f"| {case['form']} | {case['layers']} | {mode} | {row['cpu_s']:.2f} | "
+                f"{row.get('cpu_over_straightforward', '')} | {row['cpu_over_raw']} | "
                 f"{row['final_bytes'] / 2**20:,.0f} | {row['peak_ratio']:.3f} | "
                 f"{row['after_ratio']:.3f} |"
             )
-    lines.append(f"\nsame parameters: {all(c['same_parameters'] for c in result['cases'])}")
+    if compared := [c["same_parameters"] for c in result["cases"] if "same_parameters" in c]:
+        lines.append(f"\nsame parameters: {all(compared)}")
     lines += [f"{k['keys']:,} keys: {k['plan_us_per_key']} µs per key" for k in result["keys"]]
     return "\n".join(lines)
 
@@ -320,10 +323,15 @@ def table(result: dict[str, Any]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench/load",
-        description="CPU time and peak memory of loading FP8 experts (Linux only).",
+        description="CPU time and peak memory of loading quantised experts (Linux only).",
     )
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object instead of a table")
+    add(
+        "--form",
+        default="fp8",
+        help=f"forms of the experts, separated by commas, of {','.join(FORMS)} (default fp8)",
+    )
     add("--full", action="store_true", help="8 layers too (30 GB of disk and memory traffic)")
     add("--layers", help="numbers of layers, separated by commas (default 1,2)")
     add("--rounds", type=int, default=3, help="rounds per case (default 3)")
@@ -332,28 +340,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="",
         help=f"settings to measure too, separated by commas, of {','.join(SETTINGS)}",
     )
-    add("--child", nargs=2, metavar=("MODE", "PATH"), help=argparse.SUPPRESS)
+    add("--child", nargs=3, metavar=("MODE", "FORM", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.quantize = [name for name in args.quantize.split(",") if name]
     if args.full and not args.quantize:
         args.quantize = list(SETTINGS)
     if unknown := set(args.quantize) - set(SETTINGS):
         parser.error(f"--quantize knows {', '.join(SETTINGS)}, not {', '.join(sorted(unknown))}")
+    args.form = args.form.split(",")
+    if unknown := set(args.form) - set(FORMS):
+        parser.error(f"--form knows {', '.join(FORMS)}, not {', '.join(sorted(unknown))}")
+    if args.quantize and args.form != ["fp8"]:
+        parser.error("--quantize and --full are for --form fp8; other forms stay packed")
     chosen = args.layers or ("1,2,8" if args.full else "1,2")
     args.layers = [int(part) for part in chosen.split(",")]
     return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    modes = ["ours", "straightforward", "raw", *args.quantize]
     cases = []
-    for layers in args.layers:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder)
-            size = write(path, layers)
-            say(f"{layers} layers: {size / 2**20:,.0f} MiB written")
-            cases.append({"layers": layers, "disk_bytes": size} | measure(path, modes, args.rounds))
-    return {"cases": cases, "keys": [keys(20), keys(40)], "machine": machine()}
+    for form in args.form:
+        plain = ["straightforward"] if form == "fp8" else []
+        modes = ["ours", *plain, "raw", *args.quantize]
+        for layers in args.layers:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder)
+                size = write(path, layers, form)
+                say(f"{form}, {layers} layers: {size / 2**20:,.0f} MiB written")
+                case = {"form": form, "layers": layers, "disk_bytes": size}
+                cases.append(case | measure(path, form, modes, args.rounds))
+    planned = [keys(20), keys(40)] if "fp8" in args.form else []
+    return {"cases": cases, "keys": planned, "machine": machine()}
 
 
 def main() -> int:
@@ -362,7 +379,7 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if args.child:
-        out.write(json.dumps(child(args.child[0], Path(args.child[1]))) + "\n")
+        out.write(json.dumps(child(*args.child[:2], Path(args.child[2]))) + "\n")
         return 0
     result = run(args)
     out.write((json.dumps(result) if args.json else table(result)) + "\n")
