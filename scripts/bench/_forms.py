@@ -2,20 +2,22 @@
 
 A form writes one matrix ``[O, I]`` under the names and in the shapes that its releases have.
 Words are random bits; scales keep values near ``1 / sqrt(I)``, so that a model's activations
-stay finite.
+stay finite. A process that only loads imports no torch from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 GROUP, BLOCK, NVFP4_GROUP = 128, 128, 16
-Store = Callable[[np.random.Generator, str, int, int], dict[str, torch.Tensor]]
+Store = Callable[[np.random.Generator, str, int, int], "dict[str, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Form:
 
 
 def fp8(draw: np.random.Generator, module: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    import torch
+
     # A normal weight in blocks scaled to E4M3's range is mostly this.
     values = draw.standard_normal((64, columns), dtype=np.float32) * 100
     values = np.tile(values.clip(-448, 448), (rows // 64, 1))
@@ -46,6 +50,8 @@ def fp8(draw: np.random.Generator, module: str, rows: int, columns: int) -> dict
 def pack_quantized(
     draw: np.random.Generator, module: str, rows: int, columns: int
 ) -> dict[str, torch.Tensor]:
+    import torch
+
     return {
         f"{module}.weight_packed": words(draw, rows, columns // 8),
         f"{module}.weight_scale": scales(draw, rows, columns // GROUP, columns).to(torch.bfloat16),
@@ -56,6 +62,8 @@ def pack_quantized(
 def gptq(
     draw: np.random.Generator, module: str, rows: int, columns: int
 ) -> dict[str, torch.Tensor]:
+    import torch
+
     groups = columns // GROUP
     return {
         f"{module}.qweight": words(draw, columns // 8, rows),
@@ -67,6 +75,7 @@ def gptq(
 
 
 def awq(draw: np.random.Generator, module: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+
     groups = columns // GROUP
     return {
         f"{module}.qweight": words(draw, columns, rows // 8),
@@ -79,6 +88,9 @@ def nvfp4(
     draw: np.random.Generator, module: str, rows: int, columns: int
 ) -> dict[str, torch.Tensor]:
     """The global scale is 1, so that layers without one compute the same numbers."""
+
+    import torch
+
     packed = draw.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
     # E2M1's random bits have a spread of 2.7, and E4M3 is fine enough above 2^-8.
     scale = draw.uniform(0.5, 2.0, (rows, columns // NVFP4_GROUP)) * columns**-0.5 / 2.7
@@ -92,11 +104,17 @@ def nvfp4(
 
 def words(draw: np.random.Generator, rows: int, columns: int) -> torch.Tensor:
     """Random int32 ``[rows, columns]``."""
+
+    import torch
+
     return torch.from_numpy(draw.integers(-(2**31), 2**31, (rows, columns), dtype=np.int32))
 
 
 def scales(draw: np.random.Generator, rows: int, columns: int, inputs: int) -> torch.Tensor:
     """Float16 scales ``[rows, columns]`` of 4-bit integers for that many inputs."""
+
+    import torch
+
     spread = draw.uniform(0.5, 2.0, (rows, columns)) * inputs**-0.5 / 8
     return torch.from_numpy(spread.astype(np.float16))
 
