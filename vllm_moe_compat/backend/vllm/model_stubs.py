@@ -9,6 +9,7 @@ questions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,12 +155,28 @@ format of mlx-community, which names no method.
 """
 
 
+def config_class(method: str) -> type[DequantizedConfig]:
+    """Return the config class of a method.
+
+    It is an attribute of this module, since vLLM pickles configs for the processes it spawns.
+    """
+    name = f"{re.sub('[^0-9a-z]+', ' ', method).title().replace(' ', '')}Config"
+    if name not in globals():
+        fields = {"method": method, "__module__": __name__}
+        globals()[name] = type(name, (DequantizedConfig,), fields)
+    found: type[DequantizedConfig] = globals()[name]
+    return found
+
+
+for _method in METHODS:
+    config_class(_method)
+
+
 def register() -> None:
     """Register the stubs; idempotent."""
     bridge.allow_one_head_size_for_all_layers()
     for method in METHODS:
-        stub_config = type("DequantizedConfig", (DequantizedConfig,), {"method": method})
-        register_quantization_config(method)(stub_config)
+        register_quantization_config(method)(config_class(method))
     for names, stub in (
         (architectures.PLAIN, MlxCausalLM),
         (architectures.STATEFUL, MlxHybridCausalLM),
