@@ -53,6 +53,12 @@ FORMS = {
     "AWQ": "`version: gemm`, 4 bits, groups of 32",
     "AWQ ragged": "the same, and rows that are no multiple of a group",
     "AutoRound": "`auto_round:auto_gptq`, 8 bits, symmetric",
+    "NVFP4": "compressed-tensors `nvfp4-pack-quantized`, `weight_global_scale` a divisor",
+    "ModelOpt NVFP4": "`weight_scale` in E4M3, `weight_scale_2` a factor",
+    "ModelOpt NVFP4 combined": "the same, experts in 3-D tensors",
+    "ModelOpt FP8 and NVFP4": "`MIXED_PRECISION`: attention in FP8, experts in NVFP4",
+    "MXFP4": "compressed-tensors `mxfp4-pack-quantized`, scales in E8M0",
+    "FP4 of DeepSeek": "experts as E2M1 pairs in int8, scales in E8M0; the rest in floats",
 }
 REASONS = {
     "tensors": "strict loading finds tensors that the module has no parameter for",

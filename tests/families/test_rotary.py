@@ -153,8 +153,6 @@ HAVE_ROPES = [
     for family in FAMILIES.values()
     if " " not in family.name and family.name not in ("jamba", "nemotron_h", "kimi_linear", "dbrx")
 ]
-YARN_ONLY = ("ministral3", "mistral3", "mistral4")
-"""Families whose module needs the further numbers that come with YaRN; the record refuses others."""
 CASES = [(f, name) for f in HAVE_ROPES for name in ropes(8) if (f.name, name) not in BROKEN]
 
 
@@ -176,10 +174,6 @@ def test_every_module_computes_every_type(
 ) -> None:
     reference = new_model(scaled(family, name), False, 1.0)
     reference.save_pretrained(tmp_path)
-    if family.name in YARN_ONLY and not name.startswith("yarn"):
-        with pytest.raises(UnsupportedCheckpointError, match="rope_parameters.rope_type"):
-            mlx_lm.utils.load_model(tmp_path)
-        return
     with planned_loads() as plans, caplog.at_level("INFO", "vllm_moe_compat"):
         model, _ = mlx_lm.utils.load_model(tmp_path)
     model.set_dtype(mx.float32)
