@@ -22,16 +22,7 @@ from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.families.row import Row
 
 OF_EVERY_FAMILY = ("release", "saved")
-PACKED = (
-    "mixtral",
-    "qwen3_moe",
-    "qwen3_5_moe",
-    "granitemoe",
-    "nemotron_h",
-    "deepseek_v3",
-    "llama",
-    "gemma3_text",
-)
+PACKED = ("qwen3_5_moe", "granitemoe", "deepseek_v3", "llama")
 # Fields of a row that name it, document it, or are about config.json, serving, or what precedes a
 # plan: names and output heads, which tests/load tries in every family.
 _NO_PART_OF_A_SHAPE = {

@@ -94,6 +94,11 @@ def _numbers(cls: Any, config: Config) -> Config:
     return cls._decode_special_floats(deepcopy(config))
 
 
+def _full(family: Family) -> Any:
+    """Leave a case to the full lane."""
+    return pytest.param(family, marks=pytest.mark.full)
+
+
 def saved(family: Family) -> tuple[Any, Config]:
     config = new_config(family)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +117,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     "family",
-    [bare(f) for f in BARE if f.name not in OTHER_FAULTS] + OWN,
+    [_full(bare(f)) for f in BARE if f.name not in OTHER_FAULTS] + OWN,
     ids=lambda family: f"{family.name} {type(family).__name__}",
 )
 def test_the_logits_stay_those_of_transformers(family: Family, tmp_path: Path):
@@ -132,7 +137,7 @@ def test_the_logits_stay_those_of_transformers(family: Family, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "family",
-    [bare(f) for f in BARE] + OWN,
+    [_full(bare(f)) for f in BARE] + OWN,
     ids=lambda family: f"{family.name} {type(family).__name__}",
 )
 def test_the_module_reads_the_same_without_any_one_of_them(family: Family):
