@@ -20,7 +20,7 @@ from parity.family import Family
 from parity.reference import new_config
 from parity.release import release_config
 from support.as_read import as_read
-from vllm_moe_compat.errors import CompatError
+from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE, row_of_model_type
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.effective_config import effective_config
@@ -171,3 +171,13 @@ def _at(config: Config, path: tuple[str, ...]) -> Config:
 
 
 # Rotary embeddings that a module makes plain, whatever the config says.
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "kimi_linear"])
+def test_dense_layers_behind_sparse_ones_are_refused_by_name(name: str):
+    config = new_config(FAMILIES[name]).to_dict()
+    kinds = ["dense"] * config["num_hidden_layers"]
+    kinds[0] = "sparse"
+    config["mlp_layer_types"] = kinds
+    with pytest.raises(UnsupportedCheckpointError, match="mlp_layer_types has 'dense' for layer 1"):
+        effective_config(config)

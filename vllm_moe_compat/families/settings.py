@@ -73,8 +73,17 @@ def _first_dense(text: Section) -> int | None:
     kinds = text.get("mlp_layer_types")
     if not isinstance(kinds, list):
         return None
+    every = text.get("moe_layer_freq")
+    every = every if isinstance(every, int) and every > 0 else 1
     dense = next((i for i, kind in enumerate(kinds) if kind == "sparse"), len(kinds))
-    return dense if all(kind == "sparse" for kind in kinds[dense:]) else None
+    for index, kind in enumerate(kinds):
+        if (kind == "sparse") != (index >= dense and index % every == 0):
+            raise UnsupportedCheckpointError(
+                f"config.json: mlp_layer_types has {kind!r} for layer {index}, where mlx-lm's "
+                f"module has MoE layers from layer {dense} on, one in {every}; serve this model "
+                "elsewhere than on MLX."
+            )
+    return dense
 
 
 def _position(text: Section, kind: str = "full_attention") -> int | None:
