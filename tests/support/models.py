@@ -558,7 +558,7 @@ MODULE_PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
-                "factor": 4.0,
+                "factor": 256.0,
                 "beta_fast": 32.0,
                 "beta_slow": 1.0,
                 "mscale": 1.0,
