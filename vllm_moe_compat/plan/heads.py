@@ -152,7 +152,7 @@ def _without_head(
                     + (
                         "models of this kind are never tied"
                         if row.head == NEVER_TIED
-                        else f"{KEY} is false in config.json"
+                        else f"{KEY} is false, in config.json or by default"
                     ),
                     f"download the checkpoint again, or set {KEY} to true if the model was "
                     "trained with tied embeddings",
