@@ -106,19 +106,19 @@ def test_applied_inside_apply_leaves_it_applied():
 
 
 def test_a_failure_on_the_way_leaves_nothing_installed(monkeypatch):
-    real = patching._install
+    real = patching._PATCHES.install
 
     def failing(owner, name, hook):
         if owner is qwen3_5_moe.Model:
             raise RuntimeError("half-way")
         real(owner, name, hook)
 
-    monkeypatch.setattr(patching, "_install", failing)
+    monkeypatch.setattr(patching._PATCHES, "install", failing)
     with pytest.raises(RuntimeError, match="half-way"):
         vllm_moe_compat.apply()
     assert stock_is_back()
     assert states() != {"qwen3_5": "patched", "qwen3_5_moe": "patched"}
-    monkeypatch.setattr(patching, "_install", real)
+    monkeypatch.setattr(patching._PATCHES, "install", real)
     vllm_moe_compat.apply()
     assert states() == {"qwen3_5": "patched", "qwen3_5_moe": "patched"}
 

@@ -73,7 +73,7 @@ def widen_and_drop(plan: Plan, weights: MutableMapping[str, mx.array], dtype: st
     if dtype == "float32":
         for name in plan.widen:
             weights[name] = weights[name].astype(mx.float32)
-    for name in plan.drops:
+    for name in (*plan.drops, *plan.ignored):
         weights.pop(name, None)
 
 

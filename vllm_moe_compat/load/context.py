@@ -8,6 +8,7 @@ received the tensors of that checkpoint.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
 from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.families.row import Row
+from vllm_moe_compat.load import caller
+from vllm_moe_compat.load.caller import Caller
 from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 
@@ -34,6 +37,7 @@ class LoadContext:
         plan: the plan.
         config: the dict that ``load_config`` returned and ``load_model`` uses.
         sizes: shard → its bytes when its header was read.
+        caller: the call of mlx-lm's that reads the config.
     """
 
     model_dir: Path
@@ -42,6 +46,7 @@ class LoadContext:
     plan: Plan
     config: dict[str, Any]
     sizes: Mapping[str, int]
+    caller: Caller
 
     def check_files(self) -> None:
         """Check that no shard has changed since its header was read.
@@ -72,6 +77,26 @@ class LoadContext:
             for build in self.plan.builds
             for name in build.sources
         )
+
+    def is_running(self) -> bool:
+        """Whether the call of ``load_model`` that began this load is still running."""
+        utils = sys.modules.get("mlx_lm.utils")
+        found = caller.find(utils).call if utils is not None else 0
+        return found != 0 and found == self.caller.call
+
+    def changed(self, given: Mapping[str, TensorInfo]) -> list[str]:
+        """Return the sources of builds that ``given`` has in another shape, or as other numbers."""
+        tensors = self.planned.headers.tensors
+        return [
+            name
+            for build in self.plan.builds
+            for name in build.sources
+            if name in given
+            and (
+                given[name].shape != tensors[name].shape
+                or (given[name].dtype == "U8") != (tensors[name].dtype in _BYTES)
+            )
+        ]
 
 
 current: ContextVar[LoadContext | None] = ContextVar("vllm_moe_compat_load", default=None)

@@ -44,12 +44,14 @@ class ClassHook:
         reason: why it is unpatchable, else empty.
         wrapped_by: the module of another library that wraps the same ``sanitize``, outside
             or inside this wrapper; empty where there is none.
+        over: whether that wrapper is outside. The next load puts this one outside.
     """
 
     module: str
     state: str
     reason: str = ""
     wrapped_by: str = ""
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from vllm_moe_compat.checkpoint.adapters import adapter_alone
@@ -23,7 +21,7 @@ from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.families.row import Row
-from vllm_moe_compat.load import context, guard, memory, zero_biases
+from vllm_moe_compat.load import caller, context, guard, memory, zero_biases
 from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
@@ -58,7 +56,8 @@ def load_config_hook(
     """
     context.current.set(None)
     path = args[0] if args else kwargs.get("model_path")
-    if load_options().hooks and path is not None and not _is_for_tokenizer(utils):
+    called = caller.find(utils)
+    if load_options().hooks and path is not None and not called.tokenizer:
         _refuse_adapter(Path(path))
     config = original(*args, **kwargs)
     if not load_options().hooks or not isinstance(config, dict) or path is None:
@@ -66,7 +65,7 @@ def load_config_hook(
     model_dir = Path(path)
     if not weight_files(model_dir):
         return config  # A tokenizer's folder, or mlx-lm reports missing files.
-    if _is_for_tokenizer(utils):
+    if called.tokenizer:
         name_module(config)
         return config
 
@@ -106,7 +105,9 @@ def load_config_hook(
     config.update(planned.config)
     if planned.row is None or planned.plan is None:
         return config
-    load = context.LoadContext(model_dir, planned, planned.row, planned.plan, config, headers.sizes)
+    load = context.LoadContext(
+        model_dir, planned, planned.row, planned.plan, config, headers.sizes, called
+    )
     if load_options().executor is None:
         _check_memory(load)
     context.current.set(load)
@@ -199,26 +200,3 @@ def sanitize_hook(
 def _are_arrays(weights: Any) -> bool:
     """Whether the dict holds tensors; some callers only have upstream rename keys."""
     return isinstance(weights, dict) and all(hasattr(w, "dtype") for w in weights.values())
-
-
-def _is_for_tokenizer(utils: Any) -> bool:
-    """Whether mlx-lm reads the config for a tokenizer's defaults, not for a load.
-
-    ``mlx_lm.load`` reads the config once for each, and only the load passes tensors to
-    ``sanitize``. The nearer of the two callers on the stack decides; wrappers of other
-    libraries may be between. A contract test checks that both functions exist.
-    """
-    load_model = _code_of(getattr(utils, "load_model", None))
-    defaults = _code_of(getattr(utils, "_tokenizer_defaults", None))
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is defaults:
-            return True
-        if frame.f_code is load_model:
-            return False
-    return False
-
-
-def _code_of(function: Any) -> CodeType | None:
-    return getattr(function, "__code__", None)

@@ -5,9 +5,9 @@ error about the checkpoint before a tensor is read. ``Model.sanitize`` of each c
 registry receives the tensors: that hook carries the plan out. No model is imported to be
 wrapped; a class is wrapped when its module is imported, or at once if it already is.
 
-Another library may wrap the same functions, earlier or later. A table maps (owner, name)
-to a ``Patch``. Taking a patch out restores the original function where our wrapper is the
-outermost, and otherwise makes the wrapper pass its calls through.
+Another library may wrap the same functions, earlier or later (``patch``). Each load begins by
+putting our wrapper of its class outside any other (``ensure``), so the plan runs first and the
+other wrapper receives finished tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -39,54 +38,15 @@ from vllm_moe_compat.load.hook_status import (
     problems,
 )
 from vllm_moe_compat.load.hooks import load_config_hook, sanitize_hook
-from vllm_moe_compat.load.wrappers import foreign_module, reaches
+from vllm_moe_compat.load.patch import Patch, PatchTable
+from vllm_moe_compat.load.wrappers import foreign_module
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.versions import packages
 
 LOADER = ("mlx_lm.utils", "load_config")
 
-
-@dataclass(slots=True, eq=False)
-class Patch:
-    """One wrapper that was installed.
-
-    Attributes:
-        owner: the class or module that holds the function.
-        name: the attribute of ``owner``.
-        original: the function in ``owner``'s own namespace; None where it is inherited or
-            missing.
-        active: whether the wrapper runs its hook or passes calls through.
-        wrapper: the installed function.
-    """
-
-    owner: Any
-    name: str
-    original: Any
-    active: bool = True
-    wrapper: Any = None
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function below the wrapper; an inherited method is looked up anew."""
-        if self.original is not None:
-            return self.original(*args, **kwargs)
-        inherited = getattr(super(self.owner, args[0]), self.name, None)
-        if inherited is None:
-            return _return_weights(*args, **kwargs)
-        return inherited(*args[1:], **kwargs)
-
-    @property
-    def outermost(self) -> bool:
-        """Whether callers reach our wrapper before any other."""
-        return vars(self.owner).get(self.name) is self.wrapper
-
-    @property
-    def in_place(self) -> bool:
-        """Whether calls reach our wrapper, directly or through other wrappers."""
-        return reaches(vars(self.owner).get(self.name), self.wrapper)
-
-
 _LOCK = threading.RLock()
-_PATCHES: dict[tuple[Any, str], Patch] = {}
+_PATCHES = PatchTable()
 _UNPATCHABLE: dict[str, str] = {}
 _HOOKED: set[str] = set()
 _applied = False
@@ -106,15 +66,13 @@ def apply() -> None:
     # Outside our lock, since wrapt calls back and has a lock of its own.
     _watch_imports()
     with _LOCK:
-        before = {key: patch.active for key, patch in _PATCHES.items()}
+        before = _PATCHES.active()
         try:
             for name in _watched():
                 if (module := sys.modules.get(name)) is not None:
                     _install_in(module)
         except BaseException:
-            for key, patch in list(_PATCHES.items()):
-                if not before.get(key, False):
-                    _uninstall(patch)
+            _PATCHES.uninstall(keep=before)
             raise
         first, _applied, _ever_applied = not _ever_applied, True, True
     if first:
@@ -138,8 +96,7 @@ def revert() -> None:
     """
     global _applied
     with _LOCK:
-        for patch in list(_PATCHES.values()):
-            _uninstall(patch)
+        _PATCHES.uninstall()
         _UNPATCHABLE.clear()
         _applied = False
 
@@ -167,7 +124,7 @@ def hooks() -> Hooks:
     """Return the state of every hook; imports nothing."""
     with _LOCK:
         module = sys.modules.get(LOADER[0])
-        patch = _PATCHES.get((module, LOADER[1])) if module is not None else None
+        patch = _PATCHES.get(module, LOADER[1]) if module is not None else None
         reason = _UNPATCHABLE.get(LOADER[0], "")
         loader = HookStatus(".".join(LOADER), _state(module is not None, patch, reason), reason)
         return Hooks(loader, tuple(map(_class_hook, registry.TRANSFORMS_BY_MODULE)))
@@ -176,17 +133,17 @@ def hooks() -> Hooks:
 def _class_hook(name: str) -> ClassHook:
     module = sys.modules.get(name)
     model = getattr(module, "Model", None)
-    patch = _PATCHES.get((model, "sanitize")) if model is not None else None
+    patch = _PATCHES.get(model, "sanitize") if model is not None else None
     reason = _UNPATCHABLE.get(name, "")
     found = _state(module is not None, patch, reason)
-    shim = ""
+    over = under = ""
     if model is not None:
-        ours, original = (None, None) if patch is None else (patch.wrapper, patch.original)
         outer = vars(model).get("sanitize")
-        outer = vars(model).get("sanitize")
-        shim = "" if outer is ours else foreign_module(model, outer)
-        shim = shim or foreign_module(model, original)
-    return ClassHook(name, found, reason, shim)
+        if patch is None or not patch.outermost:
+            over = foreign_module(model, outer)
+        if patch is not None:
+            under = foreign_module(model, patch.original)
+    return ClassHook(name, found, reason, over or under, over=bool(over) and found == PATCHED)
 
 
 def _state(imported: bool, patch: Patch | None, reason: str) -> str:
@@ -203,10 +160,17 @@ def _state(imported: bool, patch: Patch | None, reason: str) -> str:
 
 
 def ensure(row: Row) -> str | None:
-    """Wrap the row's class if it is not wrapped; return why that is impossible, or None."""
+    """Make our wrapper of the row's class the outermost; return why that is impossible, or None.
+
+    Called at the beginning of each load. A wrapper that another library has put over ours would
+    see the tensors before the plan does, so ours is put over it once more. The class keeps that
+    wrapper, since a load in another thread may be anywhere between its two hooks.
+    """
     with _LOCK:
         if (module := sys.modules.get(row.module)) is not None:
             _install_in(module)
+            if row.module not in _UNPATCHABLE:
+                _PATCHES.bring_out(module.Model, "sanitize")
         return _UNPATCHABLE.get(row.module)
 
 
@@ -249,44 +213,8 @@ def _install_in(module: ModuleType) -> None:
             logger.warning("%s has no load_config: checkpoints load unchecked", name)
         return
     try:
-        _install(owner, attribute, hook)
+        _PATCHES.install(owner, attribute, hook)
     except (AttributeError, TypeError) as error:
         _UNPATCHABLE[name] = f"its {attribute} cannot be replaced ({error})"
     else:
         _UNPATCHABLE.pop(name, None)
-
-
-def _return_weights(model: Any, weights: Any) -> Any:
-    """Stand in for ``sanitize`` in a class that has none: the weights stay as they are."""
-    return weights
-
-
-def _install(owner: Any, name: str, hook: Callable[..., Any]) -> None:
-    patch = _PATCHES.get((owner, name))
-    if patch is not None and patch.in_place:
-        patch.active = True
-        return
-    if patch is not None:
-        patch.active = False
-    fresh = Patch(owner, name, vars(owner).get(name))
-
-    @functools.wraps(getattr(owner, name, _return_weights))
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not fresh.active:
-            return fresh.call(*args, **kwargs)
-        return hook(fresh.owner, fresh.call, *args, **kwargs)
-
-    fresh.wrapper = wrapper
-    setattr(owner, name, wrapper)
-    _PATCHES[owner, name] = fresh
-
-
-def _uninstall(patch: Patch) -> None:
-    patch.active = False
-    if not patch.outermost:
-        return
-    if patch.original is None:
-        delattr(patch.owner, patch.name)
-    else:
-        setattr(patch.owner, patch.name, patch.original)
-    _PATCHES.pop((patch.owner, patch.name), None)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.checkpoint.numbers import infer_dtypes
 from vllm_moe_compat.families.global_scale import take_global_scales
 from vllm_moe_compat.families.row import Row
@@ -19,6 +20,7 @@ from vllm_moe_compat.load.context import LoadContext
 from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.load.report import LoadReport
+from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import nbytes
 from vllm_moe_compat.plan.make import make_from_tensors
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
@@ -140,9 +142,19 @@ def _plan(
     from vllm_moe_compat.execute.run_plan import tensor_infos
 
     given = tensor_infos(weights)
-    if load is not None and load.matches(load.plan.names.of(given)):
-        load.check_files()
-        return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
+    if load is not None:
+        named = load.plan.names.of(given)
+        if load.matches(named):
+            load.check_files()
+            return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
+        if load.is_running() and (changed := load.changed(named)):
+            logger.warning(
+                "%s: %s reached %s changed, where the tensors of the files were expected; other "
+                "code changed them first, and they are loaded as it left them",
+                load.model_dir,
+                fold(changed),
+                row.module,
+            )
     tensors = infer_dtypes(given)
     if load is None:
         # Without load_config, load_model would not quantise its modules.

@@ -48,6 +48,8 @@ class Plan:
         words: the layout in a message.
         builds: the tensors to make, layer by layer.
         drops: names of tensors to remove because nothing reads them.
+        ignored: names of extra tensors that the module's ``sanitize`` drops by itself. They are
+            removed first, since a wrapper of another library may judge them.
         widen: names of half-precision tensors that ``sanitize`` computes with; float32 serving
             widens them first.
         experts: routed experts per layer, if the plan stacks them; else 0.
@@ -62,6 +64,7 @@ class Plan:
     words: str
     builds: tuple[Build, ...] = ()
     drops: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     widen: tuple[str, ...] = ()
     experts: int = 0
     stacked: int = 0
@@ -109,7 +112,10 @@ def make_plan(
     numbers = layout.numbers
     if keeps_numbers(row, layout):
         digested = len(numbers.weights)
-        return Plan(row.module, layout.words, drops=numbers.unused, digested=digested)
+        ignored = tuple(sorted(layout.ignored))
+        return Plan(
+            row.module, layout.words, drops=numbers.unused, ignored=ignored, digested=digested
+        )
     digested = digests_numbers(row, layout) and not split and not exact
     blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
     stacking = row.moe is not None and any(
@@ -144,15 +150,13 @@ def make_plan(
     if hold:
         builds = [_held(build, row) for build in builds]
     held = sum(len(build.weights) for build in builds if build.held is not None)
-    drops = row.ignored if returns_early else row.dropped_here
+    drops = (row.ignored if returns_early else row.dropped_here).of(config).select(layout.ignored)
     return Plan(
         module=row.module,
         words=layout.words,
         builds=tuple(_renamed(builds, row)),
-        drops=(
-            *numbers.unused,
-            *sorted(drops.of(config).select(layout.ignored)),
-        ),
+        drops=(*numbers.unused, *sorted(drops)),
+        ignored=tuple(sorted(layout.ignored - drops)),
         widen=widen,
         experts=experts,
         stacked=len(blocks) if stacking else 0,

@@ -44,6 +44,7 @@ class RowStatus:
         wrapped_by: the module of another library that wraps the same ``sanitize``, outside
             or inside this wrapper; empty where there is none. Probes without the hooks go
             through that wrapper, too.
+        over: whether that wrapper is outside. The next load puts this one outside.
     """
 
     module: str
@@ -51,8 +52,17 @@ class RowStatus:
     state: str
     reason: str = ""
     wrapped_by: str = ""
+    over: bool = False
     workarounds: tuple[WorkaroundStatus, ...] = ()
     probes: tuple[Probe, ...] = ()
+
+    @property
+    def others(self) -> str:
+        """Where another library's wrapper is, in words; empty where there is none."""
+        if not self.wrapped_by:
+            return ""
+        place = "over this wrapper until the next load" if self.over else "under this wrapper"
+        return f"wrapped by {self.wrapped_by}, too, {place}"
 
     @property
     def problem(self) -> bool:
@@ -95,7 +105,7 @@ class Status:
         lines = [self.headline]
         lines += [f"  hook {hook.name}" for hook in self.hooks] or ["  no hook is installed"]
         for row in self.rows:
-            shim = f" (wrapped by {row.wrapped_by}, too)" if row.wrapped_by else ""
+            shim = f" ({row.others})" if row.wrapped_by else ""
             reason = f": {row.reason}" if row.reason else ""
             lines.append(f"  {row.module}: {row.state}{shim}{reason}")
             lines += [
@@ -140,4 +150,6 @@ def _row(hook: ClassHook, found: Examined | None, row: Row) -> RowStatus:
         judged, reason = evidence.state_of(found, entries)
         state = judged or state
     probes = () if found is None else found.probes
-    return RowStatus(row.module, "Model", state, reason, hook.wrapped_by, entries, probes)
+    return RowStatus(
+        row.module, "Model", state, reason, hook.wrapped_by, hook.over, entries, probes
+    )

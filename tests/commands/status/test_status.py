@@ -136,21 +136,19 @@ def test_a_shim_that_takes_our_place_shows():
         module.Model.sanitize = ours
 
 
-def test_under_another_librarys_wrapper_a_form_that_it_spoils_is_a_problem(
-    capsys: pytest.CaptureFixture[str],
-):
-    """The stand-in has blocks of 128 built in and sees the tensors before we do."""
+def test_another_librarys_wrapper_over_ours_spoils_no_form(capsys: pytest.CaptureFixture[str]):
+    """The stand-in has blocks of 128 built in; each load puts ours outside."""
     vllm_moe_compat.apply()
     remove = shim.install()
     try:
         code, found = as_json(capsys, "--module", "qwen3_5")
         (row,) = found["rows"]
-        assert row["wrapped_by"] == shim.__name__
+        assert (row["wrapped_by"], row["over"]) == (shim.__name__, False)
         probes = {(p["family"], p["form"]): p["patched"]["word"] for p in row["probes"]}
         assert probes["qwen3_5", "release"] == "right"
         assert probes["qwen3_5", "block FP8 128"] == "right"
-        assert probes["qwen3_5", "block FP8"] != "right"
-        assert (code, row["state"]) == (1, "broken")
+        assert probes["qwen3_5", "block FP8"] == "right"
+        assert (code, row["state"]) == (0, "active")
     finally:
         remove()
 

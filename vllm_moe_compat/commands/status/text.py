@@ -65,7 +65,7 @@ def _modules(rows: Iterable[RowStatus]) -> Table:
     for row in rows:
         cell = Text(", ".join(map(_short, row.workarounds)) or "none")
         if row.wrapped_by:
-            cell.append(f"\nwrapped by {row.wrapped_by}, too: probes go through it", style="yellow")
+            cell.append(f"\n{row.others}: probes go through it", style="yellow")
         if row.reason:
             cell.append(f"\n{row.reason}", style=STYLES.get(row.state, "dim"))
         name = row.module.rpartition(".")[2]
