@@ -8,7 +8,7 @@ most a few megabytes are held twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -112,6 +112,7 @@ def bands(
     *,
     whole: bool = False,
     held: bool = False,
+    pending: Callable[[], Sequence[mx.array]] = tuple,
 ) -> Iterator[Band]:
     """Yield a tensor ``[…, O, I]`` a few experts, or a band of rows, at a time.
 
@@ -122,6 +123,7 @@ def bands(
         dtype: dtype of dequantised weights.
         whole: whether a band must hold all rows of its experts.
         held: whether bands are in the packed format ``op.held`` instead of floats.
+        pending: returns unevaluated arrays that the next members of a ``Stack`` wait for.
 
     Yields:
         Bands; lazy.
@@ -142,7 +144,10 @@ def bands(
         height = max(1, stack.TEMPORARY_BYTES // row_bytes // block) * block
     for start in range(0, count, at_once):
         experts = slice(start, min(start + at_once, count))
-        chunk = weight.take(start, experts.stop) if isinstance(weight, Stack) else weight[experts]
+        if isinstance(weight, Stack):
+            chunk = weight.take(start, experts.stop, pending())
+        else:
+            chunk = weight[experts]
         for top in range(0, rows, max(height, 1)):
             band = slice(top, min(top + height, rows))
             part = chunk[:, band] if executor is None else executor.cut(op, chunk, band)

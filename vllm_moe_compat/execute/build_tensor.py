@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.operations import Dequantize, MlxFormat, Op
 from vllm_moe_compat.execute.arrays import Band, bands, ready, run
+from vllm_moe_compat.execute.laziness import is_lazy, settle
 from vllm_moe_compat.execute.numbers import executor_of
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.plan.build import Build, Restriction, Span
@@ -40,8 +41,9 @@ def make_build(
             in an ``MlxFormat`` all together or not at all.
 
     Returns:
-        Name → target, evaluated; a packed target gives ``….weight``, ``….scales``, in affine
-        formats ``….biases``, and ``….global_scale`` where the format has one.
+        Name → target, evaluated unless tensors are made lazily (``laziness``); a packed target
+        gives ``….weight``, ``….scales``, in affine formats ``….biases``, and ``….global_scale``
+        where the format has one.
     """
     names = names or build.targets
     operand = take(build, weights)
@@ -53,7 +55,7 @@ def make_build(
     for op in build.ops:
         operand = run(op, operand, dtype)
     arrays = [_trimmed(w.all() if isinstance(w, Stack) else w, build) for w in operand.weights]
-    mx.eval(arrays)
+    settle(arrays)
     return make_tensors((), Arrays(arrays), names, dtype, formats)
 
 
@@ -117,7 +119,7 @@ def _trimmed_words(name: str, array: mx.array, build: Build) -> mx.array:
         first, last = (n * held.bits // 32 if words else n // held.group for n in columns)
         array = array[..., first:last]
     array = mx.contiguous(array)
-    mx.eval(array)
+    settle(array)
     return array
 
 
@@ -147,7 +149,7 @@ def make_tensors(
         weights = [w.all() if isinstance(w, Stack) else w for w in operand.weights]
         operand.weights.clear()
         if not any(packings):
-            mx.eval(weights)
+            settle(weights)
             return dict(zip(names, weights, strict=True))
         made: dict[str, mx.array] = {}
         for name, packing in zip(names, packings, strict=True):
@@ -187,19 +189,25 @@ def make_tensors(
     if dequantize is not None:
         parts = ready(weight, dequantize, parts)
     whole = transposed or interleaved
-    given = bands(weight, dequantize, parts, dtype, whole=whole, held=bool(held))
+    targets = [_Target(shape, packing) for packing in packings]
+
+    def pending() -> list[mx.array]:
+        """Return the buffers, so that a graph reads a few experts after the others are done."""
+        return [buffer for target in targets for buffer in target.buffers] if is_lazy() else []
+
+    given = bands(weight, dequantize, parts, dtype, whole=whole, held=bool(held), pending=pending)
     shared: mx.array | None = None
     if dequantize is not None and held and held[0].global_scale:
         shared = executor_of(dequantize).global_scale(dequantize, parts).reshape(*lead, -1)
     del weight, parts
     if transposed:
         given = _transposed(given)
-    made = _fill(given, names, [_Target(shape, packing) for packing in packings], split)
+    made = _fill(given, names, targets, split)
     if shared is not None:
         for number, name in enumerate(names):
             mine = mx.contiguous(shared[..., min(number, shared.shape[-1] - 1)])
             made[f"{name.removesuffix('.weight')}.global_scale"] = mine
-        mx.eval(made)
+        settle(made)
     return made
 
 
@@ -242,7 +250,7 @@ def _fill(
                 target.put(experts, slice(low - number * rows, high - number * rows), piece)
                 del piece
         arrays.clear()
-        mx.eval([target.buffers for target in targets])
+        settle([target.buffers for target in targets])
     return {
         f"{name.removesuffix('.weight')}.{kind}" if target.packed else name: array
         for name, target in zip(names, targets, strict=True)
@@ -284,7 +292,7 @@ class _Target:
             self.buffers = [
                 mx.zeros((count, height, part.shape[-1]), dtype=part.dtype) for part in parts
             ]
-            mx.eval(self.buffers)
+            settle(self.buffers)
         for buffer, part in zip(self.buffers, parts, strict=True):
             buffer[experts, rows] = part
 

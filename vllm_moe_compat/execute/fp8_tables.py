@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
+from vllm_moe_compat.execute.laziness import is_lazy
+
 Bits: TypeAlias = "np.ndarray[Any, Any]"
 
 VALUES = 256
@@ -28,9 +30,10 @@ _INDICES = 2**17
 
 
 def pays(rows: int, columns: int, block: tuple[int, int]) -> bool:
-    """Whether a table is worth making for blocks of ``[rows, columns]``."""
+    """Whether a table is worth making for blocks of ``[rows, columns]``, which reads at once."""
     under = min(block[0], rows) * min(block[1], columns)
-    return under >= 8 * VALUES and mx.default_device().type == mx.DeviceType.cpu
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return under >= 8 * VALUES and on_cpu and not is_lazy()
 
 
 def bits(array: mx.array) -> Bits:

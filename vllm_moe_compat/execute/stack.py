@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,9 +28,10 @@ class Stack:
         member, self._members[expert] = self._members[expert], None
         return cast("mx.array", member)
 
-    def take(self, start: int, stop: int) -> mx.array:
-        """Return ``[start:stop]`` as an array and release those members."""
-        chunk = mx.stack(self._members[start:stop])
+    def take(self, start: int, stop: int, after: Sequence[mx.array] = ()) -> mx.array:
+        """Return ``[start:stop]`` as an array, made after ``after``; release those members."""
+        members = self._members[start:stop]
+        chunk = mx.stack(mx.depends(members, list(after)) if after else members)
         self._members[start:stop] = [None] * (stop - start)
         return chunk
 

@@ -20,6 +20,7 @@ from vllm_moe_compat.errors import CheckpointFileError
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import caller
 from vllm_moe_compat.load.caller import Caller
+from vllm_moe_compat.load.options import load_options
 from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 
@@ -77,6 +78,12 @@ class LoadContext:
             for build in self.plan.builds
             for name in build.sources
         )
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the caller decides what is read, and when."""
+        options = load_options()
+        return self.caller.lazy and not options.at_once and options.executor is None
 
     def is_running(self) -> bool:
         """Whether the call of ``load_model`` that began this load is still running."""

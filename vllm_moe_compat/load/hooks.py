@@ -108,7 +108,7 @@ def load_config_hook(
     load = context.LoadContext(
         model_dir, planned, planned.row, planned.plan, config, headers.sizes, called
     )
-    if load_options().executor is None:
+    if load_options().executor is None and not load.lazy:
         _check_memory(load)
     context.current.set(load)
     return config
@@ -165,6 +165,8 @@ def sanitize_hook(
     passes = _inside.get() or not load_options().hooks or not _are_arrays(weights)
     if row is None or passes:
         return original(model, weights, *args, **kwargs)
+    from vllm_moe_compat.execute.laziness import building  # imports mlx
+
     token = _inside.set(True)
     try:
         load = context.current.get()
@@ -184,7 +186,8 @@ def sanitize_hook(
                 fix.apply(model, load.planned.settings)
                 logger.info("%s: put %s into %s", load.model_dir, words, row.module)
             rotary.check(model, load.planned.settings)
-        sanitized, report = run_load(row, load, model, weights, sanitize)
+        with building(lazily=load is not None and load.lazy):
+            sanitized, report = run_load(row, load, model, weights, sanitize)
         if load is not None and load.planned.layout is not None:
             zero_biases.drop(model, sanitized, load.planned.layout)
         guard.check(model, sanitized, read_config, "" if load is None else str(load.model_dir))

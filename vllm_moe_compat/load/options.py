@@ -29,6 +29,8 @@ class LoadOptions:
             None outside of serving.
         hooks: whether the hooks are active; inactive ones only call the original.
         executor: replaces ``execute.quantize.load_quantized``; None for the default.
+        at_once: whether tensors are made at once even if ``load_model`` is called with
+            ``lazy=True``, since the caller needs all of them.
         progress: whether long loads show a progress bar.
         record: whether ``last_report`` returns the report of the load.
     """
@@ -36,6 +38,7 @@ class LoadOptions:
     dtype: str | None = None
     hooks: bool = True
     executor: LoadExecutor | None = None
+    at_once: bool = False
     progress: bool = True
     record: bool = True
 

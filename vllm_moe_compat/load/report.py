@@ -32,6 +32,7 @@ class LoadReport:
         max_length_reason: what it computes beyond that.
         held_packed: number of weights that stay packed as they are stored.
         packed_as: MLX's formats of these weights.
+        lazy: whether the tensors were left unread, to be made when they are first used.
     """
 
     path: str | None
@@ -55,6 +56,7 @@ class LoadReport:
     max_length_reason: str = ""
     held_packed: int = 0
     packed_as: tuple[str, ...] = ()
+    lazy: bool = False
 
     def __str__(self) -> str:
         done = []
@@ -72,6 +74,8 @@ class LoadReport:
             return f"{head}; left as it is, with {self.digested:,} FP8 tensors, to mlx-lm"
         if not done:
             return f"{head}; left as it is"
+        if self.lazy:
+            return f"{head}; {', '.join(done)} when they are first used: the caller loads lazily"
         holds = ", ".join(f"{size(count)} {form}" for form, count in self.held.items())
         return (
             f"{head}; read {size(self.read)}, {', '.join(done)} in {self.seconds:.1f} s, "

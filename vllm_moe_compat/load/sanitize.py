@@ -129,6 +129,7 @@ def run_load(
         read=read,
         held=bytes_by_format(sanitized, policy),
         saved=bytes_saved(sanitized, policy),
+        lazy=load is not None and load.lazy,
         peak=mx.get_peak_memory() - before if works else 0,
         max_length=None if load is None else load.planned.max_length,
         max_length_reason="" if load is None else load.planned.max_length_reason,

@@ -60,7 +60,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     path = Path(model)
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
-    with loading_with(dtype=str(dtype).rpartition(".")[2]):
+    with loading_with(dtype=str(dtype).rpartition(".")[2], at_once=True):
         loaded, _ = utils.load_model(path, lazy=True)
     report = last_report()
     if report is None or report.path != str(path):  # That of another load: this one had no plan.

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_moe_compat.execute import fp8_tables
+from vllm_moe_compat.execute.laziness import is_lazy
 
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Row within a word of AWQ → the nibble that holds it."""
@@ -29,7 +30,7 @@ _PIECE = 2**17
 def in_mlx_order(words: mx.array) -> mx.array:
     """Return MLX's words ``uint32 [n, 8·c, I/8]`` of AWQ's ``uint32 [n, I, c]``."""
     count, columns, width = words.shape
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if mx.default_device().type == mx.DeviceType.cpu and not is_lazy():
         made = mx.zeros((count, 8 * width, columns // 8), dtype=mx.uint32)
         _write(fp8_tables.bits(words), fp8_tables.bits(made).reshape(count, width, 8, -1))
         return made
