@@ -30,6 +30,8 @@ from vllm_moe_compat.plan.estimate import estimate
 from vllm_moe_compat.plan.make import make, name_module
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planned_load import read_headers_of
+from vllm_moe_compat.plan.present_part import present_part
+from vllm_moe_compat.plan.quantization import mark_dequantized
 from vllm_moe_compat.plan.serving import NONE
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
@@ -63,13 +65,15 @@ def load_config_hook(
     if not load_options().hooks or not isinstance(config, dict) or path is None:
         return config
     model_dir = Path(path)
-    if not weight_files(model_dir):
+    if called.strict and not weight_files(model_dir):
         return config  # A tokenizer's folder, or mlx-lm reports missing files.
     if called.tokenizer:
         name_module(config)
         return config
 
     headers = read_headers_of(model_dir)
+    if not called.strict:
+        headers = present_part(headers)
     planned = make(headers, copy.deepcopy(config), serving_here())
     if planned.row is not None and planned.layout is not None:
         try:
@@ -103,6 +107,8 @@ def load_config_hook(
         logger.info("%s: tensor names: %s", model_dir, "; ".join(planned.plan.names.words))
     config.clear()
     config.update(planned.config)
+    if not headers.tensors and "quantization_config" in config and "quantization" not in config:
+        mark_dequantized(config)  # Nothing is there to quantise, and load_model refuses some.
     if planned.row is None or planned.plan is None:
         return config
     load = context.LoadContext(

@@ -168,15 +168,16 @@ def _plan(
             findings += check_contents(headers.folder, headers.tensors, layout.numbers)
         if faults := list(faults_of(findings, headers.tensors)):
             return None, faults
-        split = serving.setting != NONE
+        # Several families' sanitize looks for experts in the first layer, which may be absent.
+        quantizes = serving.setting != NONE
         plan = make_plan(
             layout,
             row,
             config,
-            split=split,
+            split=quantizes or bool(headers.absent),
             exact=serving.exact,
             checked=True,
-            hold=not split,
+            hold=not quantizes,
         )
         return plan, []
     except LayoutError as error:

@@ -37,6 +37,9 @@ class Headers:
         sizes: shard → its bytes when its header was read.
         faults: faults of shards and index.
         extern: whether the folder has an ``hf_quant_config.json``.
+        absent: names that the index puts into absent files, if only the part that is there is
+            loaded (``present_part``); then they are no fault.
+        pieces: tensors of layers that are not all there, which such a load leaves out.
     """
 
     folder: Path
@@ -45,6 +48,8 @@ class Headers:
     sizes: Mapping[str, int]
     faults: tuple[FileFault, ...]
     extern: bool
+    absent: frozenset[str] = frozenset()
+    pieces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

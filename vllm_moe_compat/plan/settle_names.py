@@ -11,6 +11,7 @@ from vllm_moe_compat.checkpoint.adapters import MERGE, adapter_file
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.index import STALE, contradictions
 from vllm_moe_compat.checkpoint.layout import Layout, detect
+from vllm_moe_compat.checkpoint.names import fold, layer_of
 from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families import modules
 from vllm_moe_compat.families.row import Row
@@ -61,9 +62,13 @@ def settle_names(headers: Headers, row: Row, config: dict[str, Any], *, tied: An
     faults, warnings = _index_faults(headers, config, row)
     tensors = headers.tensors
     names = uniform_names(tensors, row, row.ignored.of(config))
-    heads = settle_heads(headers.folder, names.of(tensors), tensors, config, row, tied=tied)
+    heads = Heads()
+    if all(layer_of(name) is not None for name in headers.absent):
+        heads = settle_heads(headers.folder, names.of(tensors), tensors, config, row, tied=tied)
     changed = apply_tying(config, heads.tie)
     names = _with_heads(names, heads, tensors)
+    if headers.absent:
+        names = _without_pieces(names, headers)
     headers = replace(headers, tensors=names.of(tensors))
     layout = detect(headers.tensors, config, row.ignored)
     foreign = [*unmerged(layout.tensors)] or [
@@ -99,6 +104,14 @@ def adapters_beside(folder: Path) -> Iterator[Fault]:
             f"nothing has to be done if the model alone is wanted; else {MERGE}",
             UnsupportedCheckpointError,
         )
+
+
+def _without_pieces(names: TensorNames, headers: Headers) -> TensorNames:
+    """Return the changes of names that also leave out pieces of layers."""
+    words = [f"{len(headers.absent):,} tensors of the index are in files that are not here"]
+    if headers.pieces:
+        words.append(f"left out {fold(headers.pieces)}, of layers that are not all here")
+    return replace(names, drops=(*names.drops, *headers.pieces), words=(*names.words, *words))
 
 
 def _with_heads(names: TensorNames, heads: Heads, tensors: Mapping[str, TensorInfo]) -> TensorNames:
