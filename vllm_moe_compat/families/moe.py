@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes import layer_types, routers
 from vllm_moe_compat.families.fixes.clip_qkv import CLIP_QKV
+from vllm_moe_compat.families.installed import older
 from vllm_moe_compat.families.row import (
     COMBINED,
     GLU,
     HEAD_IF_STORED,
     NEVER_TIED,
     OWN_HEAD,
+    PER_EXPERT,
     TRANSPOSED,
     W123,
     Cache,
@@ -22,6 +25,8 @@ from vllm_moe_compat.families.row_builders import (
     ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED,
+    NESTED_ALONE,
     NESTED_ROOTS,
     PLAIN,
     STANDARD,
@@ -80,6 +85,17 @@ QWEN_NORMS = (
     ".k_norm.weight",
 )
 BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
+BOTH_KINDS = older(
+    "qwen3_5",
+    "if self.fa_idx is not None",
+    "a layer of each kind is looked up",
+    layer_types.needs("full_attention", "linear_attention"),
+)
+QWEN_3_STACKS = (
+    ()
+    if older("qwen3_moe", "moe_layers", "experts are stacked only if layer 0 has some", True)
+    else (PER_EXPERT,)
+)
 PADDED_STATES = Cache(states_skip_padding=True)
 
 MOE_ROWS: tuple[Row, ...] = (
@@ -98,6 +114,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
+        fixes=BOTH_KINDS,
     ),
     # The same with combined experts.
     make_row(
@@ -115,6 +132,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
+        fixes=BOTH_KINDS,
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
@@ -128,13 +146,14 @@ MOE_ROWS: tuple[Row, ...] = (
         cache=PADDED_STATES,
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,), head=OWN_HEAD),
-    moe_row("qwen3_moe", STANDARD, workarounds.CONFIG),
+    moe_row("qwen3_moe", Moe(stacks=QWEN_3_STACKS), workarounds.CONFIG),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
         Moe(stacks=(TRANSPOSED,), transposed=True),
         workarounds.TIED_HEAD,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+        renames=older("qwen3_vl_moe", NESTED, NESTED_ALONE, *LIFTED),
         defaults=(("norm_topk_prob", True),),
         sanitize_wrapper=sanitize_wrappers.tied_head,
         roots=NESTED_ROOTS,
@@ -146,6 +165,13 @@ MOE_ROWS: tuple[Row, ...] = (
         BLOCK_SPARSE,
         workarounds.CONFIG,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
+        translations=older(
+            "phimoe",
+            "rope_scaling is None",
+            "factors of LongRoPE are required",
+            settings_by_family.PHIMOE_ROPE,
+        ),
+        fixes=older("phimoe", "sparsemixer", routers.SPARSE_MIXER.why, routers.SPARSE_MIXER),
         head=OWN_HEAD,
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
@@ -218,6 +244,12 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         workarounds.OWN_HEAD,
         cache=PADDED_STATES,
+        fixes=older(
+            "lfm2_moe",
+            "routed_scaling_factor",
+            routers.SIGMOID_ROUTER.why,
+            routers.SIGMOID_ROUTER,
+        ),
         head=HEAD_IF_STORED,
         sanitize_wrapper=sanitize_wrappers.own_head,
     ),
@@ -231,6 +263,13 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
+        translations=older(
+            "nemotron_h",
+            "linear_attention",
+            "layers_block_type and num_hidden_layers are required, in older words",
+            settings_by_family.NEMOTRON_KINDS,
+            settings_by_family.NEMOTRON_LAYERS,
+        ),
         roots=("backbone.", "model."),
         head=NEVER_TIED,
         embedding="embeddings",

@@ -136,6 +136,9 @@ IS_MOE_LAYER = computed(
 BLOCK_DIM = computed(
     "block_dim", "block_dim is read for hidden_size", lambda text: text.get("hidden_size")
 )
+BLOCK_FF_DIM = computed(
+    "block_ff_dim", "intermediate_size is not read", lambda text: text.get("intermediate_size")
+)
 
 
 def _all_sparse(config: Section, text: Section) -> bool:
