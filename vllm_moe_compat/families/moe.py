@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.fixes import layer_types, routers
@@ -86,16 +88,21 @@ QWEN_NORMS = (
 )
 BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
 BOTH_KINDS = older(
-    "qwen3_5",
+    "qwen3_next",
     "if self.fa_idx is not None",
     "a layer of each kind is looked up",
     layer_types.needs("full_attention", "linear_attention"),
 )
-QWEN_3_STACKS = (
-    ()
-    if older("qwen3_moe", "moe_layers", "experts are stacked only if layer 0 has some", True)
-    else (PER_EXPERT,)
-)
+"""For Qwen3.5, too."""
+
+
+def per_expert(module: str, **fields: Any) -> Moe:
+    """Return experts one by one, which an older module stacks only if layer 0 has some."""
+    why = "experts are stacked only if layer 0 has some"
+    plan_stacks = older(module, "moe_layers", why, True)
+    return Moe(stacks=() if plan_stacks else (PER_EXPERT,), **fields)
+
+
 PADDED_STATES = Cache(states_skip_padding=True)
 
 MOE_ROWS: tuple[Row, ...] = (
@@ -137,16 +144,17 @@ MOE_ROWS: tuple[Row, ...] = (
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
         "qwen3_next",
-        STANDARD,
+        per_expert("qwen3_next"),
         workarounds.NORM_SHIFT,
         workarounds.EARLY_RETURN,
         dropped_upstream=Extras(parts=("mtp.",)),
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
+        fixes=BOTH_KINDS,
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,), head=OWN_HEAD),
-    moe_row("qwen3_moe", Moe(stacks=QWEN_3_STACKS), workarounds.CONFIG),
+    moe_row("qwen3_moe", per_expert("qwen3_moe"), workarounds.CONFIG),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
@@ -323,7 +331,7 @@ MOE_ROWS: tuple[Row, ...] = (
         roots=NESTED_ROOTS,
     ),
     moe_row("afmoe", PLAIN, workarounds.CONFIG),
-    moe_row("Klear", PLAIN, head=OWN_HEAD),
+    moe_row("Klear", per_expert("Klear", target=PLAIN.target), head=OWN_HEAD),
     moe_row(
         "exaone_moe",
         dropped_upstream=Extras(prefixes=("mtp.",)),

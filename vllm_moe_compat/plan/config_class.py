@@ -22,7 +22,7 @@ from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families import modules
 from vllm_moe_compat.families.config_classes import config_classes
 from vllm_moe_compat.families.release_defaults import CLASS_OF
-from vllm_moe_compat.plan.layer_words import in_newer_words, in_older_words
+from vllm_moe_compat.plan.newer_words import in_newer_words, in_older_words
 
 Settings = dict[str, Any]
 
