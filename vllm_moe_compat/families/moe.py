@@ -8,6 +8,7 @@ from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.fixes import layer_types, routers
 from vllm_moe_compat.families.fixes.clip_qkv import CLIP_QKV
+from vllm_moe_compat.families.fixes.fix import ForwardFix
 from vllm_moe_compat.families.installed import older
 from vllm_moe_compat.families.row import (
     COMBINED,
@@ -87,13 +88,12 @@ QWEN_NORMS = (
     ".k_norm.weight",
 )
 BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
-BOTH_KINDS = older(
-    "qwen3_next",
-    "if self.fa_idx is not None",
-    "a layer of each kind is looked up",
-    layer_types.needs("full_attention", "linear_attention"),
-)
-"""For Qwen3.5, too."""
+
+
+def both_kinds(module: str) -> tuple[ForwardFix, ...]:
+    """Return the refusal of layers of one kind, which an older module looks up in vain."""
+    needs = layer_types.needs("full_attention", "linear_attention")
+    return older(module, "if self.fa_idx is not None", needs.why, needs)
 
 
 def per_expert(module: str, **fields: Any) -> Moe:
@@ -121,7 +121,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
-        fixes=BOTH_KINDS,
+        fixes=both_kinds("qwen3_5"),
     ),
     # The same with combined experts.
     make_row(
@@ -139,7 +139,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
-        fixes=BOTH_KINDS,
+        fixes=both_kinds("qwen3_5"),
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
@@ -151,7 +151,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
-        fixes=BOTH_KINDS,
+        fixes=both_kinds("qwen3_next"),
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,), head=OWN_HEAD),
     moe_row("qwen3_moe", per_expert("qwen3_moe"), workarounds.CONFIG),
