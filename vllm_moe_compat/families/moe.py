@@ -271,6 +271,7 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
+        aliases=((r"^(backbone|model)\.embedding\.", r"\1.embeddings."),),
         translations=older(
             "nemotron_h",
             "linear_attention",

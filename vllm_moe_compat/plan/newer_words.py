@@ -11,7 +11,7 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-KEYS = ("layer_types", "layers_block_type")
+KEYS = ("layer_types", "layers_block_type", "mtp_layer_types", "mtp_layers_block_type")
 NEWER = {
     "mamba": "linear_attention",
     "attention": "full_attention",
@@ -24,6 +24,8 @@ OLDER = {newer: older for older, newer in NEWER.items()}
 def in_newer_words(settings: Settings) -> Settings:
     """Return the settings that an older config class gives as a newer one would."""
     found = _renamed(settings, NEWER)
+    if str(found.get("model_type")).startswith("longcat"):
+        found.pop("num_hidden_layers", None)  # LongCat's attentions, two for each layer.
     kind, rope = found.get("model_type"), found.get("rope_parameters")
     if isinstance(kind, str) and kind in _ROPES and isinstance(rope, Mapping):
         found["rope_parameters"] = _ROPES[kind](rope, found)
