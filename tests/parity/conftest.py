@@ -7,10 +7,18 @@ import pytest
 import torch
 import transformers
 
+from parity.families import LEFT_OUT
 from parity.family import Family
 from parity.forms import CELLS, Form
 from parity.verdict import Verdict
 from support import parallel
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if LEFT_OUT:
+        listed = "; ".join(f"{name} ({why})" for name, why in LEFT_OUT.items())
+        note = f"left out, since this environment does not have them: {len(LEFT_OUT)}: {listed}"
+        parallel.hand_over(session.config, parallel.NOTES, [note])
 
 
 @pytest.fixture(scope="session", autouse=True)

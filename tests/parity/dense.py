@@ -137,6 +137,7 @@ DENSE = (
         sliding_window=16,
         layer_types=WINDOW,
         rope_parameters={"sliding_attention": ROPE, "full_attention": ROPE},
+        oracle="rope_parameters[layer_type]",  # one embedding for all layers before 5.13
     ),
     causal(
         "cohere2",
@@ -253,6 +254,7 @@ DENSE = (
                 "moe_top_k": 2,
             },
         },
+        oracle="states.view(-1, self.hidden_size)",  # before 5.13 it takes the wrong width
         forms=("saved", "in-library", "release", "MLX form"),
         note="has experts, but mlx-lm keeps them apart as linear layers: nothing to stack",
     ),

@@ -7,11 +7,15 @@ an expert are equal, or a missing transposition would not show.
 
 from __future__ import annotations
 
+from parity.available import missing
 from parity.dense import DENSE
 from parity.family import Family
 from parity.moe_sigmoid import SIGMOID
 from parity.moe_softmax import SOFTMAX
 from parity.variants import VARIANTS
 
-MOE: tuple[Family, ...] = SOFTMAX + SIGMOID
-FAMILIES: dict[str, Family] = {family.name: family for family in MOE + DENSE + VARIANTS}
+EVERY = SOFTMAX + SIGMOID + DENSE + VARIANTS
+LEFT_OUT = {f.name: why for f in EVERY if (why := missing(f)) is not None}
+"""Family → what this environment does not have of it; empty with the newest."""
+MOE: tuple[Family, ...] = tuple(f for f in SOFTMAX + SIGMOID if f.name not in LEFT_OUT)
+FAMILIES: dict[str, Family] = {f.name: f for f in EVERY if f.name not in LEFT_OUT}

@@ -100,6 +100,7 @@ class Family:
     ``COMMON`` says. ``ragged`` changes ``kwargs`` at the size where no dimension
     divides by an FP8 block. ``mtp`` is the prefix under which releases carry the
     layer that predicts further tokens. ``forms``, if any, are the only ones it is in.
+    ``oracle`` is text of transformers' modeling file without which its model is another one.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Family:
     forms: tuple[str, ...] = ()
     tolerance: float = 1e-5
     note: str = ""
+    oracle: str = ""
 
     @property
     def base(self) -> str:
@@ -132,5 +134,6 @@ class Family:
 
 def causal(name: str, module: str, stem: str, **kwargs: Any) -> Family:
     """Return a family whose classes are ``{stem}Config`` and ``{stem}ForCausalLM``."""
-    own = {k: kwargs.pop(k) for k in ("ragged", "mtp", "forms", "tolerance", "note") if k in kwargs}
+    named = ("ragged", "mtp", "forms", "tolerance", "note", "oracle")
+    own = {k: kwargs.pop(k) for k in named if k in kwargs}
     return Family(name, module, (f"{stem}Config", f"{stem}ForCausalLM"), kwargs, **own)

@@ -83,7 +83,7 @@ class Cell:
 
 
 BFLOAT16 = torch.bfloat16
-RANDOM = 2e-5
+RANDOM = 3e-5
 FORMS = (
     Form("saved"),
     Form("in-library"),

@@ -66,6 +66,8 @@ SIGMOID = (
         index_head_dim=32,
         index_n_heads=16,  # with few, ReLU ties decide which tokens are seen
         mtp="model.layers.2.",
+        # Before 5.13 the indexer turns halves of heads, as DeepSeek's.
+        oracle="apply_rotary_pos_emb_interleave(q_rot, k_rot, cos, sin, unsqueeze_dim=2)",
     ),
     causal(
         "glm4_moe_lite",

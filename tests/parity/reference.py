@@ -69,7 +69,10 @@ def new_config(family: Family, ragged: bool = False) -> Any:
     text_name = name.replace("Config", "TextConfig")
     if family.outer is None and hasattr(transformers, text_name):
         name = text_name
-    return getattr(transformers, name)(**family.settings(ragged))
+    config_class, settings = getattr(transformers, name), family.settings(ragged)
+    if "num_experts" in config_class.__annotations__ and "n_routed_experts" in settings:
+        settings.setdefault("num_experts", settings["n_routed_experts"])  # Two words for one.
+    return config_class(**settings)
 
 
 def new_model(family: Family, ragged: bool, grain: float, steps: bool = False) -> Any:

@@ -138,7 +138,8 @@ def _gemma3(config: Config, text: Config) -> None:
 
 def _gemma4(config: Config, text: Config) -> None:
     config["vocab_size"] = VOCAB
-    text["global_head_dim"] = text.pop("per_layer_config")["1"]["head_dim"]
+    if "per_layer_config" in text:  # Since transformers 5.13.
+        text["global_head_dim"] = text.pop("per_layer_config")["1"]["head_dim"]
 
 
 def _mimo(config: Config, text: Config) -> None:
@@ -245,7 +246,8 @@ CHANGES: dict[str, Callable[[Config, Config], Config | None]] = {
     ),
     "granitemoehybrid": _set(
         layer_types=lambda c: [
-            "mamba" if kind == "linear_attention" else "attention" for kind in c["layer_types"]
+            "mamba" if kind in ("linear_attention", "mamba") else "attention"
+            for kind in c["layer_types"]
         ]
     ),
     "hunyuan_v1_dense": _set(rope_scaling=NO_SCALING),

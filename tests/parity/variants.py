@@ -45,10 +45,12 @@ GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per
 
 def _variant(name: str, forms: tuple[str, ...] = FORMS, **kwargs: Any) -> Family:
     base = _BASES[name.partition(" ")[0]]
+    oracle = kwargs.pop("oracle", base.oracle)
     outer = base.outer
     if outer is not None and "tie_word_embeddings" in kwargs:
         outer = outer | {"tie_word_embeddings": kwargs["tie_word_embeddings"]}
-    return replace(base, name=name, kwargs=base.kwargs | kwargs, outer=outer, forms=forms, mtp="")
+    changed = base.kwargs | kwargs
+    return replace(base, name=name, kwargs=changed, outer=outer, forms=forms, mtp="", oracle=oracle)
 
 
 def _deep(name: str) -> Family:
@@ -88,10 +90,11 @@ VARIANTS = (
     _variant("minicpm3 longrope", rope_parameters=LONGROPE),
     _variant("jamba offset", expert_layer_period=4),
     _variant("granitemoe tied", tie_word_embeddings=True),
-    _variant("deepseek_v2 yarn", rope_parameters=MSCALE),
+    _variant("deepseek_v2 yarn", rope_parameters=MSCALE, oracle="yarn_apply_mscale"),
     _variant(
         "deepseek_v2 groups",
         topk_method="group_limited_greedy",
+        oracle="DeepseekV2TopkRouter",
         **(GROUPS | {"num_experts_per_tok": 2}),
     ),
     _variant("deepseek_v3 yarn", rope_parameters=MSCALE),

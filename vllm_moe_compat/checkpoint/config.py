@@ -7,12 +7,32 @@ refused; a missing one is None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_moe_compat.errors import LayoutError
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def decode_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with floats for transformers' ``{"__float__": "Infinity"}``.
+
+    JSON has no infinity, so transformers 5 writes it like this, and mlx-lm decodes it from 0.32
+    on.
+    """
+    return {key: _decoded(value) for key, value in config.items()}
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        word = value.get("__float__") if len(value) == 1 else None
+        known = isinstance(word, str) and word in _FLOATS
+        return _FLOATS[str(word)] if known else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(entry) for entry in value] if isinstance(value, list) else value
 
 
 def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.fixes import latent_norms
+from vllm_moe_compat.families.fixes.older_attention import VALUE_SCALE, indexer_halves
+from vllm_moe_compat.families.installed import older
 from vllm_moe_compat.families.row import (
     COMBINED,
     NEVER_TIED,
@@ -23,6 +25,7 @@ from vllm_moe_compat.families.row_builders import (
     ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED_ALONE,
     NESTED_ROOTS,
     PLAIN,
     STANDARD,
@@ -39,6 +42,8 @@ MISTRAL_VISION = Extras(parts=("vision_tower", "multi_modal_projector"))
 KIMI_VISION = Extras(
     prefixes=("vision_tower", "vision_model", "multi_modal_projector", "mm_projector")
 )
+MODEL_FIRST = '"model.language_model."'
+INDEXER = ("indexer_rope_interleave", "the indexer turns pairs, whatever the config says")
 
 DEEPSEEK_ROWS: tuple[Row, ...] = (
     moe_row(
@@ -67,6 +72,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
+        fixes=older("deepseek_v32", *INDEXER, indexer_halves(pairs=False)),
         head=OWN_HEAD,
     ),
     block_fp8_row(
@@ -75,6 +81,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
         defaults=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"), ("moe_layer_freq", 1)),
+        fixes=older("deepseek_v32", *INDEXER, indexer_halves(pairs=True)),
         head=OWN_HEAD,
     ),
     make_row(
@@ -190,6 +197,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_here=Extras(prefixes=("model.mtp",)),
         renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
         translations=(settings_by_family.MIMO,),
+        fixes=older("mimo_v2_flash", "attention_value_scale", VALUE_SCALE.why, VALUE_SCALE),
         head=OWN_HEAD,
     ),
     moe_row(
@@ -219,7 +227,19 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         moe=MISTRAL_4,
         computed=ABSORBED,
         dropped_upstream=MISTRAL_VISION,
+        dropped_here=Extras(
+            parts=older(
+                "mistral3",
+                MODEL_FIRST,
+                "vision is not dropped under model",
+                *MISTRAL_VISION.parts,
+            )
+        ),
         misreads=("fp8 tensor",),
+        renames=older("mistral3", MODEL_FIRST, NESTED_ALONE, *LIFTED),
+        translations=older(
+            "mistral3", "mistral4", "mistral4 is not known", settings_by_family.NO_MISTRAL_4
+        ),
         roots=ANY_ROOT,
     ),
 )

@@ -6,8 +6,17 @@ from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
 from vllm_moe_compat.families.fixes import latent_norms
 from vllm_moe_compat.families.fixes.multipliers import KEY_MULTIPLIER
+from vllm_moe_compat.families.fixes.older_attention import ALL_LAYERS
+from vllm_moe_compat.families.installed import older
 from vllm_moe_compat.families.row import HEAD_IF_STORED, OWN_HEAD, Cache, Row
-from vllm_moe_compat.families.row_builders import ANY_ROOT, LIFTED, NESTED_ROOTS, make_row
+from vllm_moe_compat.families.row_builders import (
+    ANY_ROOT,
+    LIFTED,
+    NESTED,
+    NESTED_ALONE,
+    NESTED_ROOTS,
+    make_row,
+)
 
 FALCON_MULTIPLIED = (
     *("embed_tokens.weight", "lm_head.weight", "q_proj.weight", "k_proj.weight", "o_proj.weight"),
@@ -29,7 +38,10 @@ DENSE_ROWS: tuple[Row, ...] = (
         workarounds.FP8,
         workarounds.CONFIG,
         computed=FALCON_MULTIPLIED,
-        fixes=(KEY_MULTIPLIER,),
+        fixes=(
+            KEY_MULTIPLIER,
+            *older("falcon_h1", "[(None, None)] *", ALL_LAYERS.why, ALL_LAYERS),
+        ),
     ),
     *(
         make_row(m, workarounds.FP8, workarounds.CONFIG, head=OWN_HEAD)
@@ -49,6 +61,12 @@ DENSE_ROWS: tuple[Row, ...] = (
         "qwen3_vl",
         workarounds.FP8,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+        dropped_here=Extras(
+            prefixes=older(
+                "qwen3_vl", NESTED, "the vision tower is not dropped", "visual", "model.visual"
+            )
+        ),
+        renames=older("qwen3_vl", NESTED, NESTED_ALONE, *LIFTED),
         roots=ANY_ROOT,
     ),
     make_row(
@@ -82,7 +100,15 @@ DENSE_ROWS: tuple[Row, ...] = (
         "lfm2",
         workarounds.FP8,
         workarounds.OWN_HEAD,
-        translations=(settings.BLOCK_DIM,),
+        translations=(
+            settings.BLOCK_DIM,
+            *older(
+                "lfm2",
+                "intermediate_size: Optional",
+                "block_ff_dim is required",
+                settings.BLOCK_FF_DIM,
+            ),
+        ),
         cache=Cache(states_skip_padding=True),
         head=HEAD_IF_STORED,
         sanitize_wrapper=sanitize_wrappers.own_head,

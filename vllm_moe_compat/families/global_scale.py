@@ -6,8 +6,9 @@ A value of NVFP4 is ``E2M1 · scale · global scale``. MLX multiplies by the las
 layers here multiply the product. Against dequantising to floats that costs 3.6 times less
 memory, and in float32 on the CPU it takes two thirds of the time.
 
-Only the instances of one model get these classes; mlx-lm then makes their quantised forms by
-``to_quantized``, as it does for experts. Their parameter is MLX's: the factor times 6 · 448, the
+Only the instances of one model get these classes, those whose weights have a global scale;
+mlx-lm then makes their quantised forms by ``to_quantized``. Before 0.32, it has no global scale
+of experts either, and does not ask for one. Their parameter is MLX's: the factor times 6 · 448, the
 product of the largest E2M1 and the largest E4M3.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cache
+from inspect import signature
 from typing import Any
 
 ENDING = ".global_scale"
@@ -51,6 +53,8 @@ def _classes() -> dict[type, type]:
     import mlx.nn as nn
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+    upstream_scales = "global_scale" in signature(SwitchLinear.to_quantized).parameters
+
     def widened(x: Any) -> Any:
         """Widen float16, in which a product without the global scale may overflow."""
         return x.astype(mx.float32) if x.dtype == mx.float16 else x
@@ -81,7 +85,7 @@ def _classes() -> dict[type, type]:
             bits: int | None = None,
             mode: str = "affine",
             quantize_input: bool = False,
-            global_scale: bool = False,
+            global_scale: bool = True,
         ) -> Any:
             """Return the quantised layer, its values yet to be loaded."""
             if not global_scale:
@@ -95,7 +99,7 @@ def _classes() -> dict[type, type]:
 
         def __call__(self, x: Any, indices: Any, sorted_indices: bool = False) -> Any:
             """``[…, 1, I]`` and the chosen experts ``[…, k]`` to ``[…, k, 1, O]``."""
-            if mx.default_device().type != mx.DeviceType.cpu:
+            if upstream_scales and mx.default_device().type != mx.DeviceType.cpu:
                 return super().__call__(x, indices, sorted_indices)
             y = mx.gather_qmm(
                 widened(x),
@@ -120,12 +124,17 @@ def _classes() -> dict[type, type]:
             group_size: int = 64,
             bits: int = 4,
             mode: str = "affine",
-            global_scale: bool = False,
+            global_scale: bool = True,
         ) -> Any:
             """Return the quantised layer, its values yet to be loaded."""
-            layer = super().to_quantized(group_size, bits, mode, global_scale)
-            if global_scale:
-                layer.__class__ = QuantizedExpertsWithScale
+            if not global_scale:
+                return super().to_quantized(group_size, bits, mode)
+            if upstream_scales:
+                layer = super().to_quantized(group_size, bits, mode, global_scale=True)
+            else:
+                layer = super().to_quantized(group_size, bits, mode)
+                layer.global_scale = mx.full(self.weight.shape[:1], _MLX_GLOBAL)
+            layer.__class__ = QuantizedExpertsWithScale
             return layer
 
     return {nn.Linear: LinearWithScale, SwitchLinear: ExpertsWithScale}

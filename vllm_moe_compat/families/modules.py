@@ -8,7 +8,6 @@ registry's model types are used.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.families import registry
+from vllm_moe_compat.families.installed import package_folder
 from vllm_moe_compat.families.row import GLU, W123, Row
 
 PACKAGE = "mlx_lm.models"
@@ -171,13 +171,12 @@ def mlx_lm() -> MlxLm:
 
 @cache
 def _from_source() -> MlxLm:
-    try:
-        spec = importlib.util.find_spec("mlx_lm")  # of the package itself: imports nothing
-        folder = Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
-        installed = version("mlx-lm") if folder else None
-    except (ValueError, StopIteration, PackageNotFoundError):
-        return MlxLm()
+    folder = package_folder()
     if folder is None:
+        return MlxLm()
+    try:
+        installed = version("mlx-lm")
+    except PackageNotFoundError:
         return MlxLm()
     tables: dict[str, Any] = {}
     for node in ast.parse((folder / "utils.py").read_text(encoding="utf-8")).body:

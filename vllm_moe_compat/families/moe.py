@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import sanitize_wrappers, settings, settings_by_family, workarounds
+from vllm_moe_compat.families.fixes import layer_types, routers
 from vllm_moe_compat.families.fixes.clip_qkv import CLIP_QKV
+from vllm_moe_compat.families.fixes.fix import ForwardFix
+from vllm_moe_compat.families.installed import older
 from vllm_moe_compat.families.row import (
     COMBINED,
     GLU,
     HEAD_IF_STORED,
     NEVER_TIED,
     OWN_HEAD,
+    PER_EXPERT,
     TRANSPOSED,
     W123,
     Cache,
@@ -22,6 +28,8 @@ from vllm_moe_compat.families.row_builders import (
     ANY_ROOT,
     EXTRA_LAYERS,
     LIFTED,
+    NESTED,
+    NESTED_ALONE,
     NESTED_ROOTS,
     PLAIN,
     STANDARD,
@@ -80,6 +88,21 @@ QWEN_NORMS = (
     ".k_norm.weight",
 )
 BLOCK_NAMES = ((r"\.mlp\.", ".block_sparse_moe."),)
+
+
+def both_kinds(module: str) -> tuple[ForwardFix, ...]:
+    """Return the refusal of layers of one kind, which an older module looks up in vain."""
+    needs = layer_types.needs("full_attention", "linear_attention")
+    return older(module, "if self.fa_idx is not None", needs.why, needs)
+
+
+def per_expert(module: str, **fields: Any) -> Moe:
+    """Return experts one by one, which an older module stacks only if layer 0 has some."""
+    why = "experts are stacked only if layer 0 has some"
+    plan_stacks = older(module, "moe_layers", why, True)
+    return Moe(stacks=() if plan_stacks else (PER_EXPERT,), **fields)
+
+
 PADDED_STATES = Cache(states_skip_padding=True)
 
 MOE_ROWS: tuple[Row, ...] = (
@@ -98,6 +121,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
+        fixes=both_kinds("qwen3_5"),
     ),
     # The same with combined experts.
     make_row(
@@ -115,26 +139,29 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
+        fixes=both_kinds("qwen3_5"),
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
         "qwen3_next",
-        STANDARD,
+        per_expert("qwen3_next"),
         workarounds.NORM_SHIFT,
         workarounds.EARLY_RETURN,
         dropped_upstream=Extras(parts=("mtp.",)),
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
+        fixes=both_kinds("qwen3_next"),
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,), head=OWN_HEAD),
-    moe_row("qwen3_moe", STANDARD, workarounds.CONFIG),
+    moe_row("qwen3_moe", per_expert("qwen3_moe"), workarounds.CONFIG),
     # Combined experts [E, H, 2I], transposed.
     moe_row(
         "qwen3_vl_moe",
         Moe(stacks=(TRANSPOSED,), transposed=True),
         workarounds.TIED_HEAD,
         dropped_upstream=Extras(prefixes=("visual", "model.visual", "vision_tower")),
+        renames=older("qwen3_vl_moe", NESTED, NESTED_ALONE, *LIFTED),
         defaults=(("norm_topk_prob", True),),
         sanitize_wrapper=sanitize_wrappers.tied_head,
         roots=NESTED_ROOTS,
@@ -146,6 +173,13 @@ MOE_ROWS: tuple[Row, ...] = (
         BLOCK_SPARSE,
         workarounds.CONFIG,
         renames=(*BLOCK_NAMES, (r"\.router\.weight$", ".gate.weight")),
+        translations=older(
+            "phimoe",
+            "rope_scaling is None",
+            "factors of LongRoPE are required",
+            settings_by_family.PHIMOE_ROPE,
+        ),
+        fixes=older("phimoe", "sparsemixer", routers.SPARSE_MIXER.why, routers.SPARSE_MIXER),
         head=OWN_HEAD,
     ),
     # Released as MXFP4 blocks, which the module keeps. transformers saves combined bfloat16
@@ -218,6 +252,12 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         workarounds.OWN_HEAD,
         cache=PADDED_STATES,
+        fixes=older(
+            "lfm2_moe",
+            "routed_scaling_factor",
+            routers.SIGMOID_ROUTER.why,
+            routers.SIGMOID_ROUTER,
+        ),
         head=HEAD_IF_STORED,
         sanitize_wrapper=sanitize_wrappers.own_head,
     ),
@@ -231,6 +271,14 @@ MOE_ROWS: tuple[Row, ...] = (
         ),
         dropped_upstream=Extras(prefixes=("mtp.",)),
         renames=((r"^model\.", "backbone."),),
+        aliases=((r"^(backbone|model)\.embedding\.", r"\1.embeddings."),),
+        translations=older(
+            "nemotron_h",
+            "linear_attention",
+            "layers_block_type and num_hidden_layers are required, in older words",
+            settings_by_family.NEMOTRON_KINDS,
+            settings_by_family.NEMOTRON_LAYERS,
+        ),
         roots=("backbone.", "model."),
         head=NEVER_TIED,
         embedding="embeddings",
@@ -284,7 +332,7 @@ MOE_ROWS: tuple[Row, ...] = (
         roots=NESTED_ROOTS,
     ),
     moe_row("afmoe", PLAIN, workarounds.CONFIG),
-    moe_row("Klear", PLAIN, head=OWN_HEAD),
+    moe_row("Klear", per_expert("Klear", target=PLAIN.target), head=OWN_HEAD),
     moe_row(
         "exaone_moe",
         dropped_upstream=Extras(prefixes=("mtp.",)),

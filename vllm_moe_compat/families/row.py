@@ -77,11 +77,13 @@ class SettingTranslation:
         apply: takes the config and its section for the language model (the same dict if nothing
             is nested), translates in place where needed, and returns whether it changed
             anything.
+        settings: keys that reach the module through it alone.
     """
 
     id: str
     why: str
     apply: Callable[[dict[str, Any], dict[str, Any]], bool]
+    settings: tuple[str, ...] = ()
 
 
 def _is_layer(prefix: str) -> bool:

@@ -29,6 +29,10 @@ LIFTED = (
 """transformers 5 saves the language model under ``model.language_model``, mlx-lm's
 multimodal modules expect it under ``language_model.model``."""
 
+NESTED = '.get("language_model")'
+"""Text of a module that finds the language model under ``model.language_model``."""
+NESTED_ALONE = "the language model is found under language_model.model alone"
+
 
 def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """Return the row of ``mlx_lm.models.{module}``.

@@ -29,7 +29,12 @@ def kinds_of(text: Section, key: str) -> list[Any]:
 
 
 def computed(
-    target: str, why: str, value: Callable[[Section], Any], *, always: bool = False
+    target: str,
+    why: str,
+    value: Callable[[Section], Any],
+    *,
+    always: bool = False,
+    settings: tuple[str, ...] = (),
 ) -> SettingTranslation:
     """Return a translation that computes a key from the others.
 
@@ -39,6 +44,7 @@ def computed(
         value: takes the section for the language model; returns the key's value, or None if
             it cannot be computed.
         always: whether an existing value is replaced.
+        settings: see ``SettingTranslation``.
     """
 
     def apply(config: Section, text: Section) -> bool:
@@ -50,7 +56,7 @@ def computed(
         text[target] = found
         return True
 
-    return SettingTranslation(target, why, apply)
+    return SettingTranslation(target, why, apply, settings)
 
 
 def renamed_layers(names: dict[str, str]) -> SettingTranslation:
@@ -135,6 +141,12 @@ IS_MOE_LAYER = computed(
 )
 BLOCK_DIM = computed(
     "block_dim", "block_dim is read for hidden_size", lambda text: text.get("hidden_size")
+)
+BLOCK_FF_DIM = computed(
+    "block_ff_dim",
+    "intermediate_size is not read",
+    lambda text: text.get("intermediate_size"),
+    settings=("intermediate_size",),
 )
 
 

@@ -88,6 +88,36 @@ def _gemma4_heads(config: Section, text: Section) -> bool:
 GEMMA4_HEADS = SettingTranslation("global_head_dim", "per_layer_config is not read", _gemma4_heads)
 
 
+PHIMOE_ROPE = computed(
+    "rope_scaling",
+    "factors of LongRoPE are required; 1 is neutral",
+    lambda text: {
+        "type": "longrope",
+        **dict.fromkeys(("short_factor", "long_factor", "short_mscale", "long_mscale"), 1.0),
+    },
+)
+
+_NEMOTRON_KINDS = {"full_attention": "attention", "linear_attention": "mamba"}
+
+
+def _nemotron_kinds(text: Section) -> list[Any] | None:
+    if text.get("hybrid_override_pattern") is not None:
+        return None
+    kinds = kinds_of(text, "layers_block_type") or kinds_of(text, "layer_types")
+    old = [_NEMOTRON_KINDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    return old or None
+
+
+NEMOTRON_KINDS = computed(
+    "layers_block_type", "kinds of layers have older names", _nemotron_kinds, always=True
+)
+NEMOTRON_LAYERS = computed(
+    "num_hidden_layers",
+    "the number of layers is required beside their kinds",
+    lambda text: len(kinds_of(text, "layers_block_type")) or None,
+)
+
+
 def _kimi_linear(config: Section, text: Section) -> bool:
     kinds = text.get("layer_types")
     if text.get("linear_attn_config") is not None or not isinstance(kinds, list):
@@ -153,6 +183,18 @@ def _minicpm_rope(config: Section, text: Section) -> bool:
 
 
 MINICPM_ROPE = SettingTranslation("rope_scaling", "a dict is required", _minicpm_rope)
+
+
+def _no_mistral4(config: Section, text: Section) -> bool:
+    if text is not config and text.get("model_type") == "mistral4":
+        raise UnsupportedCheckpointError(
+            "config.json: model_type of text_config is 'mistral4', which the installed mlx-lm "
+            "does not have; serve this model elsewhere than on MLX."
+        )
+    return False
+
+
+NO_MISTRAL_4 = SettingTranslation("model_type", "mistral4 is not known", _no_mistral4)
 
 
 def _mimo(config: Section, text: Section) -> bool:

@@ -44,7 +44,8 @@ NEVER = re.compile(
     r"|is_encoder_decoder|is_decoder|(torch_)?dtype|pretraining_tp|ep_size|mtp_\w+|num_nextn_\w+"
     r"|_attn_implementation\w*|use_(mamba_kernels|flash_attn|flash_attention|associative_scan)"
     # how transformers derives other settings, which are settings themselves
-    r"|_sliding_window_pattern|per_layer_config|(parameters|type|original_)?rope_scaling"
+    r"|_sliding_window_pattern|per_layer_config|global_head_dim|num_global_key_value_heads"
+    r"|(parameters|type|original_)?rope_scaling"
 )
 """Settings that never change the logits of text, in any module."""
 

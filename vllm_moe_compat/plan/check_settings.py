@@ -2,13 +2,16 @@
 
 A setting with a value that the module computes wrongly is a fault. A setting that nobody has
 tried, with another value than transformers' default, is a warning: the load goes on, and says so.
+
+What is recorded was seen with the newest mlx-lm. A setting that is read there is a word of the
+module's source; an installed module without that word does not read it, which is a fault too.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families.modules import mlx_lm
 from vllm_moe_compat.families.released_settings import is_released
 from vllm_moe_compat.families.settings_record import (
+    READ,
     ROPE,
     Class,
     allows,
@@ -34,7 +38,7 @@ _LONGEST = 60
 
 
 def check_settings(
-    module: str, config: Mapping[str, Any], settings: Settings
+    module: str, config: Mapping[str, Any], settings: Settings, otherwise: Collection[str] = ()
 ) -> tuple[list[Fault], list[Fault]]:
     """Return the faults and the warnings of a checkpoint's settings.
 
@@ -44,12 +48,14 @@ def check_settings(
         settings: the language model's settings. Without a config class of transformers, or without
             a record of the module, nothing is refused, and keys of the file that the module's
             source does not name are warnings.
+        otherwise: keys that the module gets by the row's fixes and translations.
     """
     faults: list[Fault] = []
     warnings: list[Fault] = []
     strange: list[str] = []
     classes = classes_of(module, settings.get("model_type"))
     resolved = bool(classes) and has_class(config)
+    fixed = _fault if resolved else _warning
     given = text_section(config)
     name_of_module = module.rpartition(".")[2]
     named = dict(named_settings(settings))
@@ -58,11 +64,11 @@ def check_settings(
         said = f"config.json: {name} is {_short(value)}"
         if not allows(found, value, named):
             message = f"{said}, where {name_of_module} computes {_values(found)}"
-            if resolved:
-                remedy = "serve this model elsewhere than on MLX"
-                faults.append(Fault("setting-fixed", message, remedy, UnsupportedCheckpointError))
-            else:
-                warnings.append(_warning(message))
+            (faults if resolved else warnings).append(fixed(message))
+        elif found == READ and not (reads(module, name) or name in otherwise):
+            message = f"{said}, which the installed mlx-lm's {name_of_module} does not read"
+            if value not in OFF:  # A default may mean something, too.
+                (faults if resolved else warnings).append(fixed(message))
         elif found is not None or value in OFF or is_released(name, value):
             continue
         elif resolved or name in given:
@@ -78,6 +84,11 @@ def check_settings(
         message = f"config.json has settings that {readers}: {', '.join(strange)}"
         warnings.append(_warning(message))
     return faults, warnings
+
+
+def _fault(message: str) -> Fault:
+    remedy = "serve this model elsewhere than on MLX"
+    return Fault("setting-fixed", message, remedy, UnsupportedCheckpointError)
 
 
 def _warning(message: str) -> Fault:

@@ -22,6 +22,7 @@ from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.families import modules
 from vllm_moe_compat.families.config_classes import config_classes
 from vllm_moe_compat.families.release_defaults import CLASS_OF
+from vllm_moe_compat.plan.newer_words import in_newer_words, in_older_words
 
 Settings = dict[str, Any]
 
@@ -66,6 +67,9 @@ class ConfigClass:
             try:
                 return self._read(clean)
             except Exception as error:
+                older = in_older_words(clean)
+                if older != clean and _takes(self._read, older):
+                    return self._read(older)
                 where = _culprit(self._read, clean, error)
                 said = " ".join(str(error).split())[:200]
                 raise UnsupportedCheckpointError(
@@ -80,7 +84,7 @@ class ConfigClass:
         tied = getattr(whole, "tie_word_embeddings", settings.get("tie_word_embeddings"))
         if tied is not None:
             settings["tie_word_embeddings"] = tied
-        return settings, dict(type(text).attribute_map)
+        return in_newer_words(settings), dict(type(text).attribute_map)
 
     def _plain(self, config: Mapping[str, Any]) -> Settings:
         """Return a copy with numbers in place of JSON's words for infinities."""

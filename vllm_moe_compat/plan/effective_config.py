@@ -190,7 +190,7 @@ def _settle_whole(
         if _differs(text.get("tie_word_embeddings", read.text["tie_word_embeddings"]), tied):
             changed.append("tie_word_embeddings")
         text["tie_word_embeddings"] = tied
-    for key in read.whole.keys() & text.keys() - {"model_type"}:
+    for key in read.whole.keys() & text.keys() - {"model_type", "text_config"}:
         if _differs(whole.get(key, read.whole[key]), text[key]):
             whole[key] = text[key]
             changed.append(key)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vllm_moe_compat.checkpoint.config import quantization_configs
+from vllm_moe_compat.checkpoint.config import decode_floats, quantization_configs
 from vllm_moe_compat.checkpoint.contents import check_contents
 from vllm_moe_compat.checkpoint.findings import Finding
 from vllm_moe_compat.checkpoint.headers import TensorInfo
@@ -64,7 +64,8 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         config: the config as it was read.
         serving: dtypes and quantisation setting of the load.
     """
-    settled = SettledSettings(copy.deepcopy(dict(config)))
+    config = decode_floats(config)
+    settled = SettledSettings(copy.deepcopy(config))
     faults = [of_file(fault) for fault in headers.faults]
     warnings = list(adapters_beside(headers.folder))
     layout, plan, unsafe = None, None, ""

@@ -49,7 +49,9 @@ def settle_settings(module: str, row: Row, config: Mapping[str, Any]) -> Settled
         prepared = copy.deepcopy(dict(config))
         _prepare(prepared, fixes, settings)
         made = effective_config(prepared)
-    faults, warnings = check_settings(module, config, settings)
+    given = {key for fix in row.fixes for key in fix.settings}
+    given |= {key for translation in row.translations for key in translation.settings}
+    faults, warnings = check_settings(module, config, settings, given)
     return SettledSettings(
         config=made.config,
         settings=settings,

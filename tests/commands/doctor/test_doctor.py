@@ -148,7 +148,7 @@ def test_a_version_out_of_range_is_a_warning_that_goes_with_what_is_broken(tmp_p
     found = doctor(shadow=about.parent, VLLM_MOE_COMPAT_BACKEND="what")
     assert states(found)["packages"] == "warning"
     assert "is not a valid value" in broken(found, "settings")["detail"]
-    assert "mlx-lm is 0.99, where >=0.32.2,<0.33 was tested" in found["answer"]
+    assert "mlx-lm is 0.99, where >=0.31.3,<0.33 was tested" in found["answer"]
 
 
 def test_text_goes_to_a_pipe_whole_and_without_colour(model: Path):

@@ -19,6 +19,7 @@ import pytest
 import vllm_moe_compat
 from support import shim
 from vllm_moe_compat import versions
+from vllm_moe_compat.commands.doctor import surroundings
 from vllm_moe_compat.commands.status import command as status
 from vllm_moe_compat.errors import SettingError
 from vllm_moe_compat.families import registry
@@ -178,6 +179,24 @@ def test_versions_out_of_range_are_problems(
     assert "out of range" in capsys.readouterr().out
 
 
+def test_no_other_version_is_advised_where_vllm_metal_chooses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(versions.TESTED, "mlx-lm", ">=0.1,<0.2")
+    (alone,) = (p.problem for p in versions.packages() if p.problem)
+    assert "install a version in that range" in alone
+    about = tmp_path / "vllm_metal-0.3.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-metal\nVersion: 0.3.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (beside,) = (p.problem for p in versions.packages() if p.problem)
+    assert "install" not in beside.replace("is installed", "")
+    assert "keep it, since vllm-metal chooses it" in beside
+    link = surroundings.packages()
+    assert link.state == "warning"
+    assert link.remedy.startswith("Keep them, since vllm-metal chooses them")
+
+
 @pytest.mark.parametrize(
     ("version", "word"),
     [("0.32.0", "tested"), ("0.32.9.dev3", "tested"), ("0.33", "out of range")],
@@ -191,10 +210,14 @@ def test_the_tested_ranges_are_those_of_the_packaging():
     wanted = [r.partition(";")[0].strip() for r in project["optional-dependencies"]["mlx"]]
     for name in versions.REQUIRED:
         assert f"{name}{versions.TESTED[name]}" in wanted
-    pins = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
-    for name in ("mlx", "mlx-lm", "vllm"):
-        (pin,) = (line.partition("==")[2] for line in pins if line.startswith(f"{name}=="))
-        assert versions.judge(pin, versions.TESTED[name]) == "tested"
+    demo = project["optional-dependencies"]["demo"]
+    oldest = versions.TESTED["transformers"].partition(",")[0]
+    assert f"transformers{oldest},<6" in demo
+    for file in ("constraints.txt", "constraints-vllm-metal.txt"):
+        pins = (ROOT / "scripts" / file).read_text().splitlines()
+        for name in ("mlx", "mlx-lm", "transformers", "vllm"):
+            (pin,) = (line.partition("==")[2] for line in pins if line.startswith(f"{name}=="))
+            assert versions.judge(pin.partition(";")[0], versions.TESTED[name]) == "tested"
 
 
 def test_text_names_states_and_what_ends_them(capsys: pytest.CaptureFixture[str]):

@@ -89,14 +89,16 @@ def packages() -> Link:
     title, found = "Packages", versions.packages()
     detail = ", ".join(f"{p.name} {p.version}" for p in found if p.version) or "none"
     missing = [p.name for p in found if p.name in versions.REQUIRED and p.version is None]
+    owner = next((p.chosen_by for p in found if p.chosen_by), "")
     if missing:
+        command = f"Install {' and '.join(missing)} in the version that {owner} asks for"
         return Link(
             "packages",
             title,
             BROKEN,
             f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed in "
             f"{sys.prefix} ({detail})",
-            "Run: pip install 'vllm-moe-compat[mlx]'",
+            command if owner else "Run: pip install 'vllm-moe-compat[mlx]'",
         )
     odd = [
         f"{p.name} is {p.version}, where {p.tested} was tested"
@@ -105,6 +107,8 @@ def packages() -> Link:
     ]
     if odd:
         remedy = "If something breaks, install versions within these ranges."
+        if owner:
+            remedy = f"Keep them, since {owner} chooses them; `vllm-moe-compat status` tries them."
         return Link("packages", title, WARNING, "; ".join(odd), remedy)
     return Link("packages", title, OK, detail)
 

@@ -124,6 +124,8 @@ def dims_of(rope: Rope, settings: Settings, kind: str) -> int:
     if isinstance(own, Mapping) and isinstance(kinds, list | tuple) and kind in kinds:
         index = kinds.index(kind)
         settings = {**settings, **dict(own.get(str(index), own.get(index)) or {})}
+    elif kind == "full_attention" and settings.get("global_head_dim"):
+        settings = {**settings, "head_dim": settings["global_head_dim"]}  # Before 5.13.
     width = settings.get("head_dim")
     if not width:
         width = settings["hidden_size"] // settings["num_attention_heads"]
