@@ -192,7 +192,7 @@ SCENARIOS = {
         "vllm_metal.Platform",
         "vllm-metal",
         (
-            f"{PLUGINS} leaves out moe_compat_mlx, so vllm-metal serves; set {PLUGINS}={OURS}, or",
+            f"{PLUGINS} leaves out moe_compat_mlx, so vllm-metal serves; set {PLUGINS}={OURS}.",
             "vllm-metal serves, since",
         ),
     ),

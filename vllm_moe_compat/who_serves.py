@@ -112,7 +112,7 @@ def _contradiction(active: list[OtherPlatform], server: str) -> str:
     """Return what has to be set for the embedded platform to be asked at all."""
     return (
         f"{envs.BACKEND.name}=embedded is set, but VLLM_PLUGINS leaves out {NAMES[1]}, so {server} "
-        f"serves; set VLLM_PLUGINS={plugins_without(active)}, or unset it."
+        f"serves; set VLLM_PLUGINS={plugins_without(active)}."
     )
 
 

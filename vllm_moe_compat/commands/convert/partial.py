@@ -86,7 +86,11 @@ class Partial:
         """Record a shard that is on the disk."""
         assert self.state is not None, "begun"
         self.state.shards[file] = checksums
-        self._save()
+        try:
+            self._save()
+        except OSError:
+            del self.state.shards[file]
+            raise
 
     def _save(self) -> None:
         assert self.state is not None, "begun"
