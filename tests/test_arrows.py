@@ -23,7 +23,8 @@ BELOW_LOAD = BASE | {"envs", "checkpoint", "families", "plan", "execute"}
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
     "envs": BASE,
-    "who_serves": BASE | {"envs"},
+    "other_platforms": BASE,
+    "who_serves": BASE | {"envs", "other_platforms"},
     "checkpoint": BASE | {"envs"},
     "families": BASE | {"envs", "checkpoint"},
     "plan": BASE | {"envs", "checkpoint", "families"},
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # May import everything.
 TOP = {"commands", "demo"}
 ROOT_MODULES = {
-    *("__init__", "__main__", "_version", "plugin", "who_serves"),
+    *("__init__", "__main__", "_version", "plugin", "who_serves", "other_platforms"),
     *("errors", "envs", "log", "versions", "dtypes"),
 }
 # Package of the backend → packages of the backend that it may import.

@@ -1,23 +1,27 @@
-"""The component that executes models, by settings and by installed packages."""
+"""The component that executes models, by settings and by installed packages.
+
+``test_platform_plugins.py`` has the answers of the real vLLM beside other plugins.
+"""
 
 from __future__ import annotations
 
-import platform as host
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.distributions import distribution
 from vllm_moe_compat import envs, plugin
 from vllm_moe_compat.errors import SettingError
-from vllm_moe_compat.who_serves import who_serves
+from vllm_moe_compat.who_serves import decide, who_serves
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in envs.VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
 
 @pytest.fixture
@@ -33,11 +37,6 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.syspath_prepend(tmp_path)
     return put
-
-
-def apple_silicon(monkeypatch: pytest.MonkeyPatch, machine: str = "arm64") -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(host, "machine", lambda: machine)
 
 
 def check(server: str, *words: str) -> None:
@@ -66,36 +65,45 @@ def test_without_mlx(missing: str, choice: str, monkeypatch: pytest.MonkeyPatch)
     check("nobody", "not installed")
 
 
-def test_apple_silicon_with_vllm_metal(monkeypatch: pytest.MonkeyPatch, install: Any) -> None:
-    install("vllm_metal")
-    apple_silicon(monkeypatch)
-    check("vllm-metal", "vllm-metal")
+def test_another_active_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    active(tmp_path, monkeypatch, "vllm-metal")
+    check("vllm-metal", "the platform plugin 'apple' of vllm-metal is active")
 
 
-def test_the_embedded_setting_overrides_vllm_metal_and_kernels(
-    monkeypatch: pytest.MonkeyPatch, install: Any
-) -> None:
-    install("vllm_metal")
-    install("vllm", "_C.abi3.so")
-    apple_silicon(monkeypatch)
-    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", "embedded")
-    check("embedded", "VLLM_MOE_COMPAT_BACKEND=embedded")
-
-
-def test_vllm_metal_counts_only_on_apple_silicon(
-    monkeypatch: pytest.MonkeyPatch, install: Any
-) -> None:
+def test_a_package_without_an_entry_point_is_no_platform(install: Any) -> None:
     install("vllm_metal")
     install("vllm")
-    check("embedded")
-    apple_silicon(monkeypatch, "x86_64")
-    check("embedded")
-
-
-def test_apple_silicon_without_vllm_metal(monkeypatch: pytest.MonkeyPatch, install: Any) -> None:
-    install("vllm")
-    apple_silicon(monkeypatch)
     check("embedded", "no kernels")
+
+
+def test_another_active_platform_goes_before_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Any
+) -> None:
+    active(tmp_path, monkeypatch, "vllm-metal")
+    install("vllm", "_C.abi3.so")
+    check("vllm-metal")
+    monkeypatch.setenv("VLLM_PLUGINS", "moe_compat")
+    check("vllm", "kernels of its own")
+
+
+def test_the_embedded_setting_goes_before_kernels_and_names_the_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Any
+) -> None:
+    install("vllm", "_C.abi3.so")
+    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", "embedded")
+    assert decide() == ("embedded", "VLLM_MOE_COMPAT_BACKEND=embedded", "")
+    active(tmp_path, monkeypatch, "vllm-metal")
+    check("embedded", "VLLM_MOE_COMPAT_BACKEND=embedded")
+    assert "'apple' of vllm-metal is active, where vLLM accepts one platform" in decide()[2]
+
+
+def active(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Install a distribution whose platform plugin is active."""
+    module = name.replace("-", "_") + "_active"
+    text = "def register():\n    return 'somewhere.Platform'\n"
+    entry = f"apple = {module}:register"
+    distribution(folder / "active", name, module, text, platform_plugins=entry)
+    monkeypatch.syspath_prepend(folder / "active")
 
 
 @pytest.mark.parametrize(

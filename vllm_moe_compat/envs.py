@@ -74,8 +74,9 @@ ENABLED = Variable(
 BACKEND = Variable(
     "VLLM_MOE_COMPAT_BACKEND",
     "auto",
-    "The platform that serves: auto (vllm-metal or vLLM's own kernels where installed, else the "
-    "embedded MLX platform), embedded (always the embedded one), off (never the embedded one).",
+    "The platform that serves: auto (another active platform plugin such as vllm-metal, else "
+    "vLLM's own kernels, else the embedded MLX platform), embedded (the embedded one; other active "
+    "platform plugins have to be left out of VLLM_PLUGINS), off (never the embedded one).",
     ("auto", "embedded", "off"),
 )
 DTYPE = Variable(

@@ -16,7 +16,7 @@ import sys
 
 from vllm_moe_compat import envs
 from vllm_moe_compat.log import logger, speak_through_vllm
-from vllm_moe_compat.who_serves import mlx_installed, who_serves
+from vllm_moe_compat.who_serves import decide, mlx_installed
 
 PLATFORM_CLASS = "vllm_moe_compat.backend.vllm.platform.MlxPlatform"
 
@@ -25,14 +25,16 @@ def platform() -> str | None:
     """Entry point ``vllm.platform_plugins``: return our platform class, or None.
 
     vLLM swallows exceptions raised here and silently selects another platform, so an invalid
-    setting is logged before it is raised.
+    setting is logged before it is raised. Nor does it say what to do about a second platform, or
+    that one failed.
     """
     try:
-        server, _ = who_serves()
+        server, _, problem = decide()
     except ValueError as error:
         speak_through_vllm()
         logger.error("%s", error)
         raise
+    _say(problem)
     return PLATFORM_CLASS if server == "embedded" else None
 
 
@@ -43,10 +45,11 @@ def register() -> None:
         SettingError: a ``VLLM_MOE_COMPAT*`` variable has an invalid value; no hook is installed.
     """
     _declare_variables_to_vllm()
-    server, reason = who_serves()
+    server, reason, problem = decide()
     if envs.ENABLED.read() == "0" or not mlx_installed():
         return
     speak_through_vllm()
+    _say(problem)
 
     from vllm_moe_compat.load import patching
 
@@ -58,8 +61,19 @@ def register() -> None:
     else:
         logger.info(
             "%s; our load hooks are installed",
-            f"{server} serves, since {reason}" if server != "nobody" else f"{reason} is set",
+            f"{server} serves, since {reason}" if server != "nobody" else reason,
         )
+
+
+_said: set[str] = set()
+
+
+def _say(problem: str) -> None:
+    """Log a problem, once in a process."""
+    if problem and problem not in _said:
+        _said.add(problem)
+        speak_through_vllm()
+        logger.warning("%s", problem)
 
 
 def _declare_variables_to_vllm() -> None:

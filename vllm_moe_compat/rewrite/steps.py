@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from vllm_moe_compat.checkpoint.operations import Dequantize, Invertible
@@ -78,3 +79,8 @@ class RewritePlan:
 
     steps: tuple[RewriteStep, ...]
     kept: tuple[str, ...]
+
+    def without(self, names: Collection[str]) -> RewritePlan:
+        """Return the plan without steps that only write tensors of these names."""
+        steps = (s for s in self.steps if any(n not in names for w in s.writes for n in w.names))
+        return RewritePlan(tuple(steps), tuple(name for name in self.kept if name not in names))

@@ -13,6 +13,7 @@ import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from parity.verdict import stock
+from support.interrupting import contents, interrupted
 from support.loading import TOKENS
 from vllm_moe_compat.commands.convert.conversion import Options, convert
 
@@ -47,3 +48,20 @@ def test_the_logits_are_the_same_or_the_difference_is_announced(
     same = np.array_equal(found, np.array(model(tokens)[0]))
     assert same == (not report.notes)
     assert same == (name not in OTHERWISE)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("setting", ["none", "8bit"])
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_an_interrupted_conversion_ends_in_the_same_bytes(
+    name: str, form: str, setting: str, tmp_path: Path
+):
+    source = build(FAMILIES[name], FORM_BY_NAME[form]).write(tmp_path / "source")
+    options = Options(setting=setting, shard_bytes=30_000)
+    shards = convert(source, tmp_path / "whole", options).shards
+    for after in (1, shards // 2):
+        with interrupted(after), pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", options)
+    report = convert(source, tmp_path / "out", options)
+    assert f"an interrupted run had finished {1 + shards // 2} shards" in report.notes
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

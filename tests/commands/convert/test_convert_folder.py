@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +12,6 @@ import pytest
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import read, same_bits
 from vllm_moe_compat.commands.convert.conversion import Options, convert
-from vllm_moe_compat.commands.convert.folder import partial_of
 from vllm_moe_compat.commands.main import main
 
 
@@ -52,7 +47,8 @@ def test_what_cannot_be_read_or_written_to_is_said_in_one_line(
         (here, str(tmp_path / "plain")): "exists already",
         (here, here): "lies in",
         (here, f"{here}/inside"): "lies in",
-        (str(tmp_path / "none"), new): "no such folder",
+        (str(tmp_path / "none"), new): "does not exist",
+        (f"{here}/model-00001-of-00002.safetensors", new): "is one file",
         (str(empty), new): "no config.json",
         (str(config_only), new): r"no model*.safetensors",
         (here, new, "--layout", "combined", "--quantize", "8bit"): "leave one of them out",
@@ -114,45 +110,6 @@ def test_an_empty_folder_is_taken_and_environment_and_hooks_stay_as_they_were(
     assert "VLLM_MOE_COMPAT_DTYPE" not in os.environ
     assert not vllm_moe_compat.status().hooks
     assert (tmp_path / "out" / "config.json").is_file()
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """A checkpoint whose conversion takes long enough to be interrupted on a busy machine."""
-    sizes = Sizes(512, 512, experts=8, layers=8)
-    return build("combined", sizes=sizes).write(tmp_path_factory.mktemp("large"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_conversion_leaves_no_target_and_the_next_one_works(
-    number: signal.Signals, large: Path, tmp_path: Path, capsys
-):
-    source, target = large, tmp_path / "out"
-    words = [sys.executable, "-m", "vllm_moe_compat", "convert", str(source), str(target)]
-    words += ["--verify"]
-    # A shell that starts this suite in the background has it, and its children, ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    signal.signal(signal.SIGINT, before)
-    shard = partial_of(target) / "model.safetensors"
-    limit = time.monotonic() + 120
-    while not shard.exists():
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.001)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert b"Traceback" not in said
-    assert not target.exists()
-    more = []
-    if number == signal.SIGKILL:
-        line = refused([str(source), str(target)], capsys)
-        assert "--replace-partial" in line
-        more = ["--replace-partial"]
-    assert not shard.exists() or more
-    assert main(["convert", str(source), str(target), *more]) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_link_that_leaves_the_checkpoint_is_not_copied(source: Path, tmp_path: Path, capsys):

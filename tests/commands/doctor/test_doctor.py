@@ -124,10 +124,12 @@ def test_an_mlx_that_cannot_be_imported_is_a_finding_and_not_the_end(
 def test_a_second_platform_plugin_and_a_broken_checkpoint_are_named(model: Path, tmp_path: Path):
     entry = "[vllm.platform_plugins]\nother_one = other_one:platform\n"
     init = "def platform():\n    return 'other_one.Platform'\n"
-    found = doctor(str(model), shadow=package(tmp_path / "path", "other_one", init, entry))
+    shadow = package(tmp_path / "path", "other_one", init, entry)
+    found = doctor(str(model), shadow=shadow, VLLM_MOE_COMPAT_BACKEND="embedded")
     link = broken(found, "platform")
     assert "other_one, other_one.Platform (of other_one), besides moe_compat_mlx" in link["detail"]
-    assert "VLLM_PLUGINS" in link["remedy"]
+    assert "VLLM_PLUGINS=moe_compat,moe_compat_mlx,lora_" in link["remedy"]
+    assert "unset VLLM_MOE_COMPAT_BACKEND for the other" in link["remedy"]
     assert "Platform plugins is the first broken link" in found["answer"]
     link = next(link for link in found["links"] if link["id"] == "checkpoint")
     assert link["state"] == "broken"
@@ -139,6 +141,10 @@ def test_a_second_platform_plugin_and_a_broken_checkpoint_are_named(model: Path,
     ours = "moe_compat,moe_compat_mlx"
     asked = child.run("platforms", timeout=100, PYTHONPATH=path, VLLM_PLUGINS=ours)
     assert set(asked.found["found"]) == {"moe_compat_mlx"}
+    # Unless ours is asked for, the other one serves.
+    asked = child.run("platforms", timeout=100, PYTHONPATH=path)
+    assert set(asked.found["found"]) == {"other_one"}
+    assert asked.found["serves"][0] == "other_one"
 
 
 def test_a_version_out_of_range_is_a_warning_that_goes_with_what_is_broken(tmp_path: Path):

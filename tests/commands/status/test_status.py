@@ -18,6 +18,7 @@ import pytest
 
 import vllm_moe_compat
 from support import shim
+from support.distributions import distribution
 from vllm_moe_compat import versions
 from vllm_moe_compat.commands.doctor import surroundings
 from vllm_moe_compat.commands.status import command as status
@@ -83,6 +84,25 @@ def test_quick_calls_nothing_active(capsys: pytest.CaptureFixture[str]):
     assert {p["name"]: p["version"] for p in found["packages"]}["mlx-lm"] == metadata.version(
         "mlx-lm"
     )
+
+
+def test_who_serves_and_what_stands_against_it_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    text = "def platform():\n    return 'somewhere.Platform'\n"
+    entry = "other = other_active:platform"
+    distribution(tmp_path, "other-one", "other_active", text, platform_plugins=entry)
+    monkeypatch.syspath_prepend(tmp_path)
+    for variable in ("VLLM_PLUGINS", "VLLM_MOE_COMPAT_BACKEND"):
+        monkeypatch.delenv(variable, raising=False)
+    code, found = as_json(capsys, "--quick")
+    reason = "the platform plugin 'other' of other-one is active"
+    assert (code, found["serves"]) == (0, {"server": "other-one", "reason": reason})
+    monkeypatch.setenv("VLLM_MOE_COMPAT_BACKEND", "embedded")
+    assert run("--quick") == 1
+    out = capsys.readouterr().out
+    assert "Serves: embedded, since VLLM_MOE_COMPAT_BACKEND=embedded" in out
+    assert "set VLLM_PLUGINS=moe_compat,moe_compat_mlx,lora_filesystem_resolver," in out
 
 
 def test_what_is_not_probed_is_said(capsys: pytest.CaptureFixture[str]):

@@ -2,7 +2,8 @@
 
 By default DST becomes a checkpoint in MLX form, which mlx-lm loads without this plugin;
 --quantize packs its weights. With --layout or --fp8 it becomes a checkpoint in a form that
-authors publish. DST appears complete or not at all, and nothing is overwritten.
+authors publish. DST appears complete or not at all, and nothing is overwritten. After an
+interruption the same command goes on behind the last finished shard.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint's folder")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="the checkpoint's folder, or a repository in the hub's cache, as ORG/NAME or "
+        "ORG/NAME@REVISION",
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="a folder that is new or empty")
     parser.add_argument(
         "--quantize", choices=SETTINGS, help="MLX form: pack the weights (default: none)"
@@ -61,10 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace-partial",
         action="store_true",
-        help="remove the partial folder of a killed conversion and start over",
+        help="remove what an interrupted conversion left, and start over",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read every tensor back and compare it"
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read every tensor back from the disk and compare it before DST appears (default: "
+        "--verify)",
     )
 
 
@@ -84,11 +94,29 @@ def run(args: argparse.Namespace) -> int:
     if threading.current_thread() is threading.main_thread():
         # An exception, so that the partial folder is removed.
         signal.signal(signal.SIGTERM, _on_sigterm)
-    report = convert(args.source, args.target, options)
+    try:
+        report = convert(_folder(args.source), args.target, options)
+    except (KeyboardInterrupt, SystemExit) as error:
+        for note in getattr(error, "__notes__", ()):
+            print(f"vllm-moe-compat: interrupted; {note}.", file=sys.stderr)
+        raise
     print(report)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _folder(source: str) -> Path:
+    """Return the folder of the checkpoint: a path, or a repository in the hub's cache."""
+    from vllm_moe_compat.commands.locate import locate
+    from vllm_moe_compat.errors import SettingError
+
+    found = locate(source)
+    if found.shard is not None:
+        raise SettingError(
+            f"{source} is one file, where a checkpoint was expected; name its folder."
+        )
+    return found.folder
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Convert a checkpoint: check first, write into a partial folder, rename it at the end."""
+"""Convert a checkpoint: check first, write into a partial folder, verify, rename it at the end."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_moe_compat.checkpoint.config_file import CONFIG
+from vllm_moe_compat.checkpoint.index import INDEX
 from vllm_moe_compat.commands.convert import folder as folders
 from vllm_moe_compat.commands.convert.folder import Report
+from vllm_moe_compat.commands.convert.partial import Partial, counted, partial_folder
 from vllm_moe_compat.commands.convert.source import Source
+from vllm_moe_compat.commands.convert.state import changed, files_of, state_of
 from vllm_moe_compat.envs import DTYPE, ENABLED, QUANTIZE
-from vllm_moe_compat.errors import CheckpointFileError, SettingError
+from vllm_moe_compat.errors import CheckpointFileError, InsufficientMemoryError, SettingError
 from vllm_moe_compat.load import patching
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.plan.estimate import nbytes
-from vllm_moe_compat.rewrite.shards import Shards
+from vllm_moe_compat.rewrite.shards import DamagedShardError, Shards
 from vllm_moe_compat.rewrite.written_layout import WrittenLayout
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -35,8 +39,9 @@ class Options:
         dtype: what FP8 becomes, and in MLX form every other float; empty for bfloat16,
             with what is no FP8 left as it is.
         shard_bytes: limit of a shard; a larger tensor gets a shard of its own.
-        replace_partial: whether the partial folder of a killed conversion may be removed.
-        verify: whether every tensor is read back and compared.
+        replace_partial: whether what an interrupted conversion left is removed first.
+        verify: whether every tensor is read back from the disk and compared, before the target
+            appears.
     """
 
     layout: WrittenLayout | None = None
@@ -44,13 +49,14 @@ class Options:
     dtype: str = ""
     shard_bytes: int = MAX_SHARD_BYTES
     replace_partial: bool = False
-    verify: bool = False
+    verify: bool = True
 
 
 def convert(source: Path, target: Path, options: Options) -> Report:
     """Write the checkpoint in another layout.
 
-    At most one projection of one layer's experts is in memory at a time.
+    At most one projection of one layer's experts is in memory at a time. What an interrupted
+    conversion of the same checkpoint with the same options finished is kept.
 
     Args:
         source: the checkpoint's folder.
@@ -59,40 +65,83 @@ def convert(source: Path, target: Path, options: Options) -> Report:
 
     Raises:
         CompatError: the checkpoint cannot be read, or cannot be written in that layout.
-        SettingError: the target is not empty, lies inside the source, or the disk is full.
+        SettingError: the target is not empty, lies inside the source, or the disk is full, or
+            another conversion to it is running.
+        DamagedShardError: a tensor was read back with other bytes than were written.
     """
     folders.check_source(source)
     folders.check_target(source, target)
     if ENABLED.read() == "0":
         raise SettingError(f"{ENABLED.name}=0 switches off the hooks that convert needs; unset it.")
+    try:
+        with (
+            partial_folder(target, replace=options.replace_partial) as partial,
+            _hooks(options),
+        ):
+            # Another conversion may have filled it before this one got the lock.
+            folders.check_target(source, target)
+            return _convert(source, target, options, partial)
+    except OSError as error:
+        remedy = "; ".join(("free space or name another folder", *_notes(error)))
+        raise SettingError(f"{target}: it could not be written ({error}); {remedy}.") from error
+    except (DamagedShardError, InsufficientMemoryError) as error:
+        if notes := _notes(error):
+            error.args = (f"{str(error).rstrip('.')}; {notes[0]}.",)
+        raise
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _convert(source: Path, target: Path, options: Options, partial: Partial) -> Report:
     import mlx.core as mx
 
     began = time.perf_counter()
-    with folders.complete_folder(target, replace=options.replace_partial) as work, _hooks(options):
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        result = _source(source, options)
-        if not result.specs:
-            raise CheckpointFileError(f"{source}: it has no tensor that the model uses.")
-        folders.check_space(target, sum(map(nbytes, result.specs.values())) + _OVERHEAD)
-        try:
-            result.save_config(work)
-            result.notes += folders.copy_rest(source, work)
-            shards = Shards(work, result.specs, options.shard_bytes, result.kind)
-            result.check(work)
-            with bar(len(result.specs), "Writing checkpoint tensors") as done:
-                for name, array in result.stream():
-                    shards.write(name, array)
-                    del array
-                    done(1)
-            shards.finish()
-            if options.verify:
-                shards.verify()
-        except OSError as error:
-            raise SettingError(
-                f"{target}: it could not be written ({error}); free space or name another folder."
-            ) from error
-        peak = mx.get_peak_memory() - before
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    result = _source(source, options)
+    if not result.specs:
+        raise CheckpointFileError(f"{source}: it has no tensor that the model uses.")
+    state = state_of(source, _settings(options), result.specs, result.form)
+    partial.begin(state)
+    kept = {name for sums in state.shards.values() for name in sums}
+    if kept:
+        result.notes.append(
+            f"an interrupted run had finished {counted(len(state.shards), 'shard')}"
+        )
+    needed = sum(nbytes(spec) for name, spec in result.specs.items() if name not in kept)
+    folders.check_space(target, needed + _OVERHEAD)
+    result.save_config(partial.work)
+    result.notes += folders.copy_rest(source, partial.work)
+    shards = Shards(
+        partial.work,
+        result.specs,
+        options.shard_bytes,
+        result.kind,
+        state.shards,
+        partial.finished,
+    )
+    result.check(partial.work)
+    partial.set_aside((CONFIG, INDEX))
+    with bar(len(result.specs), "Writing checkpoint tensors") as done:
+        written = shards.written
+        done(len(written))
+        for name, array in result.stream(written):
+            shards.write(name, array)
+            del array
+            done(1)
+    shards.finish()
+    if options.verify:
+        with bar(len(result.specs), "Verifying checkpoint tensors") as done:
+            shards.verify(done)
+    if (file := changed(state.source, files_of(source))) is not None:
+        raise CheckpointFileError(
+            f"{source}: {file} has changed while it was being converted, where the same file was "
+            "expected throughout; convert it again."
+        )
+    partial.put_back((CONFIG, INDEX))
+    partial.publish()
     return Report(
         source=source,
         target=target,
@@ -102,9 +151,19 @@ def convert(source: Path, target: Path, options: Options) -> Report:
         tensors=len(result.specs),
         shards=shards.count,
         seconds=time.perf_counter() - began,
-        peak=peak,
+        peak=mx.get_peak_memory() - before,
         notes=tuple(result.notes),
     )
+
+
+def _settings(options: Options) -> dict[str, str | int]:
+    """Return the options that determine the written bytes: name → value."""
+    return {
+        "--layout and --fp8": str(options.layout),
+        "--quantize": options.setting,
+        "--dtype": options.dtype,
+        "--max-shard-size": options.shard_bytes,
+    }
 
 
 def _source(source: Path, options: Options) -> Source:

@@ -1,8 +1,6 @@
-"""The target folder of a conversion, which appears complete or not at all.
+"""The folders of a conversion: what is checked before, and what is copied beside the weights.
 
-A conversion writes into ``.NAME.partial`` beside the target and renames it at the end.
-Existing files are never overwritten. An interrupted conversion removes its partial folder; a
-killed one leaves it, and the next conversion refuses to start until it is removed.
+Existing files are never overwritten: the target is new or empty.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from vllm_moe_compat.checkpoint.index import INDEX
 from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.errors import CheckpointFileError, SettingError
 from vllm_moe_compat.load.report import size
-from vllm_moe_compat.rewrite.shards import sync
 
 # Weights of other formats, and files that describe the source's weights.
 _WEIGHTS: tuple[str, ...] = (
@@ -88,14 +84,14 @@ def check_source(source: Path) -> None:
         )
     if not os.path.lexists(source / CONFIG):
         raise CheckpointFileError(
-            f"{source}: no config.json was found, where a checkpoint was expected; name the folder "
-            "that holds it."
+            f"{source}: no config.json was found, where a checkpoint was expected; download the "
+            "model again, or name the folder that holds it."
         )
     read_config(source)
     if not weight_files(source):
         raise CheckpointFileError(
-            f"{source}: no model*.safetensors was found, where a checkpoint was expected; weights "
-            "of other formats cannot be converted."
+            f"{source}: no model*.safetensors was found, where a checkpoint was expected; download "
+            "the model again; weights of other formats cannot be converted."
         )
 
 
@@ -118,58 +114,18 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-def partial_of(target: Path) -> Path:
-    """Return the folder in which the conversion works."""
-    there = target.resolve()
-    return there.with_name(f".{there.name}.partial")
-
-
 def check_space(target: Path, needed: int) -> None:
     """Check that the disk has room for ``needed`` bytes.
 
     Raises:
         SettingError: it has not.
     """
-    free = shutil.disk_usage(partial_of(target).parent).free
+    free = shutil.disk_usage(target.resolve().parent).free
     if needed > free:
         raise SettingError(
             f"{target}: {size(needed)} will be written, where only {size(free)} are free; free "
             "space, name a folder on another disk, or choose a smaller format."
         )
-
-
-@contextmanager
-def complete_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a folder to write into and rename it to the target at the end.
-
-    Args:
-        target: the target folder.
-        replace: whether the partial folder of a killed conversion may be removed.
-
-    Raises:
-        SettingError: such a folder exists and may not be removed.
-        OSError: the disk is full or fails.
-    """
-    there, work = target.resolve(), partial_of(target)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    if replace:
-        shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir()
-    except FileExistsError as error:
-        raise SettingError(
-            f"{work} exists: a killed conversion left it, or a conversion is running; make sure "
-            "that none is running and add --replace-partial to start over."
-        ) from error
-    try:
-        yield work
-        sync(work)
-        # Replaces an empty folder; fails if the target was filled in the meantime.
-        os.rename(work, there)
-        sync(there.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def copy_rest(source: Path, work: Path) -> list[str]:

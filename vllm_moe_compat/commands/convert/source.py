@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,8 @@ class Source:
 
     Attributes:
         specs: every tensor, in the order of the files.
-        stream: yields the tensors one at a time, in any order, without keeping them.
+        stream: yields the tensors one at a time, in any order, without keeping them; those of
+            the given names are left out, and not made unless they are made with others.
         save_config: writes ``config.json`` into a folder.
         kind: ``format`` in the headers' metadata: ``mlx`` or ``pt``.
         form: the result in words.
@@ -32,7 +33,7 @@ class Source:
     """
 
     specs: Mapping[str, Spec]
-    stream: Callable[[], Iterator[tuple[str, mx.array]]]
+    stream: Callable[[Collection[str]], Iterator[tuple[str, mx.array]]]
     save_config: Callable[[Path], None]
     kind: str
     form: str

@@ -10,7 +10,7 @@ result is bit for bit that of a load, and the model is never in memory.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
     described = tensor_infos({name: arrays[name] for name in order})
     specs = {name: Spec(info.dtype, info.shape) for name, info in described.items()}
 
-    def stream() -> Iterator[tuple[str, mx.array]]:
+    def stream(skip: Collection[str]) -> Iterator[tuple[str, mx.array]]:
         parts: dict[int, list[tuple[str, str]]] = {}
         for name, array in arrays.items():
             if id(array) in pieces:
@@ -171,6 +171,8 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
                 continue
             array = arrays.pop(name)
             if id(array) not in pieces:
+                if name in skip:
+                    continue
                 mx.eval(array)
                 yield name, array
                 del array
@@ -178,10 +180,14 @@ def mlx_source(folder: Path, setting: str, cast: str) -> Source:
                 continue
             assert stand_ins.pending is not None
             piece, _ = pieces[id(array)]
+            made = parts[id(piece)]
+            if all(there in skip for there, _ in made):
+                continue
             found = stand_ins.pending.make(piece)
-            for there, given in parts[id(piece)]:
+            for there, given in made:
                 arrays.pop(there, None)
-                yield there, found.pop(given)
+                if there not in skip:
+                    yield there, found.pop(given)
             mx.clear_cache()
 
     notes: list[str] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def published_source(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
             "vision towers) are not written"
         )
 
-    def stream() -> Iterator[tuple[str, mx.array]]:
+    def stream(skip: Collection[str]) -> Iterator[tuple[str, mx.array]]:
         weights: dict[str, mx.array] = {}
         for path in weight_files(folder):
             weights.update(mx.load(str(path)))  # type: ignore[arg-type]
@@ -92,7 +92,9 @@ def published_source(folder: Path, wanted: WrittenLayout, dtype: str) -> Source:
         for name in (*layout.ignored, *layout.numbers.unused):
             weights.pop(name, None)
         files = {name: info.file for name, info in headers.items()}
-        for name, array in run_rewrite(plan, weights, dtype, files):
+        for name, array in run_rewrite(plan.without(skip), weights, dtype, files):
+            if name in skip:
+                continue
             mx.eval(array)
             yield name, array
             del array

@@ -89,24 +89,27 @@ class _Chain:
         title = "Platform plugins"
         if outcome.error:
             return Link("platform", title, BROKEN, outcome.error, "Follow the message.")
-        found, (server, reason) = outcome.found["found"], outcome.found["serves"]
+        found, (server, reason, problem) = outcome.found["found"], outcome.found["serves"]
         failed = "".join(f"; {n} failed ({w})" for n, w in outcome.found["failed"].items())
         ours = surroundings.ENTRY_POINTS["vllm.platform_plugins"]
         if len(found) > 1:
-            others = " and ".join(f"{n}, {w}," for n, w in found.items() if n != ours)
+            rest = " and ".join(f"{n}, {w}" for n, w in found.items() if n != ours)
+            besides = f", besides {ours}" if ours in found else ""
+            remedy = surroundings.sentence(problem.partition("; ")[2]) if ours in found else ""
             return Link(
                 "platform",
                 title,
                 BROKEN,
-                f"vLLM accepts one platform plugin, and {len(found)} are active: {others} "
-                f"besides {ours}{failed}",
-                "Uninstall the unwanted one, list only the wanted plugins in VLLM_PLUGINS, or let "
-                "the other one serve with VLLM_MOE_COMPAT_BACKEND=off.",
+                f"vLLM accepts one platform plugin, and {len(found)} are active: {rest}{besides}"
+                f"{failed}",
+                remedy or "Uninstall the unwanted one, or set VLLM_PLUGINS to the wanted plugins.",
             )
         if server == "embedded" and ours not in found:
             detail = f"{ours} should serve here, since {reason}, but is not active{failed}"
             return Link("platform", title, BROKEN, detail, "Follow the message.")
         detail = f"{server} serves, since {reason}{failed}"
+        if failed:
+            return Link("platform", title, WARNING, detail, "Repair or uninstall it.")
         return Link("platform", title, OK, detail)
 
     def checkpoint(self) -> Link:

@@ -70,9 +70,9 @@ def platforms() -> dict[str, Any]:
         if answer is not None:
             source = entry.dist.name if entry.dist is not None else entry.value
             found[entry.name] = f"{answer} (of {source})"
-    from vllm_moe_compat.who_serves import who_serves
+    from vllm_moe_compat.who_serves import decide
 
-    return {"found": found, "failed": failed, "serves": who_serves()}
+    return {"found": found, "failed": failed, "serves": decide()}
 
 
 def demo() -> dict[str, Any]:

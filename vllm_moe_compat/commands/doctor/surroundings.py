@@ -12,9 +12,16 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from vllm_moe_compat import envs, versions
 from vllm_moe_compat.commands.doctor.link import BROKEN, OK, SKIPPED, WARNING, Link
 from vllm_moe_compat.errors import SettingError
+from vllm_moe_compat.other_platforms import (
+    GENERAL,
+    NAMES,
+    PLATFORMS,
+    installed_platforms,
+    plugins_without,
+)
 from vllm_moe_compat.who_serves import vllm_has_kernels
 
-ENTRY_POINTS = {"vllm.general_plugins": "moe_compat", "vllm.platform_plugins": "moe_compat_mlx"}
+ENTRY_POINTS = dict(zip((GENERAL, PLATFORMS), NAMES, strict=True))
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 
@@ -69,8 +76,8 @@ def settings() -> Link:
             "settings",
             "Settings",
             BROKEN,
-            f"{envs.BACKEND.name}=off, and neither vllm-metal nor a vLLM with kernels is "
-            "installed to serve instead",
+            f"{envs.BACKEND.name}=off, and neither another platform plugin nor a vLLM with kernels "
+            "is there to serve instead",
             f"Unset {envs.BACKEND.name}.",
         )
     chosen = [v.name for v in envs.VARIABLES if v.name in os.environ]
@@ -80,8 +87,7 @@ def settings() -> Link:
 
 def _others_serve() -> bool:
     installed = importlib.util.find_spec("vllm") is not None
-    metal = importlib.util.find_spec("vllm_metal") is not None
-    return metal or not installed or vllm_has_kernels()
+    return bool(installed_platforms()) or not installed or vllm_has_kernels()
 
 
 def packages() -> Link:
@@ -147,13 +153,12 @@ def allowed() -> Link:
         return Link("vllm-plugins", title, OK, "unset: every plugin is loaded")
     hidden = [name for name in ENTRY_POINTS.values() if name not in value.split(",")]
     if hidden:
-        wanted = ",".join([*filter(None, value.split(",")), *hidden])
         return Link(
             "vllm-plugins",
             title,
             BROKEN,
             f"it is {value!r}, which excludes {' and '.join(hidden)}",
-            f"Set VLLM_PLUGINS={wanted}, or unset it.",
+            f"Set VLLM_PLUGINS={plugins_without(())}, or unset it.",
         )
     return Link("vllm-plugins", title, OK, f"{value} includes the plugin")
 

@@ -17,7 +17,6 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.index import STALE, contradictions
 from vllm_moe_compat.checkpoint.layout import Layout, detect
 from vllm_moe_compat.commands.inspect import describe
-from vllm_moe_compat.commands.inspect.locate import locate
 from vllm_moe_compat.commands.inspect.model import (
     Architecture,
     Extra,
@@ -32,6 +31,7 @@ from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_fault, pr
 from vllm_moe_compat.commands.inspect.read import Contents, read
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.commands.inspect.stock import REFUSES, UNKNOWN, stock
+from vllm_moe_compat.commands.locate import locate
 from vllm_moe_compat.errors import CompatError, LayoutError
 from vllm_moe_compat.families import modules
 from vllm_moe_compat.families.modules import OWN_CODE

@@ -13,9 +13,9 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_
 from vllm_moe_compat.checkpoint.index import INDEX, read_index
 from vllm_moe_compat.checkpoint.links import outside_target
 from vllm_moe_compat.checkpoint.names import fold
-from vllm_moe_compat.commands.inspect.locate import Location
 from vllm_moe_compat.commands.inspect.model import Problem
 from vllm_moe_compat.commands.inspect.problems import of_fault, problem
+from vllm_moe_compat.commands.locate import Location
 
 
 @dataclass(slots=True)

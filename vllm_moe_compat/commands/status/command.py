@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_moe_compat.families import registry
     from vllm_moe_compat.load import patching
     from vllm_moe_compat.probes.status import status_of
-    from vllm_moe_compat.who_serves import mlx_installed
+    from vllm_moe_compat.who_serves import decide, mlx_installed
 
     rows = [_row(name) for name in args.module] or list(registry.TRANSFORMS_BY_MODULE.values())
     patching.apply()
@@ -71,13 +71,16 @@ def run(args: argparse.Namespace) -> int:
         status = dataclasses.replace(
             status, rows=tuple(row for row in status.rows if row.module in wanted)
         )
+    server, reason, problem = decide()
+    problems = [*status.problems, *filter(None, [problem])]
     if args.format == "json":
-        print(json.dumps(as_json(status), indent=2))
+        found = as_json(status) | {"problems": problems}
+        print(json.dumps(found | {"serves": {"server": server, "reason": reason}}, indent=2))
     else:
         from vllm_moe_compat.commands.status.text import show
 
-        show(status, detailed=bool(args.module))
-    return 1 if status.problems else 0
+        show(status, f"{server}, since {reason}", problems, detailed=bool(args.module))
+    return 1 if problems else 0
 
 
 def as_json(status: Status) -> dict[str, Any]:

@@ -26,12 +26,20 @@ WIDTH = 120
 STYLES = {ACTIVE: "green", BROKEN: "bold red", UNPATCHABLE: "bold red", DORMANT: "yellow"}
 
 
-def show(status: Status, *, detailed: bool = False) -> None:
-    """Print the status; ``detailed`` adds every probe."""
+def show(status: Status, serves: str, problems: Iterable[str], *, detailed: bool = False) -> None:
+    """Print the status.
+
+    Args:
+        status: the status of this process.
+        serves: who executes models, and why.
+        problems: each in one line.
+        detailed: whether every probe is printed.
+    """
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(_packages(status))
     if status.loader is not None:
         console.print(f"\nLoads go through {status.loader.name}: {status.loader.state}")
+    console.print(Text(f"Serves: {serves}"), soft_wrap=True)
     console.print()
     console.print(_modules(status.rows))
     if detailed:
@@ -43,7 +51,7 @@ def show(status: Status, *, detailed: bool = False) -> None:
     if status.load is not None:
         console.print(f"\nLast load: {status.load}", markup=False)
     console.print()
-    for problem in status.problems:
+    for problem in problems:
         console.print(Text(f"Problem: {problem}", style="bold red"), soft_wrap=True)
     console.print(Text(status.headline), soft_wrap=True)
 

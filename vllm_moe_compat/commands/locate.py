@@ -26,7 +26,7 @@ class Location:
 
     Attributes:
         folder: its folder.
-        shard: the only file to inspect; None for all.
+        shard: the only file that the argument names; None for all.
         repository: its id on the hub, if it was found in the hub's cache by that id.
     """
 
@@ -63,9 +63,10 @@ def locate(name: str) -> Location:
     cached = hub_cache() / f"models--{repository.replace('/', '--')}"
     folder = _snapshot(cached, revision or "main")
     if folder is None:
+        download = f"hf download {repository}{f' --revision {revision}' if revision else ''}"
         raise SettingError(
             f"{name!r} is neither a folder nor in the hub's cache, {hub_cache()}; download it with "
-            f"`hf download {repository}`, or set HF_HUB_CACHE to the cache that has it."
+            f"`{download}`, or set HF_HUB_CACHE to the cache that has it."
         )
     return Location(folder, repository=repository)
 
