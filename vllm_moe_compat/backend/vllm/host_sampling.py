@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingType
@@ -37,12 +36,11 @@ if TYPE_CHECKING:
 HOST = torch.device("cpu")
 
 
-def to_torch(logits: mx.array, columns: int) -> torch.Tensor:
-    """Copy logits ``[B, V]`` to a float32 tensor ``[B, columns]`` to write into.
+def as_wide_as(scores: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return ``scores [B, V]`` as ``[B, columns]``, padded with -inf.
 
-    vLLM's masks are as wide as the config says; what the model's head lacks is -inf.
+    vLLM's masks are as wide as the config says, and the model's head may be narrower.
     """
-    scores = torch.from_numpy(np.array(logits.astype(mx.float32)))
     missing = columns - scores.shape[-1]
     return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
@@ -159,15 +157,15 @@ class HostSampler:
         return state
 
     def sample(
-        self, logits: mx.array, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
+        self, scores: torch.Tensor, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
     ) -> tuple[list[str], list[list[int]], LogprobsLists | None]:
-        """Sample a token for each row of ``logits [B, V]`` and append it to its request.
+        """Sample a token for each row of ``scores [B, V]`` and append it to its request.
 
         Returns:
             Ids of the requests, in the order of the rows of the log-probabilities; the token of
             each, none for a request that failed; log-probabilities.
         """
-        scores = to_torch(logits, self.vocab_size)
+        scores = as_wide_as(scores, self.vocab_size)
         rows = {req_id: row for row, req_id in enumerate(self.order)}
 
         def draw(req_ids: Sequence[str]) -> Any:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
@@ -33,7 +34,7 @@ from vllm_moe_compat.backend.step.mlx_sampling import (
 )
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.failed_requests import NOT_FINITE, FailedRequests
-from vllm_moe_compat.backend.vllm.host_sampling import HostSampler, to_torch
+from vllm_moe_compat.backend.vllm.host_sampling import HostSampler, as_wide_as
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +49,11 @@ DEFAULT_ONLY_FIELDS = tuple(
     for name in DEFAULTS.__struct_fields__
     if name not in APPLIED_FIELDS | bridge.NEUTRAL_SAMPLING_FIELDS
 )
+
+
+def to_torch(logits: mx.array) -> torch.Tensor:
+    """Copy logits to a float32 tensor that the sampler may write into."""
+    return torch.from_numpy(np.array(logits.astype(mx.float32)))
 
 
 def is_plain(params: SamplingParams) -> bool:
@@ -173,7 +179,8 @@ class TokenSampler:
         logits = self._drawable(logits)
         others = len(self._host.order)
         if others:
-            order, tokens, logprobs = self._host.sample(logits[:others], scheduler_output, grammar)
+            scores = to_torch(logits[:others])
+            order, tokens, logprobs = self._host.sample(scores, scheduler_output, grammar)
         if drawn is not None:
             own: list[int] = drawn.tolist()  # type: ignore[assignment]
             if UNDECIDED in own:
@@ -201,7 +208,7 @@ class TokenSampler:
         if kept is None:
             kept = LogprobsTensors.empty_cpu(len(prompt) - 1, number + 1)
             self._prompt_logprobs[request.req_id] = kept
-        scores = to_torch(self._drawable(logits[:count]), self.vocab_size)
+        scores = as_wide_as(to_torch(self._drawable(logits[:count])), self.vocab_size)
         if not scores.max(dim=-1).values.isfinite().all():
             self.failed.fail(request, NOT_FINITE, taints_pages=True)
             return
