@@ -34,3 +34,7 @@ class InsufficientMemoryError(CompatError):
 
 class UnsupportedServingError(CompatError):
     """The embedded backend cannot serve this model or setting."""
+
+
+class RequestError(CompatError):
+    """A request to the embedded backend cannot be computed; the server goes on."""

@@ -13,12 +13,12 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm_moe_compat.backend.step import mlx_sampling
 from vllm_moe_compat.backend.step.mlx_sampling import (
     MAX_SORTED_TOP_K,
+    NO_TOKEN,
     SPARE_TIES,
     BatchSampler,
     SamplingRequest,
     rejection_draws,
 )
-from vllm_moe_compat.backend.vllm import bridge
 
 VOCAB, ROWS, KEYS = 600, 2000, 8
 
@@ -211,7 +211,9 @@ def test_the_first_of_equals_is_the_greedy_one_as_in_torch() -> None:
     rows[4, [8, 30]] = np.inf
     rows[5, 598:] = 1
     tokens = BatchSampler([SamplingRequest()] * 6, VOCAB)(mx.array(rows), mx.random.key(0)).tolist()
-    assert tokens == torch.from_numpy(rows).argmax(dim=-1).tolist()
+    expected = torch.from_numpy(rows).argmax(dim=-1).tolist()
+    expected[2:5] = [NO_TOKEN] * 3
+    assert tokens == expected
 
 
 @pytest.mark.parametrize(
@@ -221,22 +223,21 @@ def test_the_first_of_equals_is_the_greedy_one_as_in_torch() -> None:
         SamplingRequest(1.0, 5),
         SamplingRequest(1.0, 5, 0.5),
         SamplingRequest(1.0, 0, 0.9),
+        SamplingRequest(1.0, VOCAB - 1),
     ],
 )
-def test_rows_without_a_distribution_get_vllms_token(params: SamplingRequest) -> None:
-    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
-
-    bridge.sample_without_triton()  # As in serving; beside a GPU, the native path needs it.
+def test_rows_without_a_distribution_give_no_token(params: SamplingRequest) -> None:
     rows = np.stack([logits()] * 4)
     rows[0] = -np.inf
     rows[1, [9, 40]] = np.nan
     rows[2, [8, 30]] = np.inf
-    tokens = BatchSampler([params] * 4, VOCAB)(mx.array(rows), mx.random.key(0)).tolist()
-    k = torch.tensor([params.top_k] * 4) if params.top_k else None
-    p = torch.tensor([params.top_p] * 4) if params.top_p < 1 else None
-    theirs, _ = TopKTopPSampler().forward_native(torch.from_numpy(rows), {}, k, p)
-    assert tokens[:3] == theirs.tolist()[:3] == [0, 0, 0]
-    assert tokens[3] >= -1
+    draw = BatchSampler([params] * 4, VOCAB)
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        tokens = draw(mx.array(rows).astype(dtype), mx.random.key(0)).tolist()
+        assert tokens[:3] == [NO_TOKEN] * 3
+        tokens = draw.draw_undecided(mx.array(rows), tokens, mx.random.key(1))
+        assert tokens[:3] == [NO_TOKEN] * 3
+        assert tokens[3] >= 0
 
 
 def test_tokens_that_are_ruled_out_are_never_drawn() -> None:

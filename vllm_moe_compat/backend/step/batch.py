@@ -71,7 +71,8 @@ class Pass:
 
     Attributes:
         requests: of the rows.
-        tokens: ``[B, T]`` int32, padded on the right with token 0.
+        tokens: ``[B, T]`` int32, padded on the right with tokens of the same row: the values of
+            another token may be NaN, which no mask stops.
         offsets: ``[B]``, tokens of each row computed before.
         lengths: ``[B]``, tokens of each row in this pass.
     """
@@ -111,6 +112,7 @@ def make_pass(rows: Sequence[tuple[Request, int, int]]) -> Pass:
     tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int32)
     for i, (request, start, count) in enumerate(rows):
         tokens[i, :count] = request.tokens(start, count)
+        tokens[i, count:] = tokens[i, 0]
     offsets = np.asarray([start for _, start, _ in rows], dtype=np.int64)
     return Pass(tuple(request for request, _, _ in rows), tokens, offsets, lengths)
 

@@ -17,10 +17,11 @@ four methods that avoid it:
   nothing less likely belongs to the nucleus either, and the next token is drawn from the likelier
   ones. Accepted tokens follow the distribution of the nucleus.
 
-A row may stay undecided (token -1): if its draws were all rejected (less than one case in a
-hundred), if more tokens equal the k-th largest than the sorted runs hold, or if k is too large to
-sort. ``draw_undecided`` draws those one by one. A row without a distribution (a NaN, +inf, or
--inf everywhere) gives token 0, as in vLLM.
+A row may stay undecided (token ``UNDECIDED``): if its draws were all rejected (less than one case
+in a hundred), if more tokens equal the k-th largest than the sorted runs hold, or if k is too
+large to sort. ``draw_undecided`` draws those one by one. A row without a distribution (a NaN,
++inf, or -inf everywhere) gives ``NO_TOKEN``: its maximum, computed in the same evaluation, is not
+finite.
 
 Of equally likely tokens at the edge of a nucleus, vLLM keeps as many as are needed, those that
 its sort places last; here the first ones are kept.
@@ -42,6 +43,8 @@ MAX_SORTED_TOP_K, SPARE_TIES = 1024, 64
 SHORT_RUN, LONG_RUN = 16, 256
 # Rejection: the share of rows that may be left undecided.
 UNDECIDED_RATE = 0.01
+# Results that are no tokens: to be drawn again, and a row from which nothing can be drawn.
+UNDECIDED, NO_TOKEN = -1, -2
 # The largest float32 below one.
 BELOW_ONE = 1 - 2**-24
 
@@ -99,7 +102,10 @@ class BatchSampler:
         return "top_p" if request.top_p < 1 else "all"
 
     def __call__(self, logits: mx.array, key: mx.array) -> mx.array:
-        """Return tokens ``[B]`` int32 for ``logits [B, V]``, -1 if undecided; not evaluated."""
+        """Return tokens ``[B]`` int32 for ``logits [B, V]``, not evaluated.
+
+        A row gives ``UNDECIDED`` for ``draw_undecided``, or ``NO_TOKEN``.
+        """
         found = []
         keys = mx.random.split(key, len(self._groups)) if len(self._groups) > 1 else [key]
         for (method, group), own_key in zip(self._groups.items(), keys, strict=True):
@@ -107,7 +113,7 @@ class BatchSampler:
             if method == "greedy":
                 tokens = mx.argmax(part, axis=-1).astype(mx.int32)
             elif method == "one_by_one":
-                tokens = mx.full((len(group.rows),), -1, dtype=mx.int32)
+                tokens = mx.full((len(group.rows),), UNDECIDED, dtype=mx.int32)
             else:
                 scores = part.astype(mx.float32) / group.temperature
                 if method == "top_k":
@@ -118,13 +124,14 @@ class BatchSampler:
                 else:
                     tokens = draw_from_all(scores, own_key)
             found.append(tokens)
-        return found[0] if len(found) == 1 else mx.concatenate(found)[self._to_batch_order]
+        drawn = found[0] if len(found) == 1 else mx.concatenate(found)[self._to_batch_order]
+        return mx.where(mx.isfinite(logits.max(axis=-1)), drawn, NO_TOKEN)
 
     def draw_undecided(self, logits: mx.array, tokens: list[int], key: mx.array) -> list[int]:
         """Return ``tokens`` with the undecided ones drawn from the same ``logits [B, V]``."""
         complete = list(tokens)
         for row, token in enumerate(tokens):
-            if token >= 0:
+            if token != UNDECIDED:
                 continue
             request = self.requests[row]
             scores = logits[row : row + 1].astype(mx.float32) / request.temperature

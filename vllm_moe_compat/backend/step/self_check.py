@@ -5,10 +5,14 @@ through a padded prefill and two decode steps. Each result is compared with mlx-
 single-sequence caches. The check also compiles the kernels, which has to happen before serving
 anyway, and it refuses a family whose forward pass needs something that paged caches do not
 provide, instead of serving wrong tokens.
+
+Some token of a fine-tune may have NaN in its row, and requests with it fail alone. So if mlx-lm's
+own logits are not finite, the check takes tokens with finite ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -24,6 +28,7 @@ from vllm_moe_compat.errors import UnsupportedServingError
 # some per cent; unrelated logits differ by more than 1.
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.25, mx.float16: 0.25}
 LENGTHS = (7, 4)
+TOKENS = range(1, 32)
 # Windows up to this size are exceeded by the longer prompt.
 SMALL_WINDOW = 256
 
@@ -32,27 +37,55 @@ def run(forward: Forward) -> None:
     """Compare paged passes with mlx-lm's; leave pages and states as they were.
 
     Raises:
-        UnsupportedServingError: the logits differ.
+        UnsupportedServingError: the logits differ, or no token gives finite ones.
     """
+    if not _agree(forward, TOKENS):
+        tokens = _finite_tokens(forward.model)
+        if not tokens or not _agree(forward, tokens):
+            raise UnsupportedServingError(
+                f"The embedded MLX backend cannot serve {type(forward.model).__module__}: mlx-lm's "
+                "own logits are NaN or infinite; the weights hold such values, or overflow "
+                "in this dtype: use --dtype float32, or another copy of the checkpoint."
+            )
+
+
+def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
+    """Compare on prompts of ``tokens``; return False if mlx-lm's logits are not finite."""
     storage = forward.storage
-    requests = _requests(storage)
-    prompts = [(request, 0, len(request.prompt) - 1) for request in requests]
-    forward(make_pass(prompts), [])
-    for step in (0, 1):
-        ends = [(request, len(request.prompt) - 1 + step, 1) for request in requests]
-        work: Pass = make_pass(ends)
-        paged = forward(work, range(len(requests)))[:, -1]
-        for row, request in enumerate(requests):
-            _compare(forward.model, request, paged[row], step)
-            request.output.append(1 + row)
-    storage.states.drop({request.req_id for request in requests})
-    used = sorted({block for r in requests for group in r.blocks for block in group})
-    for pool in storage.distinct_pools:
-        pool.zero(used)
-        mx.eval(pool.pages)
+    requests = _requests(storage, tokens)
+    try:
+        prompts = [(request, 0, len(request.prompt) - 1) for request in requests]
+        forward(make_pass(prompts), [])
+        for step in (0, 1):
+            ends = [(request, len(request.prompt) - 1 + step, 1) for request in requests]
+            work: Pass = make_pass(ends)
+            paged = forward(work, range(len(requests)))[:, -1]
+            for row, request in enumerate(requests):
+                if not _compare(forward.model, request, paged[row], step):
+                    return False
+                request.output.append(tokens[row % len(tokens)])
+    finally:
+        storage.states.drop({request.req_id for request in requests})
+        used = sorted({block for r in requests for group in r.blocks for block in group})
+        for pool in storage.distinct_pools:
+            pool.zero(used)
+            mx.eval(pool.pages)
+    return True
 
 
-def _requests(storage: LayerStorage) -> list[Request]:
+def _finite_tokens(model: nn.Module) -> list[int]:
+    """Return those of ``TOKENS`` after which mlx-lm's logits are finite."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    found = []
+    for token in TOKENS:
+        logits = model(mx.array([[token]]), cache=make_prompt_cache(model))
+        if mx.isfinite(logits.max()).item():
+            found.append(token)
+    return found
+
+
+def _requests(storage: LayerStorage, tokens: Sequence[int]) -> list[Request]:
     """Return two requests on the blocks from 1 on, or one if the pool is too small for two."""
     requests, block = [], 1
     sizes = storage.block_sizes
@@ -65,7 +98,7 @@ def _requests(storage: LayerStorage) -> list[Request]:
             block += need
         if block > available:
             break
-        prompt = [(3 + 5 * row + 7 * i) % 31 + 1 for i in range(length)]
+        prompt = [tokens[(3 + 5 * row + 7 * i) % len(tokens)] for i in range(length)]
         params = SimpleNamespace(prompt_logprobs=None)
         requests.append(Request(f"self-check-{row}", prompt, params, blocks, 0))
     return requests
@@ -80,11 +113,14 @@ def _lengths(storage: LayerStorage, available: int) -> tuple[int, int]:
     return (long, LENGTHS[1]) if fits else LENGTHS
 
 
-def _compare(model: nn.Module, request: Request, paged: mx.array, step: int) -> None:
+def _compare(model: nn.Module, request: Request, paged: mx.array, step: int) -> bool:
+    """Return False if mlx-lm's own logits are not finite, so that they tell nothing."""
     from mlx_lm.models.cache import make_prompt_cache
 
     tokens = mx.array([request.prompt + request.output])
     own = model(tokens, cache=make_prompt_cache(model))[0, -1]
+    if not mx.isfinite(own.max()).item():
+        return False
     difference = paged.astype(mx.float32) - own.astype(mx.float32)
     size = mx.linalg.norm(own.astype(mx.float32))
     error = float((mx.linalg.norm(difference) / size).item())  # type: ignore[arg-type]
@@ -94,3 +130,4 @@ def _compare(model: nn.Module, request: Request, paged: mx.array, step: int) -> 
             f"differ from mlx-lm's own by {error:.2g} (relative L2, decode step {step}, prompt of "
             f"{len(request.prompt)} tokens); use mlx-lm's own server for this model."
         )
+    return True

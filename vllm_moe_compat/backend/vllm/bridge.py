@@ -8,15 +8,19 @@ branch of it, can be removed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import inspect
+import logging
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from wrapt import register_post_import_hook
 
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.log import logger
@@ -159,10 +163,78 @@ RESOLVED_SAMPLING_FIELDS: Mapping[str, Any] = MappingProxyType({"watermarking": 
 """Values that newer releases write in place of a default, where they mean the same."""
 
 
+def without_unreachable_ids(params: Any, count: int) -> Any:
+    """Return ``SamplingParams`` without stop tokens and forbidden words of ids from ``count`` on.
+
+    No such token can be drawn, so nothing is lost. vLLM takes them from tokenizer and generation
+    config, which may have more tokens than the model, and indexes logits with them. Remove when
+    it leaves them out itself.
+    """
+    stops = {token for token in params._all_stop_token_ids if 0 <= token < count}
+    words = params._bad_words_token_ids
+    if words is not None:
+        words = [word for word in words if all(0 <= token < count for token in word)]
+    if stops == params._all_stop_token_ids and words == params._bad_words_token_ids:
+        return params
+    params = copy.copy(params)
+    params._all_stop_token_ids, params._bad_words_token_ids = stops, words
+    return params
+
+
 def input_kind(processed_inputs: Any) -> str | None:
     """Return the ``type`` of a request's inputs; None where the release's inputs have none."""
     kind: str | None = processed_inputs.get("type") if hasattr(processed_inputs, "get") else None
     return kind
+
+
+_facts: ContextVar[Any] = ContextVar("facts of the engine that checks a request", default=None)
+
+
+def remember_facts_of_engines(facts_of: Callable[[ModelConfig, Any], Any]) -> None:
+    """Let ``facts_of_engine`` answer while vLLM's front end checks a request; idempotent.
+
+    ``Platform.validate_request`` is not told for which engine a request is, and a process may
+    have several. So the front end's ``InputProcessor`` keeps what ``facts_of`` returns for its
+    model config and its tokenizer (None without one), and names it during a check. The class may
+    not be imported yet, and engine processes never do. Remove when ``validate_request`` gets the
+    config.
+    """
+    register_post_import_hook(
+        functools.partial(_remember_facts, facts_of), "vllm.v1.engine.input_processor"
+    )
+
+
+def _remember_facts(facts_of: Callable[[ModelConfig, Any], Any], module: Any) -> None:
+    kind = module.InputProcessor
+    if hasattr(kind.process_inputs, "__wrapped__"):
+        return
+    begin, process = kind.__init__, kind.process_inputs
+
+    @functools.wraps(begin)
+    def begin_with_facts(self: Any, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        self.moe_compat_facts = facts_of(self.model_config, self.tokenizer)
+
+    @functools.wraps(process)
+    def process_with_facts(self: Any, *args: Any, **options: Any) -> Any:
+        token = _facts.set(self.moe_compat_facts)
+        try:
+            return process(self, *args, **options)
+        finally:
+            _facts.reset(token)
+
+    kind.__init__, kind.process_inputs = begin_with_facts, process_with_facts
+
+
+def facts_of_engine() -> Any:
+    """Return the facts of the engine for which a request is checked; None outside of a check."""
+    return _facts.get()
+
+
+def prompt_ids(processed_inputs: Any) -> list[int]:
+    """Return the token ids of a request's inputs; empty where they are of another kind."""
+    found = processed_inputs.get("prompt_token_ids") if hasattr(processed_inputs, "get") else None
+    return list(found or ())
 
 
 def input_batch_blocks(block_sizes: Sequence[int]) -> dict[str, Any]:
@@ -178,6 +250,30 @@ def input_batch_blocks(block_sizes: Sequence[int]) -> dict[str, Any]:
     if "kernel_block_sizes" in inspect.signature(InputBatch).parameters:
         arguments["kernel_block_sizes"] = sizes
     return arguments
+
+
+# --- the scheduler ------------------------------------------------------------
+
+
+class _OurSchedulerIsTested(logging.Filter):
+    """Drops the warning that a scheduler of another class may be incompatible, for ours."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any("vllm_moe_compat" in str(part) for part in record.args or ())
+
+
+def use_scheduler(scheduler_config: Any, plain: str, asynchronous: str) -> None:
+    """Enter a scheduler class of this package; idempotent.
+
+    vLLM warns of any class that is not its own, and says that async scheduling is off, which is
+    wrong for a subclass of its async scheduler. The warning of other classes stays. Remove when
+    vLLM ends a request for which its model runner reports a failure.
+    """
+    name = asynchronous if scheduler_config.async_scheduling else plain
+    scheduler_config.scheduler_cls = name
+    reporter = logging.getLogger("vllm.config.scheduler")
+    if not any(isinstance(one, _OurSchedulerIsTested) for one in reporter.filters):
+        reporter.addFilter(_OurSchedulerIsTested())
 
 
 # --- scheduler output ---------------------------------------------------------

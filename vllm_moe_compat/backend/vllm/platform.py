@@ -15,14 +15,19 @@ import psutil
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_moe_compat.backend.vllm import bridge, refusals
-from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.backend.model.rows import TokenRows
+from vllm_moe_compat.backend.vllm import bridge, refusals, request_checks, token_rows
+from vllm_moe_compat.errors import RequestError, UnsupportedServingError
 from vllm_moe_compat.plan.serving import installed_device
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 WORKER_CLASS = "vllm_moe_compat.backend.vllm.worker.MlxWorker"
+SCHEDULER_CLASSES = (
+    "vllm_moe_compat.backend.vllm.scheduler.MlxScheduler",
+    "vllm_moe_compat.backend.vllm.scheduler.MlxAsyncScheduler",
+)
 
 
 class MlxPlatform(Platform):
@@ -136,6 +141,7 @@ class MlxPlatform(Platform):
         # fork, which is vLLM's default and requires no main guard in scripts.
         if "mlx.core" in sys.modules:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        bridge.remember_facts_of_engines(_facts_of_engine)
         refusal = refusals.first(vllm_config)
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")
@@ -144,6 +150,7 @@ class MlxPlatform(Platform):
         if parallel.worker_cls == "auto":
             parallel.worker_cls = WORKER_CLASS
         parallel.distributed_executor_backend = "uni"
+        bridge.use_scheduler(vllm_config.scheduler_config, *SCHEDULER_CLASSES)
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
@@ -155,6 +162,7 @@ class MlxPlatform(Platform):
 
         Raises:
             UnsupportedServingError: embeddings or images as input, or a pooling request.
+            RequestError: the model cannot compute the request.
         """
         from vllm import SamplingParams
 
@@ -167,3 +175,16 @@ class MlxPlatform(Platform):
             raise UnsupportedServingError(
                 f"The embedded MLX backend takes text or token ids; {kind!r} input is not served."
             )
+        rows = bridge.facts_of_engine()
+        fault = rows and request_checks.first_fault(
+            bridge.prompt_ids(processed_inputs), params, rows
+        )
+        if fault:
+            raise RequestError(fault)
+
+
+def _facts_of_engine(model_config: ModelConfig, tokenizer: Any) -> TokenRows:
+    """Return the ids that the engine's model has rows for; warn of a larger tokenizer."""
+    rows = token_rows.of_checkpoint(model_config)
+    token_rows.warn_of_larger_tokenizer(rows, tokenizer)
+    return rows

@@ -40,6 +40,11 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         bridge.cpu_offload_gb(vllm_config),
         "weights offloaded; leave --cpu-offload-gb at 0.",
     )
+    yield (
+        _foreign_scheduler(vllm_config.scheduler_config.scheduler_cls),
+        "--scheduler-cls: a request that cannot be computed is ended by a scheduler of its own; "
+        "leave it out.",
+    )
     load_format = str(vllm_config.load_config.load_format)
     yield (
         load_format not in LOAD_FORMATS,
@@ -73,6 +78,10 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         bridge.returns_routed_experts(model),
         "routed experts in the answers; leave --enable-return-routed-experts out.",
     )
+
+
+def _foreign_scheduler(scheduler: Any) -> bool:
+    return scheduler is not None and not str(scheduler).startswith("vllm_moe_compat.")
 
 
 def _quantized(config: Any) -> bool:

@@ -18,8 +18,11 @@ from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.forward import Forward
 from vllm_moe_compat.backend.step.schedule import Schedule
+from vllm_moe_compat.backend.vllm import request_checks
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
+from vllm_moe_compat.backend.vllm.step_output import StepOutput
+from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -53,6 +56,8 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, storage: LayerStorage, sampler: TokenSampler) -> None:
         self.model, self.storage, self.sampler = model, storage, sampler
+        # Request id → its last token, drawn by a head with more columns than embeddings.
+        self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch()
         self.forward = Forward(model, storage)
         self._scheduler_output: SchedulerOutput | None = None
@@ -77,6 +82,8 @@ class ModelRunner:
         schedule = read_schedule(scheduler_output)
         lost = self.batch.update(schedule)
         self.sampler.forget(set(schedule.finished))
+        self.sampler.failed.forget(schedule.finished)
+        self._refuse(schedule)
         self.storage.states.drop(lost)
         self._drop_preempted(schedule)
         if schedule.page_copies:
@@ -102,13 +109,38 @@ class ModelRunner:
         self._logits = self._drawn = None
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
-            build_next = not self._unsampled and self.sampler.draws_all
+            build_next = (
+                not self._unsampled and self.sampler.draws_all and not self._draws_without_row
+            )
             self._logits, self._drawn = self.forward.decode(
                 work, self.sampler.draw, build_next=build_next
             )
         self._save_states(requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
+
+    def _refuse(self, schedule: Schedule) -> None:
+        """Fail requests that the model cannot compute, and make their tokens harmless.
+
+        The front end refuses such prompts, but requests may come without one.
+        """
+        for new in schedule.new:
+            request = self.batch.requests[new.req_id]
+            fault = request_checks.first_fault(request.prompt, request.params, self.sampler.rows)
+            if fault:
+                self.sampler.failed.fail(request, fault, taints_pages=True)
+                request.prompt = [0] * len(request.prompt)
+        for req_id in schedule.finished:
+            self._drawn_without_row.pop(req_id, None)
+        for req_id in schedule.scheduled.keys() & self._drawn_without_row.keys():
+            token, count = self._drawn_without_row.pop(req_id), self.sampler.rows.embedding
+            reason = f"it drew token {token}, and the model's embeddings have {count} rows"
+            self.sampler.failed.fail(self.batch.requests[req_id], reason, taints_pages=True)
+
+    @property
+    def _draws_without_row(self) -> bool:
+        """Whether the head has columns for which the embeddings have no row."""
+        return self.sampler.rows.head > self.sampler.rows.embedding
 
     def _drop_preempted(self, schedule: Schedule) -> None:
         """Discard the states of preempted requests.
@@ -143,7 +175,13 @@ class ModelRunner:
         logits = self.forward(work, scored)
         for i, row in enumerate(scored):
             start, count = int(work.offsets[row]), int(work.lengths[row])
-            self.sampler.score_prompt(work.requests[row], start, logits[i, :count])
+            request = work.requests[row]
+            try:
+                self.sampler.score_prompt(request, start, logits[i, :count])
+            except Exception as error:  # noqa: BLE001 - whatever vLLM raises
+                logger.error("log-probabilities of a prompt cannot be computed", exc_info=error)
+                reason = f"its prompt_logprobs fail ({type(error).__name__}: {error})"
+                self.sampler.failed.fail(request, reason, taints_pages=False)
 
     def _save_states(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
         """Write to pages the states that a later step may have to read from there."""
@@ -185,23 +223,36 @@ class ModelRunner:
         self, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
     ) -> ModelRunnerOutput:
         self.forward.wait()
+        order: list[str] = []
         tokens: list[list[int]] = []
         logprobs = None
         if self._logits is not None:
             logits, self._logits = self._logits, None
             drawn, self._drawn = self._drawn, None
-            sampled, logprobs = self.sampler.sample(logits, drawn, scheduler_output, grammar)
-            tokens = [[token] for token in sampled]
-        req_ids = self._order + self._unsampled
+            order, tokens, logprobs = self.sampler.sample(logits, drawn, scheduler_output, grammar)
+        req_ids = order + self._unsampled
+        failures = self.sampler.failed.among(req_ids)
         prompts = {}
-        for req_id in self._order:
+        for req_id in order:
             finished = self.sampler.finished_prompt(req_id)
-            if finished is not None:
+            if finished is not None and req_id not in failures:
                 prompts[req_id] = finished
-        return ModelRunnerOutput(
+        if self._draws_without_row:
+            self._note_tokens_without_row(order)
+        return StepOutput(
             req_ids=req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
             sampled_token_ids=tokens + [[] for _ in self._unsampled],
             logprobs=logprobs,
             prompt_logprobs_dict=prompts,
+            failures=failures,
         )
+
+    def _note_tokens_without_row(self, req_ids: Sequence[str]) -> None:
+        """Note requests whose last token has no row: they fail if they go on."""
+        for req_id in req_ids:
+            request = self.batch.requests[req_id]
+            token = request.output[-1]
+            if token >= self.sampler.rows.embedding:
+                request.output[-1] = 0
+                self._drawn_without_row[req_id] = token

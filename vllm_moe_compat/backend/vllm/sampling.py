@@ -5,10 +5,9 @@ parameter must have its default, also one that is unknown here. Plain requests a
 (``step.mlx_sampling``), in the evaluation of the forward pass, and only their tokens are copied.
 
 The other requests, among them all with a seed, are the first rows of the batch, and only their
-logits ``[B', V]`` are copied to the host. vLLM's ``InputBatch`` keeps the state that their
-parameters need (penalties, generators, logits processors) and its ``Sampler`` draws, so every
-parameter has vLLM's meaning. A request joins that batch when it first samples: a prompt computed
-in chunks draws nothing from a seeded generator before its end.
+logits ``[B', V]`` are copied to the host, where vLLM's sampler draws (``host_sampling``).
+
+A row whose logits are not finite gives no token, and its request fails alone.
 
 Draws in MLX depend on the engine's seed and the number of the step, so, as with vLLM's sampler,
 the same requests in the same order give the same answers.
@@ -24,20 +23,22 @@ import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
-from vllm.v1.sample.logits_processor import build_logitsprocs
-from vllm.v1.sample.sampler import Sampler
-from vllm.v1.structured_output.utils import apply_grammar_bitmask
-from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from vllm_moe_compat.backend.model.rows import TokenRows
 from vllm_moe_compat.backend.step.batch import Request
-from vllm_moe_compat.backend.step.mlx_sampling import BatchSampler, SamplingRequest
+from vllm_moe_compat.backend.step.mlx_sampling import (
+    NO_TOKEN,
+    UNDECIDED,
+    BatchSampler,
+    SamplingRequest,
+)
 from vllm_moe_compat.backend.vllm import bridge
+from vllm_moe_compat.backend.vllm.failed_requests import NOT_FINITE, FailedRequests
+from vllm_moe_compat.backend.vllm.host_sampling import HostSampler, as_wide_as
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-
-HOST = torch.device("cpu")
 
 # Parameters that sampling in MLX applies. ``min_tokens`` makes a request plain only once enough
 # tokens exist.
@@ -65,81 +66,56 @@ def is_plain(params: SamplingParams) -> bool:
     )
 
 
-def _sampling_request(params: SamplingParams) -> SamplingRequest:
+def _sampling_request(params: SamplingParams, vocab_size: int) -> SamplingRequest:
     if params.sampling_type == SamplingType.GREEDY:
         return SamplingRequest()
-    return SamplingRequest(params.temperature, max(params.top_k, 0), params.top_p)
+    # A larger k keeps all, and might not fit an array.
+    top_k = params.top_k if 0 < params.top_k < vocab_size else 0
+    return SamplingRequest(params.temperature, top_k, params.top_p)
 
 
 class TokenSampler:
-    """Samples a batch in MLX and with vLLM's sampler, and keeps that sampler's state."""
+    """Samples a batch in MLX and with vLLM's sampler.
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    Attributes:
+        rows: ids that the model has rows for.
+        failed: requests that failed and have not ended.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, rows: TokenRows) -> None:
         model = vllm_config.model_config
-        scheduler = vllm_config.scheduler_config
-        self.max_model_len = model.max_model_len
-        self.vocab_size = model.get_vocab_size()
+        self.rows, self.failed = rows, FailedRequests()
+        self._host = HostSampler(vllm_config, self.failed)
+        self.max_model_len, self.vocab_size = self._host.max_model_len, self._host.vocab_size
+        # Columns beyond vLLM's vocabulary are not drawn.
+        self._columns = min(rows.head, self.vocab_size)
         self.logprobs_mode = model.logprobs_mode
-        bridge.sample_without_triton()
-        self.sampler = Sampler(logprobs_mode=model.logprobs_mode)
-        self.batch = InputBatch(
-            max_num_reqs=scheduler.max_num_seqs,
-            max_model_len=model.max_model_len,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            device=HOST,
-            vocab_size=self.vocab_size,
-            # The backend addresses blocks itself, but the batch requires a table.
-            **bridge.input_batch_blocks([16]),
-            logitsprocs=build_logitsprocs(
-                vllm_config, HOST, False, False, model.logits_processors or ()
-            ),
-            logitsprocs_need_output_token_ids=bool(model.logits_processors),
-            reasoning_config=bridge.reasoning_config(vllm_config),
-        )
-        self.states: dict[str, CachedRequestState] = {}
-        # A logits processor from outside vLLM may change the logits of any request.
-        self._foreign_processors = any(
-            not type(one).__module__.startswith("vllm.v1.sample.")
-            for one in self.batch.logitsprocs.all
-        )
         self._plain: dict[str, bool] = {}
         # Plain requests of the current batch; their rows follow those of the others.
         self._plain_requests: list[Request] = []
-        self._mlx_sampler = BatchSampler([], self.vocab_size)
+        self._mlx_sampler = BatchSampler([], self._columns)
         self._seed, self._steps = model.seed or 0, 0
         self._prompt_logprobs: dict[str, LogprobsTensors] = {}
 
     def forget(self, req_ids: set[str]) -> None:
         """Discard the state of requests that ended."""
         for req_id in req_ids:
-            self.states.pop(req_id, None)
             self._plain.pop(req_id, None)
             self._prompt_logprobs.pop(req_id, None)
-            self.batch.remove_request(req_id)
+            self._host.forget(req_id)
 
     def select(self, requests: Sequence[Request]) -> list[str]:
         """Make ``requests`` the batch that samples; return their ids in the order of its rows."""
-        plain, others = [], {}
-        for request in requests:
-            if self._is_plain(request):
-                plain.append(request)
-            else:
-                others[request.req_id] = request
-        self._select_plain(plain)
-        for req_id in list(self.batch.req_id_to_index):
-            if req_id not in others:
-                self.batch.remove_request(req_id)
-        for req_id, request in others.items():
-            if req_id not in self.batch.req_id_to_index:
-                self.batch.add_request(self._state(request))
-        self.batch.condense()
-        self.batch.refresh_metadata()
-        return [*self.batch.req_ids, *(request.req_id for request in self._plain_requests)]
+        self._host.select([request for request in requests if not self._is_plain(request)])
+        self._select_plain([request for request in requests if self._is_plain(request)])
+        return [*self._host.order, *(request.req_id for request in self._plain_requests)]
 
     def _is_plain(self, request: Request) -> bool:
+        if request.req_id in self.failed:
+            return True
         plain = self._plain.get(request.req_id)
         if plain is None:
-            plain = not self._foreign_processors and is_plain(request.params)
+            plain = not self._host.has_foreign_processors and is_plain(request.params)
             self._plain[request.req_id] = plain
         return plain and len(request.output) >= request.params.min_tokens
 
@@ -153,13 +129,14 @@ class TokenSampler:
         ):
             self._plain_requests = requests
             self._mlx_sampler = BatchSampler(
-                [_sampling_request(request.params) for request in requests], self.vocab_size
+                [_sampling_request(request.params, self._columns) for request in requests],
+                self._columns,
             )
 
     @property
     def draws_all(self) -> bool:
         """Whether every row of the batch is drawn in MLX."""
-        return not self.batch.req_id_to_index
+        return not self._host.batch.req_id_to_index
 
     def draw(self, logits: mx.array) -> mx.array | None:
         """Return tokens of the plain rows of ``logits [B, V]``, not evaluated; None without any."""
@@ -167,33 +144,15 @@ class TokenSampler:
             return None
         self._steps += 1
         first = len(logits) - len(self._plain_requests)
-        return self._mlx_sampler(logits[first:], self._key(0))
+        return self._mlx_sampler(self._drawable(logits[first:]), self._key(0))
+
+    def _drawable(self, logits: mx.array) -> mx.array:
+        return logits if logits.shape[-1] == self._columns else logits[..., : self._columns]
 
     def _key(self, use: int) -> mx.array:
         """Return a random key that is unique to this step and ``use``."""
         words = [self._seed & 0xFFFFFFFF, (2 * self._steps + use) & 0xFFFFFFFF]
         return mx.array(words, dtype=mx.uint32)
-
-    def _state(self, request: Request) -> CachedRequestState:
-        state = self.states.get(request.req_id)
-        if state is None:
-            params, generator = request.params, None
-            if params.sampling_type == SamplingType.RANDOM_SEED:
-                generator = torch.Generator(device=HOST)
-                generator.manual_seed(params.seed)
-            state = CachedRequestState(
-                req_id=request.req_id,
-                prompt_token_ids=request.prompt,
-                mm_features=[],
-                sampling_params=params,
-                generator=generator,
-                block_ids=([],),
-                num_computed_tokens=0,
-                # The same list object, so that penalties see the tokens that we append.
-                output_token_ids=request.output,
-            )
-            self.states[request.req_id] = state
-        return state
 
     def sample(
         self,
@@ -201,49 +160,44 @@ class TokenSampler:
         drawn: mx.array | None,
         scheduler_output: SchedulerOutput,
         grammar: GrammarOutput | None,
-    ) -> tuple[list[int], LogprobsLists | None]:
+    ) -> tuple[list[str], list[list[int]], LogprobsLists | None]:
         """Sample one token for each row of ``logits [B, V]`` and append it to its request.
 
-        ``drawn``: evaluated result of ``draw`` for the same logits.
+        Args:
+            logits: of the requests in the order that ``select`` returned.
+            drawn: evaluated result of ``draw`` for the same logits.
+            scheduler_output: of the step.
+            grammar: the step's masks of structured output.
+
+        Returns:
+            The ids of the requests, those with log-probabilities first; the token of each, none
+            for a request that failed; log-probabilities.
         """
-        tokens: list[int] = []
+        order: list[str] = []
+        tokens: list[list[int]] = []
         logprobs = None
-        others = len(self.batch.req_id_to_index)
+        logits = self._drawable(logits)
+        others = len(self._host.order)
         if others:
-            tokens, logprobs = self._sample_on_host(logits[:others], scheduler_output, grammar)
+            scores = to_torch(logits[:others])
+            order, tokens, logprobs = self._host.sample(scores, scheduler_output, grammar)
         if drawn is not None:
             own: list[int] = drawn.tolist()  # type: ignore[assignment]
-            if min(own) < 0:
+            if UNDECIDED in own:
                 own = self._mlx_sampler.draw_undecided(logits[others:], own, self._key(1))
             for request, token in zip(self._plain_requests, own, strict=True):
-                request.output.append(token)
-            tokens += own
-        return tokens, logprobs
-
-    def _sample_on_host(
-        self, logits: mx.array, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
-    ) -> tuple[list[int], LogprobsLists | None]:
-        scores = to_torch(logits)
-        if grammar is not None:
-            apply_grammar_bitmask(scheduler_output, grammar, self.batch, scores)
-        with torch.no_grad():
-            result = self.sampler(logits=scores, sampling_metadata=self.batch.sampling_metadata)
-        tokens = result.sampled_token_ids.flatten().tolist()
-        for row, token in enumerate(tokens):
-            end = int(self.batch.num_tokens_no_spec[row])
-            if end < self.max_model_len:
-                self.batch.token_ids_cpu[row, end] = token
-                self.batch.is_token_ids[row, end] = True
-            self.batch.num_tokens_no_spec[row] = end + 1
-            self.states[self.batch.req_ids[row]].output_token_ids.append(token)
-        logprobs = result.logprobs_tensors
-        return tokens, None if logprobs is None else logprobs.tolists()
+                if token == NO_TOKEN:
+                    self.failed.fail(request, NOT_FINITE, taints_pages=True)
+                request.output.append(max(token, 0))
+                order.append(request.req_id)
+                tokens.append([] if request.req_id in self.failed else [token])
+        return order, tokens, logprobs
 
     def score_prompt(self, request: Request, start: int, logits: mx.array) -> None:
         """Record the log-probabilities of the prompt tokens after ``start``.
 
         ``logits [T, V]`` are those of the tokens from ``start`` on; the logits of token ``i``
-        score token ``i + 1``.
+        score token ``i + 1``. A request without finite logits fails.
         """
         params, prompt = request.params, request.prompt
         count = min(logits.shape[0], len(prompt) - 1 - start)
@@ -254,11 +208,14 @@ class TokenSampler:
         if kept is None:
             kept = LogprobsTensors.empty_cpu(len(prompt) - 1, number + 1)
             self._prompt_logprobs[request.req_id] = kept
-        scores = to_torch(logits[:count])
+        scores = as_wide_as(to_torch(self._drawable(logits[:count])), self.vocab_size)
+        if not scores.max(dim=-1).values.isfinite().all():
+            self.failed.fail(request, NOT_FINITE, taints_pages=True)
+            return
         if self.logprobs_mode not in ("raw_logits", "processed_logits"):
-            scores = self.sampler.compute_logprobs(scores)
+            scores = self._host.sampler.compute_logprobs(scores)
         targets = torch.tensor(prompt[start + 1 : start + 1 + count])
-        found = self.sampler.gather_logprobs(scores, number, targets)
+        found = self._host.sampler.gather_logprobs(scores, number, targets)
         rows = slice(start, start + count)
         kept.logprob_token_ids[rows].copy_(found.logprob_token_ids)
         kept.logprobs[rows].copy_(found.logprobs)

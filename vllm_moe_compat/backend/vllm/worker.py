@@ -16,7 +16,7 @@ import psutil
 import torch
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_moe_compat.backend.model import loader
+from vllm_moe_compat.backend.model import loader, token_rows
 from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.storage import LayerStorage
@@ -101,7 +101,8 @@ class MlxWorker(WorkerBase):
         """
         bridge.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
         storage = self._allocate(kv_cache_config)
-        self.runner = ModelRunner(self.served.model, storage, TokenSampler(self.vllm_config))
+        sampler = TokenSampler(self.vllm_config, token_rows.of_model(self.served.model))
+        self.runner = ModelRunner(self.served.model, storage, sampler)
         pools = storage.distinct_pools
         need = kv_specs.demand(self.vllm_config, self.served.layers)
         fit = need.sequences(kv_cache_config.num_blocks)

@@ -1,0 +1,37 @@
+"""The output of a step, with the requests that failed in it.
+
+vLLM's ``ModelRunnerOutput`` cannot say that one request failed: its model runners raise, and the
+engine ends with all requests. Ours names the request and the reason, and the scheduler
+(``scheduler``) ends that request alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of one request.
+
+    Attributes:
+        reason: one sentence.
+        taints_pages: the request's pages may hold NaN or values of other tokens, so that nobody
+            may find them in the prefix cache.
+    """
+
+    reason: str
+    taints_pages: bool = True
+
+
+@dataclass
+class StepOutput(ModelRunnerOutput):
+    """vLLM's output and the failures of the step.
+
+    Attributes:
+        failures: request id → its failure. Such a request has no tokens in this output.
+    """
+
+    failures: dict[str, Failure] = field(default_factory=dict)
