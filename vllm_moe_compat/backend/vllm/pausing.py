@@ -37,8 +37,13 @@ def _ask(engine: type, name: str, question: Callable[..., None]) -> None:
     def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
         wrapper = getattr(self.model_executor, "driver_worker", None)
         sleep_mode = getattr(getattr(wrapper, "worker", None), "sleep_mode", None)
-        if isinstance(sleep_mode, SleepMode):
-            question(sleep_mode, *args, **kwargs)
-        return method(self, *args, **kwargs)
+        if not isinstance(sleep_mode, SleepMode):
+            return method(self, *args, **kwargs)
+        question(sleep_mode, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            sleep_mode.revoke()
+            raise
 
     setattr(engine, name, asked)

@@ -17,6 +17,7 @@ holds.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,10 @@ class SleepMode:
         """Permit the ``release`` of the pages that follows."""
         self._permitted = frozenset((PAGES,))
 
+    def revoke(self) -> None:
+        """Take a permission back, since vLLM's engine did not come to use it."""
+        self._permitted = frozenset()
+
     def refuse_resume(self) -> None:
         """Raise, before vLLM schedules again, if memory is missing.
 
@@ -132,7 +137,7 @@ class SleepMode:
         if WEIGHTS in tags:
             self._same_weights = level < 2
             self._drop_weights()
-        mx.clear_cache()
+        _return_freed_memory()
         logger.info(
             "asleep: %s given back, %.1f MiB; %.1f MiB are held",
             " and ".join(self.asleep),
@@ -242,6 +247,15 @@ class SleepMode:
         if self._held == TAGS and self._worker.runner.is_suspended:
             self._worker.runner.resume(self._worker.served.model)
             logger.info("awake: %.1f MiB are held", mx.get_active_memory() / 2**20)
+
+
+def _return_freed_memory() -> None:
+    """Give what MLX and the C library keep for later back to the system."""
+    mx.clear_cache()
+    # glibc keeps the room of arrays below 32 MiB in its heap until it is asked.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _shapes(model: nn.Module) -> dict[str, str]:
