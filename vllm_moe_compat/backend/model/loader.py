@@ -64,7 +64,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     path = Path(model)
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
-    stamps = file_stamps.take(path)
+    stamps = file_stamps.take(path.absolute())
     with loading_with(dtype=str(dtype).rpartition(".")[2]):
         loaded, _ = utils.load_model(path, lazy=True)
     report = last_report()

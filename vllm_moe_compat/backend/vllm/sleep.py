@@ -187,13 +187,18 @@ class SleepMode:
             self._take_weights(folder)
             self._resume_if_complete()
             return
-        old = self._worker.served.model
-        served = self._checked(self._load(folder))
+        old, new = self._worker.served, self._checked(self._load(folder))
         self._worker.runner.suspend()
-        self._worker.served = served
-        _clear(old)
-        mx.clear_cache()
-        self._worker.runner.resume(served.model)
+        self._worker.served = new
+        _clear(old.model)
+        _return_freed_memory()
+        self._worker.runner.resume(new.model)
+        if new.stamps != old.stamps:
+            logger.warning(
+                "new weights of %s; cached prefixes are those of the old ones until "
+                "reset_prefix_cache is called",
+                folder,
+            )
 
     def _drop_weights(self) -> None:
         if WEIGHTS not in self._held:
