@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma2, llama
 
+from support import models
 from vllm_moe_compat.backend.model import loader
 from vllm_moe_compat.backend.pages.layers import Batching, batching_of
 
@@ -95,3 +97,19 @@ def test_rotary_frequencies_keep_their_precision(tmp_path: Path) -> None:
     assert attention.q_proj.weight.dtype == mx.bfloat16
     assert attention.rope._freqs.dtype == mx.float32
     assert mx.array_equal(attention.rope._freqs, model.model.layers[0].self_attn.rope._freqs)
+
+
+def test_nothing_but_the_model_holds_its_weights(tmp_path: Path) -> None:
+    """The passes that are built to describe layers would hold the stored weights, too."""
+    path = models.write_mlx(tmp_path / "model", "qwen3_moe")
+    gc.collect()
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        served = loader.load(str(path), None, mx.float16)
+        mx.clear_cache()
+        assert mx.get_active_memory() - before < served.weight_bytes * 1.02
+        del served
+        assert mx.get_active_memory() - before < 1 << 12
+    finally:
+        gc.enable()

@@ -110,10 +110,7 @@ class AttentionRecord:
 
 @contextmanager
 def recording(model: nn.Module, caches: Sequence[Any]) -> Iterator[AttentionRecord]:
-    """Record passes of ``model`` with ``caches``, which are mlx-lm's own.
-
-    The caches keep their recording methods; they are of no further use.
-    """
+    """Record passes of ``model`` with ``caches``, which are mlx-lm's own."""
     record = AttentionRecord()
 
     def recorded(
@@ -141,6 +138,15 @@ def recording(model: nn.Module, caches: Sequence[Any]) -> Iterator[AttentionReco
     finally:
         for module, function in zip(modules, before, strict=True):
             setattr(module, NAME, function)
+        for cache in caches:
+            # The methods refer to the cache that holds them, and the arrays to the weights that
+            # they would be computed from, so only the garbage collector would free those.
+            for name in _RECORDED:
+                vars(cache).pop(name, None)
+
+
+_RECORDED = ("update_and_fetch", "make_mask", "recorded")
+"""What ``_record_cache`` sets on a cache."""
 
 
 def _record_cache(cache: Any, record: AttentionRecord) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +21,8 @@ from vllm_moe_compat.backend.model.dry_run import DryRun, dry_run
 from vllm_moe_compat.backend.model.exact_scales import keep_scales
 from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
+from vllm_moe_compat.checkpoint import file_stamps
+from vllm_moe_compat.checkpoint.file_stamps import FileStamps
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
@@ -38,6 +40,7 @@ class ServedModel:
         widened_bytes: the part of them added by widening experts to float32.
         max_length: tokens up to which the model is right; None for any.
         max_length_reason: what it computes beyond that.
+        stamps: of the files that it was loaded from.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class ServedModel:
     widened_bytes: int
     max_length: int | None = None
     max_length_reason: str = ""
+    stamps: FileStamps = field(default_factory=FileStamps)
 
 
 def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
@@ -60,6 +64,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     path = Path(model)
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
+    stamps = file_stamps.take(path.absolute())
     with loading_with(dtype=str(dtype).rpartition(".")[2], at_once=True):
         loaded, _ = utils.load_model(path, lazy=True)
     report = last_report()
@@ -90,7 +95,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
         _layer_counts(result.layers),
         _single_sequence(result),
     )
-    return ServedModel(loaded, result.layers, weights, widened, limit, reason)
+    return ServedModel(loaded, result.layers, weights, widened, limit, reason, stamps)
 
 
 def _layer_counts(layers: Sequence[Layer]) -> str:

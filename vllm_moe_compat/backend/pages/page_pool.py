@@ -34,12 +34,27 @@ class PagePool:
             raise ValueError(f"a page of {page_bytes} bytes does not hold whole {dtype} elements")
         self.num_blocks = num_blocks
         self.raw = RAW_DTYPES[dtype.size]
-        self.pages = mx.zeros((num_blocks, page_bytes // dtype.size), dtype=self.raw)
+        self._shape = (num_blocks, page_bytes // dtype.size)
+        self.pages: mx.array
+        self.allocate()
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return int(self.pages.nbytes)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that ``allocate`` takes."""
+        return self._shape[0] * self._shape[1] * int(self.raw.size)
+
+    def allocate(self) -> None:
+        """Make all pages anew, of zeros."""
+        self.pages = mx.zeros(self._shape, dtype=self.raw)
+
+    def release(self) -> None:
+        """Give the memory of all pages back; ``allocate`` must follow before they are used."""
+        self.pages = mx.zeros((0, self._shape[1]), dtype=self.raw)
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Write zeros over whole pages, so that stale bits cannot be read as NaN."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import mlx.core as mx
+
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, StateLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.state_pool import StatePool
@@ -54,6 +56,18 @@ class LayerStorage:
     def distinct_pools(self) -> list[PagePool]:
         """Every pool once."""
         return list({id(pool): pool for pool in self.pools.values()}.values())
+
+    def release(self) -> None:
+        """Give the memory of all pages and resident states back."""
+        self.states.banks = []
+        for pool in self.distinct_pools:
+            pool.release()
+
+    def allocate(self) -> None:
+        """Make the pages of ``release`` anew, of zeros."""
+        for pool in self.distinct_pools:
+            pool.allocate()
+            mx.eval(pool.pages)
 
     def state_blocks(
         self, tables: Sequence[BlockTable], tokens: Sequence[int]

@@ -69,6 +69,10 @@ class MlxPlatform(Platform):
         """Return False: there is no device memory to copy to."""
         return False
 
+    def is_sleep_mode_available(self) -> bool:
+        """Return True: weights and pages can be given back, and made again."""
+        return True
+
     @classmethod
     def inference_mode(cls) -> Any:
         """Return a context without gradients, for sampling."""

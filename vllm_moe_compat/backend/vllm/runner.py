@@ -69,7 +69,35 @@ class ModelRunner:
 
     def close(self) -> None:
         """Wait for the running pass and remove the attention hook."""
+        if not self.is_suspended:
+            self.forward.close()
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether no pass can run."""
+        return "forward" not in vars(self)
+
+    def suspend(self) -> None:
+        """End the running pass and let go of the model; requests stay known."""
+        if self._pending is not None:
+            self._pending.get_output()
+            self._pending = None
         self.forward.close()
+        self._logits = self._drawn = None
+        self.model = nn.Module()
+        del self.forward
+
+    def resume(self, model: nn.Module) -> None:
+        """Go on after ``suspend``."""
+        self.model = model
+        self.forward = Forward(model, self.storage)
+
+    def take_note(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        """Take note of finished requests while suspended, in place of ``execute_model``."""
+        schedule = read_schedule(scheduler_output)
+        self.batch.update(schedule)
+        self.sampler.forget(set(schedule.finished))
+        return EMPTY_MODEL_RUNNER_OUTPUT
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the forward passes of a step; ``sample_tokens`` completes it.

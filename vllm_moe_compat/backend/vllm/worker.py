@@ -2,19 +2,20 @@
 
 vLLM calls the worker in this order: load the model, describe its KV cache, report the memory
 available, take the KV cache plan, warm up, run steps. This file holds the life cycle; ``runner``
-runs the steps, ``budget`` measures the memory.
+runs the steps, ``budget`` measures the memory, ``out_of_step`` answers all other calls.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import psutil
 import torch
-from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_moe_compat.backend.model import loader, token_rows
 from vllm_moe_compat.backend.pages.layers import AttentionLayer
@@ -24,8 +25,11 @@ from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import bridge, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.length import limit_length
+from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
+from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
 from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
+from vllm_moe_compat.backend.vllm.sleep import SleepMode
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.families.fixes import rotary
@@ -46,34 +50,46 @@ def _layer_index(name: str) -> int:
     return int(name.rpartition(".")[2])
 
 
-class MlxWorker(WorkerBase):
+class MlxWorker(OutOfStepCalls):
     """The worker class that ``MlxPlatform`` names."""
 
-    served: loader.ServedModel
     budget: Budget
-    runner: ModelRunner
 
+    @at_start_up
     def init_device(self) -> None:
         """Set the seeds; MLX selects its device itself."""
         bridge.allow_shutdown_without_accelerator()
+        ask_worker_first()
         self.device = torch.device("cpu")
         torch.manual_seed(self.model_config.seed)
         mx.random.seed(self.model_config.seed)
         mx.reset_peak_memory()
 
+    @at_start_up
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint, and choose page sizes that suit all kinds of its layers.
 
         Raises:
             CompatError: the checkpoint or the model cannot be served.
         """
+        self.served = self._load(self.model_config.model, self.model_config.revision)
+        limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
+        self._settle(self.served)
+        kv_specs.align_pages(self.vllm_config, self.served.layers)
+
+    def _load(self, model: str, revision: str | None) -> loader.ServedModel:
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
         with loading_with(progress=self.load_config.use_tqdm_on_load):
-            self.served = loader.load(self.model_config.model, self.model_config.revision, dtype)
-        limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
-        if chosen := rotary.settle(self.served.model, self.model_config.max_model_len):
-            logger.info("%s: %s", self.model_config.model, chosen)
-        kv_specs.align_pages(self.vllm_config, self.served.layers)
+            return loader.load(model, revision, dtype)
+
+    def _settle(self, served: loader.ServedModel) -> None:
+        if chosen := rotary.settle(served.model, self.model_config.max_model_len):
+            logger.info("%s: %s", served.stamps.folder, chosen)
+
+    def _load_again(self, folder: Path) -> loader.ServedModel:
+        served = self._load(str(folder), None)
+        self._settle(served)
+        return served
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Return vLLM's KV cache spec of each layer by its name."""
@@ -84,6 +100,7 @@ class MlxWorker(WorkerBase):
         """Return the layout with layers outermost: the pages of a layer are one array."""
         return ["LBNHC"]
 
+    @at_start_up
     def determine_available_memory(self) -> int:
         """Return the bytes for pages, after weights, activations and resident states.
 
@@ -93,6 +110,7 @@ class MlxWorker(WorkerBase):
         self.budget = measure(self.vllm_config, self.served)
         return self.budget.page_bytes
 
+    @at_start_up
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the pages that vLLM planned, and make the runner.
 
@@ -167,6 +185,7 @@ class MlxWorker(WorkerBase):
                         "model."
                     )
 
+    @at_start_up
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Run every kind of pass once and compare with mlx-lm's own caches.
 
@@ -180,15 +199,28 @@ class MlxWorker(WorkerBase):
             self_check.run(self.runner.forward)
             on_failure.pop_all()
         torch.manual_seed(self.model_config.seed)
+        enabled = bool(self.model_config.enable_sleep_mode)
+        self.sleep_mode = SleepMode(self, self._load_again, enabled=enabled)
         return CompilationTimes(language_model=time.perf_counter() - start, encoder=0.0)
 
+    @at_start_up
     def update_max_model_len(self, max_model_len: int) -> None:
         """Take the length that vLLM fitted to the memory."""
         self.model_config.max_model_len = max_model_len
         rotary.settle(self.served.model, max_model_len)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Run the forward passes of a step; None means that ``sample_tokens`` must follow."""
+        """Run the forward passes of a step; None means that ``sample_tokens`` must follow.
+
+        Raises:
+            UnsupportedServingError: the worker sleeps, or was shut down.
+        """
+        if "runner" not in vars(self):
+            raise UnsupportedServingError("The worker was shut down; start another server.")
+        if self.sleep_mode.asleep:
+            if scheduler_output.total_num_scheduled_tokens:
+                self.sleep_mode.refuse_resume()
+            return self.runner.take_note(scheduler_output)
         return self.runner.execute_model(scheduler_output)
 
     def sample_tokens(
@@ -197,38 +229,12 @@ class MlxWorker(WorkerBase):
         """Return the tokens of the last step, or an output that waits for them."""
         return self.runner.sample_tokens(grammar_output)
 
-    def take_draft_token_ids(self) -> None:
-        """Return no draft tokens: there is no speculative decoding."""
-
-    def get_supported_tasks(self) -> tuple[str, ...]:
-        """Return text generation."""
-        return ("generate",)
-
-    def get_model(self) -> Any:
-        """Return the mlx-lm model."""
-        return self.served.model
-
-    def synchronize_device(self) -> None:
-        """Wait for the running pass, if there is one."""
-        mx.synchronize()
-
     def occupancy(self) -> dict[str, int]:
         """Return the number of requests and resident states; 0 when the server is idle."""
         return {
             "requests": len(self.runner.batch.requests),
             "states": len(self.runner.storage.states.resident),
         }
-
-    def check_health(self) -> None:
-        """Do nothing: a worker that answers is healthy."""
-
-    def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
-        """Refuse: there is no torch profile of MLX.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("the embedded MLX backend has no profiler")
 
     def shutdown(self) -> None:
         """Remove the attention hook and release the memory; idempotent."""
