@@ -226,6 +226,26 @@ def test_changed_files_are_noticed(checkpoint: Path) -> None:
         (checkpoint / "elsewhere").rename(shard)
         llm.wake_up()
         assert ask(llm)[1:] == before
+        llm.sleep(1)  # A sleeping server can be shut down.
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("gpt_oss", "gemma4_text", "llama4", "deepseek_v3", "longcat_flash", "lfm2_moe", "jamba"),
+        *("kimi_linear", "nemotron_h", "falcon_h1", "mimo_v2_flash"),
+    ],
+)
+def test_every_kind_of_layer(kind: str, tmp_path: Path) -> None:
+    path = models.write_mlx(tmp_path / "model", kind)
+    with engine(path, max_model_len=512) as llm:
+        first, again = ask(llm), ask(llm)
+        for level in (1, 2, 1):
+            llm.sleep(level)
+            assert mx.get_active_memory() < 1 << 16
+            llm.wake_up()
+            assert [ask(llm), ask(llm)] == [first, again]
 
 
 @pytest.mark.parametrize("how", ["level 2", "level 1 and reload", "awake"])

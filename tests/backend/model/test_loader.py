@@ -99,16 +99,17 @@ def test_rotary_frequencies_keep_their_precision(tmp_path: Path) -> None:
     assert mx.array_equal(attention.rope._freqs, model.model.layers[0].self_attn.rope._freqs)
 
 
-def test_nothing_but_the_model_holds_its_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4"])
+def test_nothing_but_the_model_holds_its_weights(kind: str, tmp_path: Path) -> None:
     """The passes that are built to describe layers would hold the stored weights, too."""
-    path = models.write_mlx(tmp_path / "model", "qwen3_moe")
+    path = models.write_mlx(tmp_path / "model", kind)
     gc.collect()
     before = mx.get_active_memory()
     gc.disable()
     try:
         served = loader.load(str(path), None, mx.float16)
         mx.clear_cache()
-        assert mx.get_active_memory() - before < served.weight_bytes * 1.02
+        assert mx.get_active_memory() - before < served.weight_bytes * 1.1
         del served
         assert mx.get_active_memory() - before < 1 << 12
     finally:

@@ -54,6 +54,8 @@ def dry_run(model: nn.Module, layers: Sequence[Layer]) -> DryRun:
     failure = _failure(model, layers, rows=ROWS)
     if failure is None:
         return DryRun(list(layers))
+    # Its frames hold arrays of the pass and this function's frame, which holds the exception.
+    failure.__traceback__ = None
     single = [
         replace(layer, single_sequence=True) if isinstance(layer, AttentionLayer) else layer
         for layer in layers
