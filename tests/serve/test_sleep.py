@@ -77,7 +77,10 @@ def test_memory_is_given_back_and_answers_are_exact(demo_llm: Any, level: int) -
     assert [ask(llm), ask(llm)] == [first, again]
 
 
-@pytest.mark.parametrize("order", [("weights", "kv_cache"), ("kv_cache", "weights")])
+@pytest.mark.parametrize(
+    "order",
+    [("weights", "kv_cache"), pytest.param(("kv_cache", "weights"), marks=pytest.mark.full)],
+)
 @pytest.mark.parametrize("level", [1, 2])
 def test_waking_in_two_parts(demo_llm: Any, level: int, order: tuple[str, str]) -> None:
     llm = demo_llm

@@ -94,10 +94,16 @@ class ModelRunner:
 
     def take_note(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Take note of finished requests while suspended, in place of ``execute_model``."""
-        schedule = read_schedule(scheduler_output)
-        self.batch.update(schedule)
-        self.sampler.forget(set(schedule.finished))
+        self._update(read_schedule(scheduler_output))
         return EMPTY_MODEL_RUNNER_OUTPUT
+
+    def _update(self, schedule: Schedule) -> set[str]:
+        """Begin, go on with and end requests; return those that no longer own their pages."""
+        lost = self.batch.update(schedule)
+        self.sampler.forget(set(schedule.finished))
+        self.sampler.failed.forget(schedule.finished)
+        self._refuse(schedule)
+        return lost
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the forward passes of a step; ``sample_tokens`` completes it.
@@ -108,11 +114,7 @@ class ModelRunner:
             self._pending.get_output()
             self._pending = None
         schedule = read_schedule(scheduler_output)
-        lost = self.batch.update(schedule)
-        self.sampler.forget(set(schedule.finished))
-        self.sampler.failed.forget(schedule.finished)
-        self._refuse(schedule)
-        self.storage.states.drop(lost)
+        self.storage.states.drop(self._update(schedule))
         self._drop_preempted(schedule)
         if schedule.page_copies:
             self.forward.discard_next()
