@@ -140,3 +140,11 @@ def test_a_shim_that_takes_ours_out_with_it_is_made_good_at_the_next_load(
     assert "patched" in {row.state for row in vllm_moe_compat.status().rows}
     vllm_moe_compat.revert()
     assert stock_is_back()
+
+
+def test_another_librarys_loader_gets_mlxs_own_form_back(checkpoint: Path, alone):
+    """One that reads GGUF, say, and calls ``sanitize`` without ``load_config``."""
+    with vllm_moe_compat.applied():
+        model = load(checkpoint)
+        found = model.sanitize(dict(alone))
+    assert all(found[name] is array for name, array in alone.items())
