@@ -161,14 +161,14 @@ def test_it_starts_over_and_says_why_when_anything_has_changed(
 
     def renewed(part: str, *words: str) -> None:
         """Interrupt a run that has to start over."""
-        before = {path.name: path.stat().st_ino for path in work.iterdir()}
+        before = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
         caplog.clear()
         with interrupted(2):
             assert convert(mine, target, *words) == 130
         (line,) = caplog.messages
         assert "is started over" in line
         assert part in line
-        assert not before.items() & {p.name: p.stat().st_ino for p in work.iterdir()}.items()
+        assert not before.items() & {p.name: p.stat().st_mtime_ns for p in work.iterdir()}.items()
 
     with interrupted(2):
         assert convert(mine, target) == 130
