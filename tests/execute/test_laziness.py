@@ -15,17 +15,17 @@ from vllm_moe_compat.execute.laziness import building
 from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.ops import StackExperts
 
-EXPERTS, ROWS = 16, 128
+EXPERTS, ROWS = 8, 128
 
 
 def write(path: Path, layers: int) -> Path:
-    rng = np.random.default_rng(0)
+    values = np.random.default_rng(0).integers(0, 120, (EXPERTS, ROWS, ROWS), dtype=np.uint8)
+    experts = [mx.array(value) for value in values]
     tensors: dict[str, mx.array] = {}
     for layer in range(layers):
         for expert in range(EXPERTS):
-            values = rng.integers(0, 120, (ROWS, ROWS), dtype=np.uint8)
-            tensors[f"{layer}.{expert}.w"] = mx.array(values)
-            tensors[f"{layer}.{expert}.s"] = mx.array(rng.uniform(0.1, 1, (1, 1)))
+            tensors[f"{layer}.{expert}.w"] = experts[expert]
+            tensors[f"{layer}.{expert}.s"] = mx.array([[1.0 / (layer + expert + 1)]])
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
     return path / "model.safetensors"
 
@@ -52,7 +52,7 @@ def test_evaluating_many_builds_at_once_takes_their_bytes_and_a_constant(
     """As ``mx.eval(model.parameters())`` of a pipeline stage."""
     monkeypatch.setattr(stack, "TEMPORARY_BYTES", 4 * 2 * ROWS * ROWS)
     beside: list[int] = []
-    for layers in (40, 160):
+    for layers in (40, 120):
         file = write(tmp_path, layers)
         mx.synchronize()
         mx.clear_cache()

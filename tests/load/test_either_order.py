@@ -95,26 +95,31 @@ DAILY: dict[str, Callable[[], Cell]] = {
     "vision in blocks of 32": with_extras("block FP8 128", small_blocks),
     "MTP experts without up and down": with_extras("per-expert", one_projection),
     "blocks of 32": of_form("block FP8"),
-    "blocks of 128": of_form("block FP8 128"),
     "E8M0 in blocks of 128": of_form(E8M0),
     "compressed-tensors FP8": of_form("per-channel FP8"),
     "NVFP4": of_form("NVFP4"),
-    "dense in blocks of 32": of_form("block FP8", "qwen3_5"),
     "dense, E8M0": of_form(E8M0, "qwen3_5"),
-    "release": of_form("release"),
 }
 FULL: dict[str, Callable[[], Cell]] = {
     **{
         form: of_form(form)
         for form in (
-            *("saved", "per-expert", "per-expert w1/w2/w3", "MLX form", "with MTP"),
+            *(
+                "saved",
+                "release",
+                "block FP8 128",
+                "per-expert",
+                "per-expert w1/w2/w3",
+                "MLX form",
+                "with MTP",
+            ),
             *("block FP8 combined", "block FP8 ragged", "block FP8 E8M0", "block FP8 with MTP"),
             *("per-tensor FP8", "ModelOpt FP8", "int4", "int8 W8A8", "GPTQ", "AWQ", "MXFP4"),
         )
     },
     **{
         f"dense, {form}": of_form(form, "qwen3_5")
-        for form in ("release", "block FP8 128", "per-channel FP8", "int4", "NVFP4")
+        for form in ("release", "block FP8", "block FP8 128", "per-channel FP8", "int4", "NVFP4")
     },
 }
 CASES = [

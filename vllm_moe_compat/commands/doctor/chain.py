@@ -165,7 +165,8 @@ class _Chain:
     def _seen(self, outcome: Outcome) -> str:
         text = " ".join(str(outcome.found.get("text", "")).split())
         text = f"{text[:40]}…" if len(text) > 40 else text
-        return f"{'the golden text' if self.golden else 'the same answer twice'}: {text!r}"
+        others = "".join(f"; {n} is {w}" for n, w in outcome.found.get("others", {}).items())
+        return f"{'the golden text' if self.golden else 'the same answer twice'}: {text!r}{others}"
 
 
 def _link(id: str, title: str, outcome: Outcome, seen: str, remedy: str) -> Link:

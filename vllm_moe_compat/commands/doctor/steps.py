@@ -157,7 +157,15 @@ def serve(path: str, golden: str) -> dict[str, Any]:
     if answers[0] != answers[1]:
         raise ArithmeticError(f"one prompt gave two greedy answers, {answers[0]!r} first")
     _compare(answers[0], expected)
-    return {"text": answers[0], "platform": type(current_platform).__name__}
+    return {"text": answers[0], "platform": type(current_platform).__name__, "others": others()}
+
+
+def others() -> dict[str, str]:
+    """Return module → where another library's wrapper of its class is, in words."""
+    import vllm_moe_compat
+
+    rows = vllm_moe_compat.status().rows
+    return {row.module.rpartition(".")[2]: row.others for row in rows if row.wrapped_by}
 
 
 def _compare(text: str, expected: dict[str, Any]) -> None:
