@@ -54,12 +54,20 @@ class PendingOutput(AsyncModelRunnerOutput):
 class ModelRunner:
     """Runs the steps of one model."""
 
-    def __init__(self, model: nn.Module, storage: LayerStorage, sampler: TokenSampler) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        storage: LayerStorage,
+        sampler: TokenSampler,
+        *,
+        compiles: bool = False,
+    ) -> None:
+        """``compiles``: decode passes may be compiled."""
         self.model, self.storage, self.sampler = model, storage, sampler
         # Request id → its last token, drawn by a head with more columns than embeddings.
         self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch()
-        self.forward = Forward(model, storage)
+        self.forward = Forward(model, storage, compiles=compiles)
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
