@@ -240,6 +240,11 @@ class CompiledDecode:
         else:
             self.give_up("the compiled pass has other logits")
 
+    def close(self) -> None:
+        """Let go of the weights, which compiled functions hold as constants."""
+        self.failure = self.failure or "closed"
+        self._functions.clear()
+
     def give_up(self, reason: object) -> None:
         """Compile nothing any more."""
         self.failure = str(reason)

@@ -76,6 +76,7 @@ class Forward:
     def close(self) -> None:
         """Wait for the running pass and remove the attention hook; no pass can run afterwards."""
         self.discard_next()
+        self.compiled.close()
         self._remove_hook()
 
     def discard_next(self) -> None:

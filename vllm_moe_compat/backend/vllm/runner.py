@@ -67,6 +67,7 @@ class ModelRunner:
         # Request id → its last token, drawn by a head with more columns than embeddings.
         self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch()
+        self._compiles = compiles
         self.forward = Forward(model, storage, compiles=compiles)
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
@@ -98,7 +99,7 @@ class ModelRunner:
     def resume(self, model: nn.Module) -> None:
         """Go on after ``suspend``."""
         self.model = model
-        self.forward = Forward(model, self.storage)
+        self.forward = Forward(model, self.storage, compiles=self._compiles)
 
     def take_note(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Take note of finished requests while suspended, in place of ``execute_model``."""
