@@ -21,6 +21,7 @@ STEPS = 24
 @pytest.fixture(autouse=True)
 def _compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_decode, "PASSES_BEFORE_COMPILING", 2)
+    monkeypatch.setattr(compiled_decode, "USES_PER_TRACE", 0)
 
 
 class Run:
@@ -81,6 +82,15 @@ def test_windows_and_sinks_are_inputs_too() -> None:
     found = Run(served, lengths, compiles=True, greedy=True)
     assert (found.failure, found.compiled.passes > STEPS // 3) == ("", True)
     assert same_bits(found, plain)
+
+
+def test_shapes_that_change_too_often_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some row begins a page every second token."""
+    monkeypatch.setattr(compiled_decode, "USES_PER_TRACE", 6)
+    served = hybrid.model()
+    found = Run(served, range(2, hybrid.BLOCK + 2, 2), compiles=True, greedy=True)
+    assert found.failure == ""
+    assert max(found.compiled.traces.values()) == compiled_decode.FREE_TRACES
 
 
 class Counting(nn.Module):

@@ -20,6 +20,7 @@ shape with every token. So this is for float32 on the CPU.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ from vllm_moe_compat.log import logger
 PASSES_BEFORE_COMPILING = 256
 # Functions kept; in a ragged batch the number of pages changes every few tokens.
 MOST_FUNCTIONS = 32
+# A trace costs as much as a few compiled passes save. A kind whose number of pages changes too
+# often for that, as with many rows on small pages, is no longer traced after its first traces.
+USES_PER_TRACE, FREE_TRACES = 6, 4
 # Passes of a kind that are also computed without compilation.
 TRIALS = 2
 
@@ -144,6 +148,7 @@ class CompiledDecode:
     Attributes:
         failure: why nothing is compiled; empty while it is possible.
         passes: passes whose graph came from a compiled function.
+        traces: functions traced, by kind.
     """
 
     def __init__(self, builder: GraphBuilder, *, enabled: bool) -> None:
@@ -156,6 +161,7 @@ class CompiledDecode:
         self._seen = 0
         self._last: Any = None
         self.passes = 0
+        self.traces, self._uses = Counter[_Kind](), Counter[_Kind]()
         self.failure = self._obstacle() if enabled else "switched off"
 
     def _obstacle(self) -> str:
@@ -176,8 +182,14 @@ class CompiledDecode:
         if self.failure or self._seen <= PASSES_BEFORE_COMPILING:
             return None
         found = _Inputs(self._layers, metadata)
-        known, self._last = found.key == self._last or found.key in self._functions, found.key
-        return found if known else None
+        again, self._last = found.key == self._last, found.key
+        wanted = found.key in self._functions or (again and self._pays(found.kind))
+        return found if wanted else None
+
+    def _pays(self, kind: _Kind) -> bool:
+        """Return whether another trace of ``kind`` is likely to be used often enough."""
+        traces = self.traces[kind]
+        return traces < FREE_TRACES or self._uses[kind] >= USES_PER_TRACE * traces
 
     def on_trial(self, inputs: _Inputs) -> bool:
         """Whether the pass has to be computed without compilation too."""
@@ -204,7 +216,9 @@ class CompiledDecode:
             changed = _restore(before)
         if changed:
             raise CannotCompileError(f"a pass changes {', '.join(changed)}")
+        self._uses[inputs.kind] += 1
         if not known:
+            self.traces[inputs.kind] += 1
             self._functions[inputs.key] = function
             if len(self._functions) > MOST_FUNCTIONS:
                 del self._functions[next(iter(self._functions))]
