@@ -138,6 +138,7 @@ def measure(case: Case, engine: Ours, vocab: int, rounds: int) -> dict[str, Any]
         )
         if number:  # The first one warms up.
             turns.append((first, mine, second))
+    say(f"{case.name}: {same} of {total} first tokens are the same on both sides")
     count = sum(case.lengths)
 
     def ratio(kind: int) -> float:
