@@ -23,6 +23,10 @@ class Ours:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        from vllm_moe_compat.backend.step import compiled_decode
+
+        # A server compiles later; what it then costs per step is measured here.
+        compiled_decode.PASSES_BEFORE_COMPILING = 0
         self.llm = LLM(
             str(path),
             skip_tokenizer_init=True,
@@ -103,6 +107,16 @@ class Ours:
         mx.synchronize()
         rest = time.perf_counter() - ended
         return ended + rest - began, self.inside + rest
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Without compiled decode passes."""
+        compiled = self.worker.runner.forward.compiled
+        before, compiled.failure = compiled.failure, "switched off"
+        try:
+            yield
+        finally:
+            compiled.failure = before
 
     def worker_seconds(self) -> float:
         """What the worker takes of one engine step."""

@@ -9,6 +9,7 @@ There is no tokenizer: prompts are token ids.
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,23 +91,69 @@ class Shape:
         }
 
 
-def write(path: Path, shape: Shape, max_length: int, seed: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SoftmaxShape:
+    """A Qwen3 MoE: softmax attention in every layer, so that a long prompt can be computed.
+
+    On the CPU, mlx-lm computes a gated-delta layer token by token.
+    """
+
+    layers: int = 4
+    hidden: int = 256
+    experts: int = 16
+    head_dim: int = 64
+    vocab: int = 8192
+
+    def config(self, max_length: int) -> dict[str, Any]:
+        """The config.json of such a model."""
+        heads = max(2, self.hidden // self.head_dim)
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "dtype": "float32",
+            "eos_token_id": self.vocab - 1,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.hidden,
+            "max_position_embeddings": max_length,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": self.hidden // 2,
+            "norm_topk_prob": True,
+            "num_attention_heads": heads,
+            "num_experts": self.experts,
+            "num_experts_per_tok": min(4, self.experts),
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": heads // 2,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000,
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocab,
+        }
+
+
+def write(
+    path: Path, shape: Shape | SoftmaxShape, max_length: int, seed: int = 0
+) -> dict[str, Any]:
     """Write the checkpoint into ``path``; return what there is to say about it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models.qwen3_5_moe import Model, ModelArgs
 
     config = shape.config(max_length)
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     (path / "config.json").write_text(json.dumps(config, indent=2))
     mx.random.seed(seed)
-    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
+    model = module.Model(module.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     size = sum(weight.nbytes for weight in weights.values())
-    kinds = config["text_config"]["layer_types"]
+    linear = config.get("text_config", {}).get("layer_types", []).count("linear_attention")
     return asdict(shape) | {
-        "class": Model.__module__,
-        "softmax_layers": kinds.count("full_attention"),
-        "gated_delta_layers": kinds.count("linear_attention"),
+        "class": module.__name__,
+        "softmax_layers": shape.layers - linear,
+        "gated_delta_layers": linear,
         "dtype": "float32",
         "weights_mib": round(size / 2**20, 1),
     }

@@ -1,15 +1,17 @@
 """Decode tokens/s of the embedded backend over mlx-lm's BatchGenerator.
 
 Both sides hold the same requests over the same model object in one process and
-take turns: a round is mlx-lm, ours, mlx-lm, each for the same number of steps.
-A case's ratio is the median over rounds of ours to the mean of its two
-neighbours; the control is the median ratio of those two to each other, which
-would be 1 on a quiet machine. Prompts are there before the clock starts (see
+take turns: a round is mlx-lm, ours, ours without compiled passes, mlx-lm, each for
+the same number of steps. A case's ratio is the median over rounds of ours to the
+mean of mlx-lm's two turns; the control is the median ratio of those two to each
+other, which would be 1 on a quiet machine. Prompts are there before the clock starts (see
 ``_contexts``), both sides are warmed up, and both must generate the same tokens.
 
 ``ratio`` is end to end: vLLM's engine step, with its scheduler, our worker
 and its output processing, against ``BatchGenerator.next``. ``worker_ratio``
-counts only what the worker does of it.
+counts only what the worker does of it. ``cpu_ratio`` and ``cpu_control`` compare the
+process's CPU seconds, which other processes disturb less; ``plain_ratio`` and
+``plain_cpu_ratio`` are those without compiled passes.
 
 The other parts are ratios of the backend to itself or to vLLM's sampler; see
 ``_steps`` and ``_sampling``.
@@ -26,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +147,7 @@ def measure(case: Case, ours: Ours, theirs: Theirs, args: argparse.Namespace) ->
     batch = len(case.lengths)
     prompts = case.prompts(args.vocab)
     limit = most_tokens(args)
-    rounds: list[tuple[float, float, float, float]] = []
+    rounds: list[Round] = []
     # A prompt's last token is computed by both sides.
     contexts = [draw(ours.layers, n - 1, seed) for seed, n in enumerate(case.lengths)]
     with (
@@ -154,35 +156,72 @@ def measure(case: Case, ours: Ours, theirs: Theirs, args: argparse.Namespace) ->
     ):
         del contexts
         theirs.decode(WARM_UP, batch)
-        ours.decode(WARM_UP, batch)
+        ours.decode(2 * WARM_UP, batch)  # Compiles.
         pace = theirs.decode(WARM_UP, batch) / WARM_UP
         steps = max(WARM_UP, min(MOST_STEPS, round(args.seconds / pace)))
         for number in range(args.rounds):
-            first = theirs.decode(steps, batch)
-            mine, inside = ours.decode(steps, batch)
-            second = theirs.decode(steps, batch)
-            rounds.append((first, mine, inside, second))
+            first = turn(lambda: (theirs.decode(steps, batch), 0.0))
+            mine = turn(lambda: ours.decode(steps, batch))
+            with ours.uncompiled():
+                plain = turn(lambda: ours.decode(steps, batch))
+            second = turn(lambda: (theirs.decode(steps, batch), 0.0))
+            rounds.append((first, mine, plain, second))
             say(
                 f"{case.name}: round {number + 1}/{args.rounds} of {steps} steps: "
-                f"{(first + second) / 2 / mine:.3f} "
-                f"(worker {(first + second) / 2 / inside:.3f}, control {second / first:.3f})"
+                f"{over(rounds[-1], 1, 'wall'):.3f}, by CPU seconds "
+                f"{over(rounds[-1], 1, 'cpu'):.3f}, not compiled "
+                f"{over(rounds[-1], 2, 'cpu'):.3f} (control {second.wall / first.wall:.3f}, "
+                f"{second.cpu / first.cpu:.3f})"
             )
         same = agreement(ours.tokens, theirs.tokens)
         say(f"{case.name}: {same:.0%} of the tokens are the same on both sides")
     tokens = batch * steps
     return {
         "case": case.name,
-        "ratio": median((a + b) / 2 / mine for a, mine, _, b in rounds),
-        "worker_ratio": median((a + b) / 2 / inside for a, _, inside, b in rounds),
-        "control": median(b / a for a, _, _, b in rounds),
-        "ours_tokens_per_s": median(tokens / mine for _, mine, _, _ in rounds),
-        "worker_tokens_per_s": median(tokens / inside for _, _, inside, _ in rounds),
-        "mlx_lm_tokens_per_s": median(2 * tokens / (a + b) for a, _, _, b in rounds),
-        "ratios": [round((a + b) / 2 / mine, 4) for a, mine, _, b in rounds],
+        "ratio": median(over(turns, 1, "wall") for turns in rounds),
+        "worker_ratio": median(mean(turns, "wall") / turns[1].inside for turns in rounds),
+        "control": median(b.wall / a.wall for a, _, _, b in rounds),
+        "cpu_ratio": median(over(turns, 1, "cpu") for turns in rounds),
+        "cpu_control": median(b.cpu / a.cpu for a, _, _, b in rounds),
+        "plain_ratio": median(over(turns, 2, "wall") for turns in rounds),
+        "plain_cpu_ratio": median(over(turns, 2, "cpu") for turns in rounds),
+        "ours_tokens_per_s": median(tokens / mine.wall for _, mine, _, _ in rounds),
+        "worker_tokens_per_s": median(tokens / mine.inside for _, mine, _, _ in rounds),
+        "mlx_lm_tokens_per_s": median(tokens / mean(turns, "wall") for turns in rounds),
+        "ratios": [round(over(turns, 1, "wall"), 4) for turns in rounds],
+        "cpu_ratios": [round(over(turns, 1, "cpu"), 4) for turns in rounds],
         "contexts": list(case.lengths),
         "steps": steps,
         "same_tokens": round(same, 4),
     }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one side's turn, those inside our worker, and CPU seconds of the process."""
+
+    wall: float
+    inside: float
+    cpu: float
+
+
+Round = tuple[Turn, Turn, Turn, Turn]
+
+
+def turn(decode: Callable[[], tuple[float, float]]) -> Turn:
+    began = time.process_time()
+    wall, inside = decode()
+    return Turn(wall, inside, time.process_time() - began)
+
+
+def mean(turns: Round, kind: str) -> float:
+    """mlx-lm's time."""
+    return float(getattr(turns[0], kind) + getattr(turns[3], kind)) / 2
+
+
+def over(turns: Round, side: int, kind: str) -> float:
+    """The speed of a turn of ours over mlx-lm's."""
+    return mean(turns, kind) / float(getattr(turns[side], kind))
 
 
 def agreement(ours: dict[str, list[int]], theirs: dict[int, list[int]]) -> float:
@@ -193,7 +232,7 @@ def agreement(ours: dict[str, list[int]], theirs: dict[int, list[int]]) -> float
 
 def most_tokens(args: argparse.Namespace) -> int:
     """More than either side can generate in a case."""
-    return int(2 * args.rounds * MOST_STEPS + 4 * WARM_UP + 8)
+    return int(2 * args.rounds * MOST_STEPS + 6 * WARM_UP + 8)
 
 
 def median(values: Any) -> float:
@@ -234,12 +273,16 @@ def table(result: dict[str, Any]) -> str:
 
 
 def decode_table(cases: list[dict[str, Any]]) -> str:
-    head = "| case | ratio | worker only | control | ours, tokens/s | mlx-lm, tokens/s |"
-    lines = [head, "|---|---|---|---|---|---|"]
+    head = (
+        "| case | ratio | worker only | control | by CPU seconds | control | not compiled | "
+        "ours, tokens/s | mlx-lm, tokens/s |"
+    )
+    lines = [head, "|" + "---|" * 9]
     for row in cases:
+        names = ("ratio", "worker_ratio", "control", "cpu_ratio", "cpu_control", "plain_cpu_ratio")
+        ratios = " | ".join(f"{row[name]:.2f}" for name in names)
         lines.append(
-            f"| {row['case']} | {row['ratio']:.2f} | {row['worker_ratio']:.2f} | "
-            f"{row['control']:.2f} | {row['ours_tokens_per_s']:.1f} | "
+            f"| {row['case']} | {ratios} | {row['ours_tokens_per_s']:.1f} | "
             f"{row['mlx_lm_tokens_per_s']:.1f} |"
         )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import pytest
 
 from support import hybrid, models
 from vllm_moe_compat.backend.pages.storage import LayerStorage
+from vllm_moe_compat.backend.step import compiled_decode
 from vllm_moe_compat.backend.step.batch import make_pass
 from vllm_moe_compat.backend.step.forward import Forward
 
@@ -38,11 +39,17 @@ def growth(step: Callable[[], Any]) -> int:
     return int(mx.get_peak_memory()) - int(before)
 
 
+@pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("greedy", [True, False], ids=["next pass built early", "one by one"])
 def test_decode_steps_grow_by_far_less_than_a_pool(
-    model: Any, storage: LayerStorage, greedy: bool
+    model: Any,
+    storage: LayerStorage,
+    greedy: bool,
+    compiles: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    forward = Forward(model, storage)
+    monkeypatch.setattr(compiled_decode, "PASSES_BEFORE_COMPILING", 2)
+    forward = Forward(model, storage, compiles=compiles)
     rows = hybrid.requests([40, 17, 33, 5])
     hybrid.prefill(forward, rows)
     hybrid.decode(forward, rows, greedy=greedy)
@@ -53,6 +60,7 @@ def test_decode_steps_grow_by_far_less_than_a_pool(
 
     assert growth(steps) < ALLOWED
     assert (forward.hits > 0) == greedy
+    assert (forward.compiled.passes > 10) == compiles
 
 
 def test_a_prompt_grows_by_far_less_than_a_pool(model: Any, storage: LayerStorage) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from vllm_moe_compat.backend.step import batch as batch_module
 from vllm_moe_compat.backend.step.batch import Batch, Request
 from vllm_moe_compat.backend.step.schedule import NewRequest, RunningRequest, Schedule
 
@@ -58,12 +61,22 @@ def test_a_prompt_of_one_token_needs_no_prefill():
 
 def test_prompts_of_like_length_share_a_pass():
     batch = Batch()
-    batch.update(step(new=[prompt("a", 300), prompt("b", 200), prompt("c", 250)]))
-    (prefill,) = batch.prefills({"a": 300, "b": 200, "c": 250}, SIZES)
+    batch.update(step(new=[prompt("a", 200), prompt("b", 100), prompt("c", 150)]))
+    (prefill,) = batch.prefills({"a": 200, "b": 100, "c": 150}, SIZES)
     assert prefill.req_ids == ["a", "c", "b"]
-    assert prefill.tokens.shape == (3, 299)
+    assert prefill.tokens.shape == (3, 199)
     # With tokens of its own: those of others may be NaN.
-    assert (prefill.tokens[2, 199:] == prefill.tokens[2, 0]).all()
+    assert (prefill.tokens[2, 99:] == prefill.tokens[2, 0]).all()
+
+
+def test_a_long_chunk_takes_several_passes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_module, "PASS_TOKENS_ON_CPU", 64)
+    batch = Batch()
+    batch.update(step(new=[prompt("a", 150, computed=10), prompt("b", 80)]))
+    passes = batch.prefills({"a": 140, "b": 80}, SIZES)
+    rows = [list(zip(work.req_ids, work.offsets, work.lengths, strict=True)) for work in passes]
+    assert rows == [[("a", 10, 64), ("b", 0, 64)], [("a", 74, 64), ("b", 64, 15)], [("a", 138, 11)]]
+    assert passes[1].tokens[1, :15].tolist() == list(range(65, 80))
 
 
 def test_padding_never_more_than_doubles_a_long_pass():
@@ -73,7 +86,11 @@ def test_padding_never_more_than_doubles_a_long_pass():
     passes = batch.prefills(lengths, SIZES)
     for work in passes:
         assert work.tokens.size <= max(2 * work.lengths.sum(), 256)
-    assert sorted(i for work in passes for i in work.req_ids) == sorted(lengths)
+    counts = dict.fromkeys(lengths, 0)
+    for work in passes:
+        for req_id, count in zip(work.req_ids, work.lengths, strict=True):
+            counts[req_id] += count
+    assert counts == {req_id: length - 1 for req_id, length in lengths.items()}
 
 
 def behind(req_id: str, blocks: list[int], length: int, computed: int = 0) -> NewRequest:
@@ -165,3 +182,16 @@ def test_blocks_that_no_single_pass_fills_have_to_be_zeroed():
     batch.update(step(new=new))
     scheduled = {"chunk": 20, "whole": 32, "last": 32, "decode": 1, "inside": 10}
     assert batch.partial_blocks(scheduled, {0: 16}) == {0: [2, 7, 12]}
+
+
+def test_blocks_between_two_passes_of_a_chunk_have_to_be_zeroed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_module, "PASS_TOKENS_ON_CPU", 24)
+    batch = Batch()
+    # Passes end at 32, 56 and 80, in the third of which block 5 ends too; the first block was
+    # begun in an earlier step.
+    batch.update(step(new=[behind("a", [1, 2, 3, 4, 5, 6], 90, computed=8)]))
+    assert batch.partial_blocks({"a": 80}, {0: 16}) == {0: [4, 6]}
+    # And at 30, which is inside the block begun before.
+    batch.update(step(new=[behind("b", [7, 8, 9], 40, computed=20)], finished={"a"}))
+    monkeypatch.setattr(batch_module, "PASS_TOKENS_ON_CPU", 10)
+    assert batch.partial_blocks({"b": 12}, {0: 16}) == {0: []}

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from support import hybrid
+from vllm_moe_compat.backend.step import batch as batch_module
 from vllm_moe_compat.backend.step.batch import make_pass
 from vllm_moe_compat.backend.step.forward import Forward
 
@@ -33,6 +34,42 @@ def test_tokens_are_those_of_single_sequences(greedy: bool) -> None:
     for row in rows:
         assert row.output == single(served, row.prompt, 24)
     assert (forward.hits > 10) == greedy
+
+
+@pytest.mark.parametrize("chunk", [None, 29], ids=["whole prompts", "chunks"])
+def test_long_prompts_in_several_passes_read_nothing_stale(
+    chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every page holds NaN at first, and the passes end inside blocks of 16."""
+    monkeypatch.setattr(batch_module, "PASS_TOKENS_ON_CPU", 12)
+    served = hybrid.model()
+    storage = hybrid.storage(served, 1 << 20)
+    for pool in storage.distinct_pools:
+        pool.pages[1:] = mx.array(0x7FC00000, dtype=mx.uint32)
+    forward, batch = Forward(served, storage), batch_module.Batch()
+    rows = hybrid.requests([61, 44, 31, 5])
+    batch.requests = {row.req_id: row for row in rows}
+    begin = 0
+    while rows[0].computed < len(rows[0].prompt):
+        scheduled = {
+            row.req_id: min(len(row.prompt) - begin, chunk or len(row.prompt))
+            for row in rows
+            if begin < len(row.prompt)
+        }
+        storage.zero_blocks(batch.partial_blocks(scheduled, storage.attention_block_sizes))
+        for work in batch.prefills(scheduled, storage.block_sizes):
+            forward(work, [])
+        begin += chunk or len(rows[0].prompt)
+        for row in rows:
+            row.computed = min(begin, len(row.prompt))
+    for _ in range(6):
+        for row in rows:
+            row.computed = row.num_tokens - 1
+        one_each = {row.req_id: 1 for row in rows}
+        storage.zero_blocks(batch.partial_blocks(one_each, storage.attention_block_sizes))
+        hybrid.decode(forward, rows)
+    for row in rows:
+        assert row.output == single(served, row.prompt, 6)
 
 
 def test_a_pass_built_early_is_discarded_when_another_comes() -> None:

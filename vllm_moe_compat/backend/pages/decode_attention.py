@@ -45,9 +45,14 @@ WASTE_FACTOR = 2.0
 WASTE_TOKENS_PER_ROW = 128
 
 
+def computes_on_pool(dtype: mx.Dtype) -> bool:
+    """Return whether ``on_pool`` is chosen for every pass of this dtype."""
+    return bool(dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu)
+
+
 def choose_path(metadata: AttentionMetadata, dtype: mx.Dtype) -> str:
     """Return ``on_pool``, ``per_request`` or ``gather``."""
-    if dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
+    if computes_on_pool(dtype):
         return "on_pool"
     rows, width = metadata.tables.shape
     padded, real = rows * width * metadata.block, int(metadata.offsets.sum()) + rows

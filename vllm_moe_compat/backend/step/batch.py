@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +27,17 @@ Int = npt.NDArray[np.int64]
 
 # Up to this many tokens, a padded pass is cheaper than two passes.
 SMALL_PASS_TOKENS = 256
+
+# Tokens of a row in one pass. Attention within a pass covers its whole square, half of which is
+# masked, so a long chunk of a prompt is computed in several passes. On the CPU short ones are
+# faster; elsewhere it is mlx-lm's default.
+PASS_TOKENS_ON_CPU, PASS_TOKENS = 256, 2048
+
+
+def most_tokens_of_a_row() -> int:
+    """Return how many tokens of a row one pass computes at most."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return PASS_TOKENS_ON_CPU if on_cpu else PASS_TOKENS
 
 
 @dataclass(slots=True)
@@ -117,6 +129,20 @@ def make_pass(rows: Sequence[tuple[Request, int, int]]) -> Pass:
     return Pass(tuple(request for request, _, _ in rows), tokens, offsets, lengths)
 
 
+Row = tuple[Request, int, int]
+
+
+def _in_parts(rows: list[Row]) -> Iterator[list[Row]]:
+    """Yield the rows of a pass in passes of ``most_tokens_of_a_row``."""
+    most = most_tokens_of_a_row()
+    for begin in range(0, max(count for _, _, count in rows), most):
+        yield [
+            (request, start + begin, min(count - begin, most))
+            for request, start, count in rows
+            if count > begin
+        ]
+
+
 class Batch:
     """All requests that have not ended, and the passes of the current step."""
 
@@ -179,22 +205,26 @@ class Batch:
         since its last token comes in a pass of its own, after others may have read the block.
         """
         partial: dict[int, list[int]] = {group: [] for group in block_sizes}
+        most = most_tokens_of_a_row()
         for req_id, count in scheduled.items():
             request = self.requests[req_id]
             end = request.computed + count
             for group, size in block_sizes.items():
-                last = (end - 1) // size
-                begins = last * size >= request.computed
-                if begins and (end % size or end >= request.num_tokens):
-                    partial[group].append(request.blocks[group][last])
+                # Between two passes of a long chunk, and at the end of the step.
+                ends = [p for p in range(request.computed + most, end, most) if p % size]
+                if end % size or end >= request.num_tokens:
+                    ends.append(end)
+                for last in dict.fromkeys((p - 1) // size for p in ends):
+                    if last * size >= request.computed:
+                        partial[group].append(request.blocks[group][last])
         return partial
 
     def prefills(self, scheduled: dict[str, int], block_sizes: Sequence[int]) -> list[Pass]:
         """Return the passes for prompt tokens, without the last token of requests that sample.
 
-        There is one pass, unless padding would more than double its work, or rows read blocks
-        that other rows of this step write. ``scheduled`` is in vLLM's order; ``block_sizes`` are
-        by KV group.
+        There is one pass, unless padding would more than double its work, rows read blocks that
+        other rows of this step write, or a row is long. ``scheduled`` is in vLLM's order;
+        ``block_sizes`` are by KV group.
         """
         turns, needed_first = self._prefix_turns(scheduled, block_sizes)
         rows = []
@@ -206,7 +236,7 @@ class Batch:
                 rows.append((request, request.computed, count))
         # Within a turn by length, so that rows of similar length share a pass.
         rows.sort(key=lambda row: (turns[row[0].req_id], -row[2]))
-        passes: list[list[tuple[Request, int, int]]] = []
+        passes: list[list[Row]] = []
         turn = 0
         for row in rows:
             same_turn, turn = turns[row[0].req_id] == turn, turns[row[0].req_id]
@@ -218,7 +248,7 @@ class Batch:
                     last.append(row)
                     continue
             passes.append([row])
-        return [make_pass(rows) for rows in passes]
+        return [make_pass(part) for rows in passes for part in _in_parts(rows)]
 
     def _prefix_turns(
         self, scheduled: dict[str, int], block_sizes: Sequence[int]

@@ -19,41 +19,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from vllm_moe_compat.backend.model import attention_hook
-from vllm_moe_compat.backend.pages import state_caches
-from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
-from vllm_moe_compat.backend.pages.layers import (
-    AttentionLayer,
-    Batching,
-    batching_of,
-    has_nested_caches,
-    nest_caches,
-)
-from vllm_moe_compat.backend.pages.paged_kv import PagedKV
+from vllm_moe_compat.backend.pages.layers import Batching, batching_of
 from vllm_moe_compat.backend.pages.state_pool import State
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Pass
-
-
-@dataclass(slots=True)
-class _Graph:
-    """A pass that is built and not evaluated.
-
-    Attributes:
-        logits: ``[B, T, V]``.
-        pages: arrays of all pools after the pass.
-        states: resident states of its requests after the pass, per layer.
-    """
-
-    logits: mx.array
-    pages: list[mx.array]
-    states: list[State]
+from vllm_moe_compat.backend.step.compiled_decode import (
+    CannotCompileError,
+    CompiledDecode,
+)
+from vllm_moe_compat.backend.step.graph import Graph, GraphBuilder
 
 
 @dataclass(slots=True)
@@ -69,7 +49,7 @@ class _NextPass:
         blocks: block lists of each row, compared by identity.
     """
 
-    graph: _Graph
+    graph: Graph
     work: Pass
     tokens: mx.array
     pages: list[mx.array]
@@ -80,13 +60,15 @@ class _NextPass:
 class Forward:
     """Runs the forward passes of one model."""
 
-    def __init__(self, model: nn.Module, storage: LayerStorage) -> None:
+    def __init__(self, model: nn.Module, storage: LayerStorage, *, compiles: bool = False) -> None:
+        """``compiles``: decode passes may be compiled (``compiled_decode``)."""
         self.model, self.storage = model, storage
         # Also removed when this object is collected without ``close``, as after a failed start.
         self._remove_hook = weakref.finalize(self, attention_hook.install(model))
         self._batching = batching_of(storage.layers)
-        self._nested = has_nested_caches(storage.layers)
         self._pools = storage.distinct_pools
+        self._builder = GraphBuilder(model, storage)
+        self.compiled = CompiledDecode(self._builder, enabled=compiles)
         self._next: _NextPass | None = None
         self._running: list[mx.array] = []
         self.hits = 0  # passes that had been built early and were used
@@ -94,6 +76,7 @@ class Forward:
     def close(self) -> None:
         """Wait for the running pass and remove the attention hook; no pass can run afterwards."""
         self.discard_next()
+        self.compiled.close()
         self._remove_hook()
 
     def discard_next(self) -> None:
@@ -177,56 +160,51 @@ class Forward:
     def _begin(self, work: Pass) -> tuple[mx.array, list[mx.array]]:
         """Return the logits of a pass, and all arrays that it writes; nothing is evaluated."""
         self.wait()
-        graph = self._take_next(work)
-        if graph is None:
-            graph = self._build(work, mx.array(work.tokens))
+        graph = self._take_next(work) or self._build(work, mx.array(work.tokens), early=False)
+        assert graph is not None
         self._commit(work, graph)
-        return graph.logits, graph.pages + [part for state in graph.states for part in state]
+        return graph.logits, graph.written
 
-    def _build(self, work: Pass, tokens: mx.array) -> _Graph:
-        """Build a pass; this replaces the pools' arrays and takes out its requests' states."""
-        storage = self.storage
-        caches: list[Any] = [None] * len(storage.layers)
-        # One metadata per KV group, and one more per sliding window in it.
-        by_group: dict[int, AttentionMetadata] = {}
-        by_window: dict[tuple[int, int], AttentionMetadata] = {}
-        for layer in storage.layers:
-            if isinstance(layer, AttentionLayer):
-                group = storage.groups[layer.index]
-                if group not in by_group:
-                    block = storage.block_sizes[group]
-                    table = work.tables(group, block)
-                    by_group[group] = AttentionMetadata(work.offsets, work.lengths, table, block)
-                metadata = by_group[group]
-                if layer.window is not None:
-                    key = (group, layer.window)
-                    if key not in by_window:
-                        by_window[key] = metadata.with_window(layer.window)
-                    metadata = by_window[key]
-                caches[layer.index] = PagedKV(
-                    layer,
-                    storage.pools[layer.index],
-                    metadata,
-                    attends_itself=layer.attends_itself,
-                )
-        with_state = self._state_caches(work)
-        for stateful, cache in zip(storage.states.layers, with_state, strict=True):
-            caches[stateful.index] = cache
-        nested = nest_caches(storage.layers, caches) if self._nested else caches
-        logits: mx.array = self.model(tokens, cache=nested)
-        pages = [pool.pages for pool in self._pools]
-        return _Graph(logits, pages, state_caches.new_states(with_state))
+    def _build(self, work: Pass, tokens: mx.array, *, early: bool) -> Graph | None:
+        """Build a pass; this takes out its requests' states and may replace the pools' arrays.
 
-    def _state_caches(self, work: Pass) -> list[Any]:
-        states = self.storage.states
-        if not states.layers:
-            return []
-        computed = [int(offset) for offset in work.offsets]
-        blocks = self.storage.state_blocks([r.blocks for r in work.requests], computed)
-        taken = states.take_out(work.req_ids, computed, blocks)
-        return state_caches.make_caches(taken, work.lengths)
+        Returns None if the pass has to be evaluated as it is built, but is built ``early``.
+        """
+        metadata = self._builder.metadata(work)
+        states = self._builder.take_states(work)
+        inputs = self.compiled.inputs(metadata) if work.tokens.shape[1] == 1 else None
+        if inputs is None:
+            return self._builder.build(tokens, metadata, states, work.lengths)
+        on_trial = self.compiled.on_trial(inputs)
+        if on_trial and early:
+            return None
+        if not on_trial:
+            try:
+                return self.compiled.build(inputs, tokens, states)
+            except CannotCompileError as error:
+                self.compiled.give_up(error)
+        plain = self._builder.build(tokens, metadata, states, work.lengths)
+        if not on_trial:
+            return plain
+        self._evaluate(plain)
+        try:
+            compiled = self.compiled.build(inputs, tokens, states)
+        except CannotCompileError as error:
+            self.compiled.give_up(error)
+        else:
+            # It writes the same to the same places.
+            self._evaluate(compiled)
+            self.compiled.compare(inputs, plain, compiled)
+        return replace(plain, pages=[pool.pages for pool in self._pools])
 
-    def _commit(self, work: Pass, graph: _Graph) -> None:
+    def _evaluate(self, graph: Graph) -> None:
+        """Make the pools those after ``graph``, which keeps no reference to them."""
+        for pool, pages in zip(self._pools, graph.pages, strict=True):
+            pool.pages = pages
+        mx.eval(graph.logits, graph.written)
+        graph.pages = []
+
+    def _commit(self, work: Pass, graph: Graph) -> None:
         """Make pools and resident states those after ``graph``."""
         for pool, pages in zip(self._pools, graph.pages, strict=True):
             pool.pages = pages
@@ -241,18 +219,20 @@ class Forward:
     def _build_next(self, work: Pass, tokens: mx.array) -> None:
         """Build the pass after ``work``, and restore pools and states."""
         states = self.storage.states
-        pages = [pool.pages for pool in self._pools]
         next_work = replace(work, offsets=work.offsets + 1)
+        pages = [pool.pages for pool in self._pools]
         before = states.resident_states(work.req_ids)
-        graph = self._build(next_work, tokens[:, None])
+        graph = self._build(next_work, tokens[:, None], early=True)
         for pool, current in zip(self._pools, pages, strict=True):
             pool.pages = current
         if before:
             states.put_in(work.req_ids, before)
+        if graph is None:
+            return
         blocks = [request.blocks for request in work.requests]
         self._next = _NextPass(graph, next_work, tokens, pages, before, blocks)
 
-    def _take_next(self, work: Pass) -> _Graph | None:
+    def _take_next(self, work: Pass) -> Graph | None:
         """Return the graph of ``work`` if it was built early; drop the reference in any case."""
         built, self._next = self._next, None
         if built is None or not self._matches(built, work):

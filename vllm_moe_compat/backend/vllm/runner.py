@@ -54,12 +54,21 @@ class PendingOutput(AsyncModelRunnerOutput):
 class ModelRunner:
     """Runs the steps of one model."""
 
-    def __init__(self, model: nn.Module, storage: LayerStorage, sampler: TokenSampler) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        storage: LayerStorage,
+        sampler: TokenSampler,
+        *,
+        compiles: bool = False,
+    ) -> None:
+        """``compiles``: decode passes may be compiled."""
         self.model, self.storage, self.sampler = model, storage, sampler
         # Request id → its last token, drawn by a head with more columns than embeddings.
         self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch()
-        self.forward = Forward(model, storage)
+        self._compiles = compiles
+        self.forward = Forward(model, storage, compiles=compiles)
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
@@ -90,7 +99,7 @@ class ModelRunner:
     def resume(self, model: nn.Module) -> None:
         """Go on after ``suspend``."""
         self.model = model
-        self.forward = Forward(model, self.storage)
+        self.forward = Forward(model, self.storage, compiles=self._compiles)
 
     def take_note(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Take note of finished requests while suspended, in place of ``execute_model``."""

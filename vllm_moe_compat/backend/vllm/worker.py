@@ -120,7 +120,8 @@ class MlxWorker(OutOfStepCalls):
         bridge.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
         storage = self._allocate(kv_cache_config)
         sampler = TokenSampler(self.vllm_config, token_rows.of_model(self.served.model))
-        self.runner = ModelRunner(self.served.model, storage, sampler)
+        compiles = not self.model_config.enforce_eager
+        self.runner = ModelRunner(self.served.model, storage, sampler, compiles=compiles)
         pools = storage.distinct_pools
         need = kv_specs.demand(self.vllm_config, self.served.layers)
         fit = need.sequences(kv_cache_config.num_blocks)
