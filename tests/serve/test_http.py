@@ -196,6 +196,12 @@ def test_what_is_not_served_is_refused_by_name(server: Server) -> None:
     status, error = server.status("/v1/completions", completion("x", max_tokens=5000))
     assert status == 400
     assert "1024" in json.dumps(error)
+    status, error = server.status("/v1/completions", completion([7, 8], logprobs=5000))
+    assert status == 400
+    status, error = server.status("/v1/completions", completion([7, 512, 8]))
+    assert status == 400
+    assert "512" in json.dumps(error)
+    assert "custom scheduler" not in server.log
     # And the server goes on.
     assert server.request("/v1/completions", completion("Explicit"))["choices"]
 

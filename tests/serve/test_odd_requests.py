@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support import odd_requests
+from support import models, odd_requests
 from support.engine import Greedy, engine_core, in_process_llm, worker
 from support.odd_requests import ANSWERED, BEYOND, ENDED, NAN, REFUSED, ROWS
 
@@ -150,6 +150,22 @@ def test_random_mixtures(
             names = draw.sample(list(ENDED), 4) + draw.sample(list(kinds), 6)
             draw.shuffle(names)
             check(llm, reference, {one: kinds[one] for one in names}, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "jamba"])
+def test_other_layers(kind: str, tmp_path: Path, schedule_budget: int) -> None:
+    """Windows and sinks, one sequence at a time, latents, and two kinds of states."""
+    path = models.write_mlx(tmp_path / "model", kind)
+    odd_requests.spoil(path)
+    without_text = {"a grammar without a token", "a word without a row is forbidden"}
+    kinds = {name: one for name, one in (ENDED | ANSWERED).items() if name not in without_text}
+    settings = COMMON | SETTINGS["async"] | {"skip_tokenizer_init": True}
+    settings |= {"max_num_batched_tokens": 64}
+    reference = Greedy(path)
+    with in_process_llm(path, **settings) as llm:
+        for seed in range(schedule_budget):
+            check(llm, reference, kinds, seed)
 
 
 def test_a_refusal_names_id_and_rows(llm: Any) -> None:

@@ -21,20 +21,10 @@ PLAIN = range(5, 290)  # sound tokens
 
 def write(path: Path, tokenizer_from: Path) -> Path:
     """Write the checkpoint into ``path``."""
-    import torch
-    from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     models.write(path, "qwen3_moe", tokenizer_from, dtype="float32")
-    (shard,) = path.glob("model*.safetensors")
-    tensors = load_file(shard)
-    # Never drawn: their columns in the head are far below all others.
-    for token in (ZERO, NAN, INFINITE):
-        tensors["lm_head.weight"][token] = 0
-    embeddings = tensors["model.embed_tokens.weight"]
-    embeddings[[ZERO, NAN]] = torch.nan
-    embeddings[INFINITE, 3] = torch.inf
-    save_file(tensors, shard, metadata={"format": "pt"})
+    spoil(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert len(tokenizer) <= ROWS
     tokenizer.add_tokens([f"<filler{i}>" for i in range(ROWS - len(tokenizer))])
@@ -44,10 +34,26 @@ def write(path: Path, tokenizer_from: Path) -> Path:
     return path
 
 
+def spoil(path: Path) -> None:
+    """Make three rows of the embeddings of a checkpoint of one shard NaN or infinite."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    (shard,) = path.glob("model*.safetensors")
+    tensors = load_file(shard)
+    (embeddings,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    (head,) = (name for name in tensors if name.endswith("lm_head.weight"))
+    tensors[embeddings][[ZERO, NAN]] = torch.nan
+    tensors[embeddings][INFINITE, 3] = torch.inf
+    # Seldom drawn by others.
+    tensors[head][[ZERO, NAN, INFINITE]] = 0
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
 def with_params(**values: Any) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(**({"ignore_eos": True, "max_tokens": 6} | values))
+    return SamplingParams(**({"ignore_eos": True, "max_tokens": 6, "detokenize": False} | values))
 
 
 def _prompt(draw: random.Random, *inside: int) -> list[int]:

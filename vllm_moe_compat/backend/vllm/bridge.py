@@ -262,15 +262,14 @@ class _OurSchedulerIsTested(logging.Filter):
         return not any("vllm_moe_compat" in str(part) for part in record.args or ())
 
 
-def use_scheduler(scheduler_config: Any, plain: str, asynchronous: str) -> None:
-    """Enter a scheduler class of this package; idempotent.
+def accept_own_scheduler() -> None:
+    """Let vLLM make a scheduler of this package without a warning; idempotent.
 
     vLLM warns of any class that is not its own, and says that async scheduling is off, which is
-    wrong for a subclass of its async scheduler. The warning of other classes stays. Remove when
-    vLLM ends a request for which its model runner reports a failure.
+    wrong for a subclass of its async scheduler. The warning of other classes stays. To be called
+    in the engine's process, before it makes the scheduler. Remove when vLLM ends a request for
+    which its model runner reports a failure.
     """
-    name = asynchronous if scheduler_config.async_scheduling else plain
-    scheduler_config.scheduler_cls = name
     reporter = logging.getLogger("vllm.config.scheduler")
     if not any(isinstance(one, _OurSchedulerIsTested) for one in reporter.filters):
         reporter.addFilter(_OurSchedulerIsTested())

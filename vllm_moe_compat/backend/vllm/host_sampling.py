@@ -157,21 +157,27 @@ class HostSampler:
         return state
 
     def sample(
-        self, scores: torch.Tensor, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
+        self,
+        copy_scores: Callable[[], torch.Tensor],
+        scheduler_output: SchedulerOutput,
+        grammar: GrammarOutput | None,
     ) -> tuple[list[str], list[list[int]], LogprobsLists | None]:
-        """Sample a token for each row of ``scores [B, V]`` and append it to its request.
+        """Sample a token for each row of scores ``[B, V]`` and append it to its request.
+
+        ``copy_scores`` returns a new copy of them at each call: the sampler writes into it, also
+        before it raises an error.
 
         Returns:
             Ids of the requests, in the order of the rows of the log-probabilities; the token of
             each, none for a request that failed; log-probabilities.
         """
-        scores = as_wide_as(scores, self.vocab_size)
         rows = {req_id: row for row, req_id in enumerate(self.order)}
 
-        def draw(req_ids: Sequence[str]) -> Any:
-            # A copy, since the sampler writes into it, also before it raises an error.
-            part = scores[[rows[req_id] for req_id in req_ids]]
-            return self._draw(part, scheduler_output, grammar)
+        def draw(scores: torch.Tensor) -> Any:
+            return self._draw(as_wide_as(scores, self.vocab_size), scheduler_output, grammar)
+
+        def draw_again() -> Any:
+            return draw(copy_scores()[[rows[req_id] for req_id in self.order]])
 
         generators = {
             req_id: self.states[req_id].generator.get_state()
@@ -184,16 +190,16 @@ class HostSampler:
                 self.states[req_id].generator.set_state(state)
 
         try:
-            result, reasons = draw(self.order)
+            result, reasons = draw(copy_scores())
         except Exception as error:  # noqa: BLE001 - as in ``select``
             logger.error("vLLM's sampler takes a batch of requests apart", exc_info=error)
             set_back()
             requests = [self._requests[req_id] for req_id in rows]
-            self._fill_with_sound(requests, lambda request: draw([request.req_id]))
+            self._fill_with_sound(requests, lambda _: draw_again())
             set_back()
             if not self.order:
                 return self._without_tokens(rows), [[] for _ in rows], None
-            result, reasons = draw(self.order)
+            result, reasons = draw_again()
         tokens = self._append(result.sampled_token_ids.flatten().tolist(), reasons)
         order = self.order
         apart = self._without_tokens([req_id for req_id in rows if req_id not in order])

@@ -17,17 +17,15 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_moe_compat.backend.model.rows import TokenRows
 from vllm_moe_compat.backend.vllm import bridge, refusals, request_checks, token_rows
-from vllm_moe_compat.errors import RequestError, UnsupportedServingError
+from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.plan.serving import installed_device
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 WORKER_CLASS = "vllm_moe_compat.backend.vllm.worker.MlxWorker"
-SCHEDULER_CLASSES = (
-    "vllm_moe_compat.backend.vllm.scheduler.MlxScheduler",
-    "vllm_moe_compat.backend.vllm.scheduler.MlxAsyncScheduler",
-)
+SCHEDULER = "vllm_moe_compat.backend.vllm.scheduler.MlxScheduler"
+ASYNC_SCHEDULER = "vllm_moe_compat.backend.vllm.scheduler.MlxAsyncScheduler"
 
 
 class MlxPlatform(Platform):
@@ -154,7 +152,8 @@ class MlxPlatform(Platform):
         if parallel.worker_cls == "auto":
             parallel.worker_cls = WORKER_CLASS
         parallel.distributed_executor_backend = "uni"
-        bridge.use_scheduler(vllm_config.scheduler_config, *SCHEDULER_CLASSES)
+        scheduler = vllm_config.scheduler_config
+        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
@@ -162,21 +161,23 @@ class MlxPlatform(Platform):
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
-        """Refuse requests that the backend does not support.
+        """Refuse requests that the backend does not support or cannot compute.
 
         Raises:
-            UnsupportedServingError: embeddings or images as input, or a pooling request.
-            RequestError: the model cannot compute the request.
+            InvalidRequestError: embeddings or images as input, a pooling request, or a fault that
+                ``request_checks`` finds.
         """
         from vllm import SamplingParams
 
+        from vllm_moe_compat.backend.vllm.invalid_request import InvalidRequestError
+
         if not isinstance(params, SamplingParams):
-            raise UnsupportedServingError(
+            raise InvalidRequestError(
                 "The embedded MLX backend generates text; pooling requests are not served."
             )
         kind = bridge.input_kind(processed_inputs)
         if kind not in (None, "token"):
-            raise UnsupportedServingError(
+            raise InvalidRequestError(
                 f"The embedded MLX backend takes text or token ids; {kind!r} input is not served."
             )
         rows = bridge.facts_of_engine()
@@ -184,7 +185,7 @@ class MlxPlatform(Platform):
             bridge.prompt_ids(processed_inputs), params, rows
         )
         if fault:
-            raise RequestError(fault)
+            raise InvalidRequestError(fault)
 
 
 def _facts_of_engine(model_config: ModelConfig, tokenizer: Any) -> TokenRows:

@@ -179,8 +179,9 @@ class TokenSampler:
         logits = self._drawable(logits)
         others = len(self._host.order)
         if others:
-            scores = to_torch(logits[:others])
-            order, tokens, logprobs = self._host.sample(scores, scheduler_output, grammar)
+            order, tokens, logprobs = self._host.sample(
+                lambda: to_torch(logits[:others]), scheduler_output, grammar
+            )
         if drawn is not None:
             own: list[int] = drawn.tolist()  # type: ignore[assignment]
             if UNDECIDED in own:

@@ -59,6 +59,7 @@ class MlxWorker(OutOfStepCalls):
     def init_device(self) -> None:
         """Set the seeds; MLX selects its device itself."""
         bridge.allow_shutdown_without_accelerator()
+        bridge.accept_own_scheduler()
         ask_worker_first()
         self.device = torch.device("cpu")
         torch.manual_seed(self.model_config.seed)
