@@ -144,7 +144,11 @@ from vllm_moe_compat.log import logger
 def effects():
     ours = logger.logger
     return [
-        sorted((str(k), id(p), id(p.wrapper)) for k, p in patching._PATCHES.items()),
+        sorted(
+            (str(key), id(patch.wrapper))
+            for key, stack in patching._PATCHES._stacks.items()
+            for patch in stack
+        ),
         sorted(patching._HOOKED),
         sorted(ModelRegistry.get_supported_archs()),
         sorted(vllm.envs.environment_variables),
