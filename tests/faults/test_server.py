@@ -22,6 +22,7 @@ import pytest
 
 from support.processes import engine_of, gone, group
 from support.server import Server, start, stop, wait
+from support.small_disk import MOUNT, beside_disk
 
 pytestmark = [pytest.mark.serve, pytest.mark.full]
 
@@ -208,6 +209,25 @@ def test_control_c_while_the_engine_starts(at: str, demo_path: Path, tmp_path: P
     finally:
         for process in group(server.process.pid):
             process.kill()
+
+
+def test_folders_for_caches_and_temporary_files_that_are_read_only(
+    demo_path: Path, tmp_path: Path
+) -> None:
+    golden = json.loads((demo_path / "golden.json").read_text())
+    names = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TMPDIR")
+    environment = dict.fromkeys(names, MOUNT)
+    server = start(demo_path, tmp_path / "log", env=environment, prefix=beside_disk("ro"))
+    try:
+        wait(server)
+        asked = {name: golden[name] for name in ("prompt", "max_tokens")}
+        body = {"model": "demo", "temperature": 0, **asked}
+        answer = server.request("/v1/completions", body)
+        assert answer["choices"][0]["text"] == golden["text"]
+        assert "MLX cannot keep compiled kernels in /mnt/mlx/" in server.log
+    finally:
+        stop(server)
+    assert gone(server.process.pid)
 
 
 def test_a_port_that_is_taken(demo_path: Path, tmp_path: Path, monkeypatch: Any) -> None:
