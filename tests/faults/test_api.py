@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase
 
 from support.server import Server, serve
 
-pytestmark = [pytest.mark.serve, pytest.mark.full]
+pytestmark = [pytest.mark.serve, pytest.mark.full, pytest.mark.timeout(3600)]
 
 LEFT_OUT = ("/scale_elastic_ep", "/is_scaling_elastic_ep")
 SECONDS = 60.0

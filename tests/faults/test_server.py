@@ -24,7 +24,7 @@ from support.processes import engine_of, gone, group
 from support.server import Server, start, stop, wait
 from support.small_disk import MOUNT, beside_disk
 
-pytestmark = [pytest.mark.serve, pytest.mark.full]
+pytestmark = [pytest.mark.serve, pytest.mark.full, pytest.mark.timeout(600)]
 
 
 class Victim:
