@@ -49,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random schedules per setting in tests/serve/test_schedules.py (default 2)",
     )
     parser.addoption(
+        "--api-examples",
+        type=int,
+        default=10,
+        help="random requests per endpoint and kind in tests/faults/test_api.py (default 10)",
+    )
+    parser.addoption(
         "--record-parity",
         metavar="PATH",
         help="write what tests/parity measures, with the plugin and without, as JSON; "

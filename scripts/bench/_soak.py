@@ -1,4 +1,4 @@
-"""Ten minutes of mixed load on a real server, a tenth of it abandoned midway.
+"""Minutes of mixed load on a real server, a tenth of it abandoned midway.
 
 Clients ask one after the other, over HTTP, for random lengths; some prompts share a
 beginning. Every tenth request or so is hung up on while it streams. Watched: the
@@ -6,6 +6,9 @@ engine's resident memory, the latencies of the first and of the last minute, and
 the end that nothing is held any more: no pages (vLLM's count), no requests and no
 states (the worker's), and that a known prompt still has its known answer. It fails
 when a request fails or something is held; growth and latency are for the reader.
+
+With --mix the requests are of every kind (``_mix``), and every answer to a greedy one is
+compared with the answer of the idle server.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _mix
 import psutil
 from _server import HOST, Server, add_model, checkpoint, metric, request, served
 
 OPTIONS = (
     *("--max-num-seqs", "16", "--max-num-batched-tokens", "256"),
     *("--enable-prefix-caching", "--kv-cache-memory-bytes", str(64 << 20)),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 # Prompt and answer tokens; the demo server takes 2,048 in all.
 PROMPT, ANSWER, SHARED = (8, 700), (4, 160), 320
@@ -43,6 +48,8 @@ class Answer:
     first: float
     gaps: tuple[float, ...]
     abandoned: bool
+    kind: str = "completion"
+    whole: float = 0.0
 
 
 @dataclass
@@ -52,12 +59,17 @@ class Log:
     began: float = field(default_factory=time.monotonic)
     answers: list[Answer] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds, MiB
+    # Seconds; MiB of the engine and of the front end; files that each has open; share of pages.
+    samples: list[tuple[float, float, float, int, int, float]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def now(self) -> float:
         return time.monotonic() - self.began
+
+
+Pool = list[_mix.Question]
+Known = dict[int, str]
 
 
 def ask(server: Server, rng: random.Random, vocab: int, aborts: float, log: Log) -> None:
@@ -117,21 +129,49 @@ def engine(server: Server) -> psutil.Process:
     return max(children, key=lambda child: int(child.memory_info().rss))
 
 
+def ask_of_the_mix(
+    server: Server, rng: random.Random, pool: Pool, known: Known, aborts: float, log: Log
+) -> None:
+    """One request of any kind, its answer compared."""
+    at = log.now
+    try:
+        kind, first, whole, gaps, abandoned = _mix.ask(server, pool, known, rng, aborts)
+        with log.lock:
+            log.answers.append(Answer(at, first, tuple(gaps), abandoned, kind, whole))
+    except (OSError, http.client.HTTPException, _mix.WrongAnswerError) as error:
+        with log.lock:
+            log.faults.append(f"{at:.0f} s: {error!r}")
+
+
 def load(server: Server, vocab: int, args: argparse.Namespace) -> Log:
-    """Clients at work for ``args.seconds``, and the engine's memory meanwhile."""
-    log, process = Log(), engine(server)
+    """Clients at work for ``args.seconds``, and memory, open files and pages meanwhile."""
+    pool = _mix.questions(vocab, args.seed) if args.mix else []
+    known = _mix.known_answers(server, pool)
+    log, process, front = Log(), engine(server), psutil.Process(server.pid)
 
     def client(number: int) -> None:
         rng = random.Random(args.seed * 1000 + number)
         while log.now < args.seconds and len(log.faults) < 20:
-            ask(server, rng, vocab, args.aborts, log)
+            if pool:
+                ask_of_the_mix(server, rng, pool, known, args.aborts, log)
+            else:
+                ask(server, rng, vocab, args.aborts, log)
 
     clients = [threading.Thread(target=client, args=(n,)) for n in range(args.clients)]
     for thread in clients:
         thread.start()
     while any(thread.is_alive() for thread in clients):
         server.check_alive()
-        log.memory.append((log.now, process.memory_info().rss / 2**20))
+        log.samples.append(
+            (
+                log.now,
+                process.memory_info().rss / 2**20,
+                front.memory_info().rss / 2**20,
+                process.num_fds(),
+                front.num_fds(),
+                metric(server, "vllm:kv_cache_usage_perc"),
+            )
+        )
         time.sleep(SAMPLE_SECONDS)
     return log
 
@@ -155,12 +195,25 @@ def left_over(server: Server) -> dict[str, Any]:
 def window(log: Log, start: float, end: float) -> dict[str, Any]:
     """Latencies of the answers that were asked for from ``start`` to ``end``, ms; memory."""
     answers = [a for a in log.answers if start <= a.at < end and not a.abandoned]
-    memory = [mib for at, mib in log.memory if start <= at < end]
+    samples = [sample[1:] for sample in log.samples if start <= sample[0] < end]
+    names = ("resident_mib", "front_end_mib", "engine_files", "front_end_files", "page_share")
+    middles = [round(statistics.median(values), 3) for values in zip(*samples, strict=True)]
     return {
         "answers": len(answers),
-        "first_token_ms": percentiles([a.first for a in answers]),
+        "first_token_ms": percentiles([a.first for a in answers if a.gaps]),
         "between_tokens_ms": percentiles([gap for a in answers for gap in a.gaps]),
-        "resident_mib": round(statistics.median(memory), 1) if memory else None,
+        **dict(zip(names, middles, strict=False)),
+    }
+
+
+def by_kind(log: Log) -> dict[str, Any]:
+    """Number of complete answers of each kind, and milliseconds until they were complete."""
+    whole: dict[str, list[float]] = {}
+    for answer in log.answers:
+        if not answer.abandoned:
+            whole.setdefault(answer.kind, []).append(answer.whole)
+    return {
+        kind: {"answers": len(took), **percentiles(took)} for kind, took in sorted(whole.items())
     }
 
 
@@ -188,10 +241,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench/soak", description=__doc__)
     add_model(parser)
     parser.add_argument("--seconds", type=float, default=600, help="of load (default 600)")
+    parser.add_argument("--minutes", type=float, help="the same in minutes")
+    parser.add_argument("--mix", action="store_true", help="requests of every kind, compared")
     parser.add_argument("--clients", type=int, default=8, help="at once (default 8)")
     parser.add_argument("--aborts", type=float, default=0.1, help="share hung up on (default 0.1)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.minutes is not None:
+        args.seconds = 60 * args.minutes
     model = checkpoint(args.model)
     config = json.loads((model / "config.json").read_text())
     vocab = config.get("text_config", config)["vocab_size"]
@@ -215,10 +272,14 @@ def main() -> int:
         "tokens_from_prefix_cache": int(hits),
         "first": window(log, 0, span),
         "last": window(log, args.seconds - span, args.seconds),
-        "most_resident_mib": round(max(mib for _, mib in log.memory), 1),
+        "most_resident_mib": round(max(sample[1] for sample in log.samples), 1),
+        "most_files": max(max(sample[3:5]) for sample in log.samples),
+        "most_page_share": round(max(sample[5] for sample in log.samples), 3),
         "held_at_the_end": held,
         "known_answer": right,
     }
+    if args.mix:
+        result["whole_answer_ms"] = by_kind(log)
     good = not log.faults and not any(held.values()) and right is not False
     if args.json:
         print(json.dumps(result))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import urllib.request
@@ -12,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from support.engine import Greedy
+from support.processes import gone
 from support.server import Server, serve, start, stop
 
 pytestmark = pytest.mark.serve
@@ -32,27 +31,12 @@ def server(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     assert "worker shut down" in server.log, "the worker's clean-up must run"
     engine = [line for line in server.log.splitlines() if "EngineCore pid" in line]
     assert not [line for line in engine if "Traceback" in line or "ERROR" in line]
-    assert not survivors(server), "no process of the server may outlive it"
+    assert gone(server.process.pid), "no process of the server may outlive it"
 
 
 @pytest.fixture(scope="module")
 def golden(demo_path: Path) -> dict[str, Any]:
     return dict(json.loads((demo_path / "golden.json").read_text()))
-
-
-def survivors(server: Server, patience: float = 10) -> list[str]:
-    """Return the command lines of processes left in the server's process group."""
-    end = time.monotonic() + patience
-    while True:
-        left = [
-            " ".join(process.cmdline())
-            for process in psutil.process_iter()
-            if process.status() != psutil.STATUS_ZOMBIE
-            and os.getpgid(process.pid) == server.process.pid
-        ]
-        if not left or time.monotonic() > end:
-            return left
-        time.sleep(0.2)
 
 
 def completion(prompt: Any, **body: Any) -> dict[str, Any]:

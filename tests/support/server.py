@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +95,16 @@ def serve(
 
 
 def start(
-    model: Path, log_file: Path, *arguments: str, env: dict[str, str] | None = None
+    model: Path,
+    log_file: Path,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Server:
+    """The server's process; ``prefix`` is a command that runs it."""
     port = free_port()
     command = [
+        *prefix,
         str(Path(sys.executable).with_name("vllm")),
         "serve",
         str(model),

@@ -63,5 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`| head`); keep the interpreter from flushing into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
+    except OSError as error:  # A read-only folder, a full disk, no descriptors left.
+        print(f"vllm-moe-compat: {error}", file=sys.stderr)
+        return UNUSABLE
     except KeyboardInterrupt:
         return 130

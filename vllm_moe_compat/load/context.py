@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_compat.checkpoint.headers import TensorInfo, weight_files
-from vllm_moe_compat.errors import CheckpointFileError
+from vllm_moe_compat.checkpoint import file_stamps
+from vllm_moe_compat.checkpoint.file_stamps import FileStamps
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import caller
 from vllm_moe_compat.load.caller import Caller
@@ -37,7 +38,7 @@ class LoadContext:
         row: row of the class that is loaded.
         plan: the plan.
         config: the dict that ``load_config`` returned and ``load_model`` uses.
-        sizes: shard → its bytes when its header was read.
+        stamps: what the files were when their headers were read.
         caller: the call of mlx-lm's that reads the config.
     """
 
@@ -46,23 +47,19 @@ class LoadContext:
     row: Row
     plan: Plan
     config: dict[str, Any]
-    sizes: Mapping[str, int]
+    stamps: FileStamps
     caller: Caller
 
     def check_files(self) -> None:
-        """Check that no shard has changed since its header was read.
+        """Check that no file has changed since the headers were read.
 
         Raises:
-            CheckpointFileError: a shard was truncated, replaced or added.
+            CheckpointFileError: a file was truncated, overwritten, replaced, added or removed.
         """
-        for path in weight_files(self.model_dir):
-            size, was = path.stat().st_size, self.sizes.get(path.name)
-            if was != size:
-                raise CheckpointFileError(
-                    f"{path.name}: has {size:,} bytes, where {was or 0:,} were expected since its "
-                    "header was read; something is writing to the checkpoint, so load it again "
-                    "when that has ended."
-                )
+        file_stamps.check(
+            self.stamps,
+            "something is writing to the checkpoint, so load it again when that has ended",
+        )
 
     def matches(self, given: Mapping[str, TensorInfo]) -> bool:
         """Whether ``given``, as described by MLX, are this checkpoint's tensors.

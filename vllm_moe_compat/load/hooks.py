@@ -112,7 +112,7 @@ def load_config_hook(
     if planned.row is None or planned.plan is None:
         return config
     load = context.LoadContext(
-        model_dir, planned, planned.row, planned.plan, config, headers.sizes, called
+        model_dir, planned, planned.row, planned.plan, config, headers.stamps, called
     )
     if load_options().executor is None and not load.lazy:
         _check_memory(load)

@@ -108,6 +108,8 @@ def run_load(
             mark_dequantized(load.config)
         seconds = time.perf_counter() - start
         dtype = serving.dtype if packing is None else serving.packed_dtype
+    if load is not None:
+        load.check_files()  # Again: values have been read meanwhile.
     if executor is None:
         take_global_scales(model, sanitized)
     return sanitized, LoadReport(
@@ -145,8 +147,9 @@ def _plan(
     given = tensor_infos(weights)
     if load is not None:
         named = load.plan.names.of(given)
-        if load.matches(named):
+        if load.is_running() or load.matches(named):
             load.check_files()
+        if load.matches(named):
             return load.plan, dict(load.planned.headers.tensors), str(load.model_dir)
         if load.is_running() and (changed := load.changed(named)):
             logger.warning(

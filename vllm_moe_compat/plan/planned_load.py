@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_compat.checkpoint import file_stamps
+from vllm_moe_compat.checkpoint.file_stamps import FileStamps
 from vllm_moe_compat.checkpoint.files import FileFault
 from vllm_moe_compat.checkpoint.headers import TensorInfo, scan_headers, weight_files
 from vllm_moe_compat.checkpoint.index import read_index
@@ -34,7 +36,7 @@ class Headers:
         folder: the checkpoint's folder.
         tensors: all tensors of the shards.
         index: tensor → file by the index; None without a readable index.
-        sizes: shard → its bytes when its header was read.
+        stamps: what the files were when their headers were read.
         faults: faults of shards and index.
         extern: whether the folder has an ``hf_quant_config.json``.
         absent: names that the index puts into absent files, if only the part that is there is
@@ -45,7 +47,7 @@ class Headers:
     folder: Path
     tensors: Mapping[str, TensorInfo]
     index: Mapping[str, str] | None
-    sizes: Mapping[str, int]
+    stamps: FileStamps
     faults: tuple[FileFault, ...]
     extern: bool
     absent: frozenset[str] = frozenset()
@@ -157,8 +159,8 @@ def read_headers_of(folder: Path) -> Headers:
     """Read headers and index of a folder; faults are recorded, not raised."""
     faults: list[FileFault] = []
     files = weight_files(folder)
+    stamps = file_stamps.take(folder)
     tensors = scan_headers(files, faults.append)
-    sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
     index = read_index(folder, faults.append)
     extern = (folder / "hf_quant_config.json").exists()
-    return Headers(folder, tensors, index, sizes, tuple(faults), extern)
+    return Headers(folder, tensors, index, stamps, tuple(faults), extern)

@@ -20,7 +20,7 @@ def present_part(headers: Headers) -> Headers:
     """
     if headers.index is None:
         return headers
-    absent = {name for name, file in headers.index.items() if file not in headers.sizes}
+    absent = {name for name, file in headers.index.items() if file not in headers.stamps.files}
     if not absent:
         return headers
     layers = {layer.path for name in absent if (layer := layer_of(name))}

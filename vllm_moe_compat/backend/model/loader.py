@@ -80,6 +80,10 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     if kept:
         logger.info("%d scales and biases of packed weights stay float32, to be exact", len(kept))
     widened = widen_experts(loaded)
+    # Values that mlx-lm left lazy have been read since.
+    file_stamps.check(
+        stamps, "something is writing to the checkpoint, so wait until that has ended"
+    )
     mx.clear_cache()
     result = dry_run(loaded, describe(loaded))
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))

@@ -6,6 +6,7 @@ A setting that is not listed here either works or has no meaning on a single dev
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from vllm_moe_compat.backend.vllm import bridge
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+OPEN_FILES = 4096
+"""The hard limit of open files that mlx-lm sets when it is imported."""
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
@@ -50,6 +53,11 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         load_format not in LOAD_FORMATS,
         f"--load-format {load_format}: mlx-lm reads safetensors files; use auto.",
     )
+    yield (
+        not _open_files_allowed(),
+        f"a hard limit below {OPEN_FILES} open files, to which mlx-lm sets it when it is imported; "
+        f"raise it, for instance with ulimit -n {OPEN_FILES}.",
+    )
     if model is None:  # Some of vLLM's own tools make configurations without one.
         return
     cache = vllm_config.cache_config
@@ -82,6 +90,18 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
 
 def _foreign_scheduler(scheduler: Any) -> bool:
     return scheduler is not None and not str(scheduler).startswith("vllm_moe_compat.")
+
+
+def _open_files_allowed() -> bool:
+    """Whether mlx-lm may set its limit; one that is too low is raised where that is permitted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard >= OPEN_FILES:
+        return True
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, OPEN_FILES))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _quantized(config: Any) -> bool:

@@ -17,13 +17,14 @@ import psutil
 import torch
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_moe_compat.backend.model import loader, token_rows
+from vllm_moe_compat.backend.model import kernels, loader, token_rows
 from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import bridge, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
+from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
 from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
 from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
@@ -61,6 +62,9 @@ class MlxWorker(OutOfStepCalls):
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()
         ask_worker_first()
+        self.process = EngineProcess()
+        self.process.starting()
+        kernels.settle()
         self.device = torch.device("cpu")
         torch.manual_seed(self.model_config.seed)
         mx.random.seed(self.model_config.seed)
@@ -203,6 +207,7 @@ class MlxWorker(OutOfStepCalls):
         torch.manual_seed(self.model_config.seed)
         enabled = bool(self.model_config.enable_sleep_mode)
         self.sleep_mode = SleepMode(self, self._load_again, enabled=enabled)
+        self.process.started()
         return CompilationTimes(language_model=time.perf_counter() - start, encoder=0.0)
 
     @at_start_up

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_moe_compat import __version__
 from vllm_moe_compat.checkpoint.config import expert_count
 from vllm_moe_compat.checkpoint.extras import DEFAULT_EXTRAS
+from vllm_moe_compat.checkpoint.file_stamps import FileStamps
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.index import STALE, contradictions
 from vllm_moe_compat.checkpoint.layout import Layout, detect
@@ -185,7 +186,7 @@ def _plan_load(contents: Contents, outcome: _Outcome) -> Layout | None:
         contents.location.folder,
         contents.tensors,
         contents.index,
-        {},
+        FileStamps(),
         (),
         contents.extern is not None,
     )
