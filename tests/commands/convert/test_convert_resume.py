@@ -149,6 +149,12 @@ def finished(target: Path) -> dict[str, object] | None:
     return shards
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """Of a file's contents; a file system may give the number of a removed file to the next one."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
 def test_it_starts_over_and_says_why_when_anything_has_changed(
     source: Path,
     tmp_path: Path,
