@@ -161,7 +161,7 @@ class MlxWorker(OutOfStepCalls):
         for names in bridge.layers_by_region(plan):
             indices = [_layer_index(name) for name in names]
             pool = PagePool(plan.num_blocks, page_bytes[indices[0]], dtype)
-            mx.eval(pool.pages)
+            pool.allocate()
             pools |= dict.fromkeys(indices, pool)
         return LayerStorage(
             self.served.layers,
