@@ -16,11 +16,14 @@ SIZE = 3 << 30
 SCRIPT = """
     import sys
     from vllm_moe_compat.load import claims
-    release = claims.claim(int(sys.argv[1]))
+    import mmap, ctypes
+    memory = mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    release = claims.claim(address, len(memory))
     print("claimed", flush=True)
     for line in sys.stdin:
         if line.startswith("touch"):
-            held = bytearray(b"x" * (256 << 20))
+            memory[: 256 << 20] = bytes(256 << 20)
         else:
             release()
         print("done", flush=True)
@@ -51,7 +54,7 @@ def tell(child: subprocess.Popen[str], what: str) -> None:
 
 
 def of(child: subprocess.Popen[str]) -> int:
-    return claims._untouched(claims.folder() / str(child.pid))
+    return claims._of_other(claims.folder() / str(child.pid))
 
 
 def test_a_claim_of_another_process_is_not_free(other: subprocess.Popen[str]) -> None:
@@ -82,5 +85,5 @@ def test_a_folder_that_cannot_be_written_is_said(
     blocked.write_text("")
     monkeypatch.setattr(claims.tempfile, "gettempdir", lambda: str(blocked))
     monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
-    claims.claim(1 << 20)()
+    claims.claim(0, 1 << 20)()
     assert "other engines on this machine do not see" in caplog.text

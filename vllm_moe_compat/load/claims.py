@@ -2,25 +2,41 @@
 
 Page pools are allocated and not touched (``backend/pages/untouched.py``), so the operating system
 counts their memory as free until requests use it. A second engine must not take it once more.
-Each process that holds such pools therefore keeps a file in a folder of the user's: the bytes of
-its pools and its resident size at the time. What it has grown by since then is taken to be touched
-pages; the rest is still to come.
+
+What this process has claimed and not touched is known exactly. For the others, each process with
+claims keeps a file in a folder of the user's: the bytes that were untouched when it was written,
+and the resident size at the time. What the process has grown by since then is taken to be touched
+pages, and the rest is still to come.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import mmap
 import os
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_moe_compat.log import logger
 
-_lock = threading.Lock()
-_mine: dict[int, int] = {}  # Process id → bytes; a fork does not inherit its parent's claims.
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Claim:
+    """``count`` bytes of memory at ``address``, of the process ``pid``."""
+
+    pid: int
+    address: int
+    count: int
+
+
+# A collection may release a claim while this thread writes another one.
+_lock = threading.RLock()
+_claims: set[_Claim] = set()
 
 
 def folder() -> Path:
@@ -28,58 +44,77 @@ def folder() -> Path:
     return Path(tempfile.gettempdir()) / f"vllm-moe-compat-{os.getuid()}" / "claims"
 
 
-def claim(count: int) -> Callable[[], None]:
-    """Announce ``count`` bytes that are allocated and not touched; the result takes it back."""
-    pid = os.getpid()
-    _add(pid, count)
+def claim(address: int, count: int) -> Callable[[], None]:
+    """Announce ``count`` bytes of untouched memory at ``address``; the result takes it back."""
+    mine = _Claim(os.getpid(), address, count)
+    with _lock:
+        _claims.add(mine)
+        _write()
 
     def release() -> None:
-        if os.getpid() == pid:  # Not in a fork, which would delete its parent's claim.
-            _add(pid, -count)
+        # A fork has its parent's claims in memory, and they are not its own.
+        if os.getpid() == mine.pid:
+            with _lock:
+                _claims.discard(mine)
+                _write()
 
     return release
 
 
 def outstanding() -> int:
     """Return the bytes that all engines of this user have claimed and not yet touched."""
+    own = str(os.getpid())
     try:
         if folder().stat().st_uid != os.getuid():
-            return 0
+            return _own()
         files = list(folder().iterdir())
     except OSError:  # Nobody has claimed anything, or could.
-        return 0
-    return sum(_untouched(file) for file in files)
+        return _own()
+    return _own() + sum(_of_other(file) for file in files if file.name != own)
 
 
-def _add(pid: int, count: int) -> None:
+def _own() -> int:
+    pid = os.getpid()
+    return sum(one.count - _touched(one) for one in list(_claims) if one.pid == pid)
+
+
+def _touched(one: _Claim) -> int:
+    """Return how many bytes of a claim are resident."""
+    start = -(-one.address // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = max(0, one.address + one.count - start) // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * max(1, pages))()
+    where = (ctypes.c_void_p(start), ctypes.c_size_t(pages * mmap.PAGESIZE))
+    if ctypes.CDLL(None).mincore(*where, found):
+        return 0  # The memory was given back: its owner is about to say so.
+    return bytes(found).count(1) * mmap.PAGESIZE
+
+
+def _write() -> None:
+    """Write this process's file, or delete it if nothing is claimed."""
     import psutil
 
-    me = psutil.Process(pid)
-    with _lock:
-        _mine[pid] = max(0, _mine.get(pid, 0) + count)
-        file = folder() / str(pid)
-        # Of the earlier claims only what is still untouched is to come.
-        rest = max(0, (_untouched(file) if file.exists() else 0) + count)
-        record = {"bytes": rest, "resident": me.memory_info().rss, "started": me.create_time()}
-        try:
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            written = file.with_name(f".{pid}")
-            written.write_text(json.dumps(record))
-            written.replace(file)
-            if not _mine[pid]:
-                file.unlink()
-        except OSError as error:
-            logger.warning(
-                "%s cannot be written (%s): other engines on this machine do not see the %.1f MiB "
-                "that this one will take",
-                file,
-                error.strerror,
-                rest / 2**20,
-            )
+    rest, me = _own(), psutil.Process()
+    record = {"bytes": rest, "resident": me.memory_info().rss, "started": me.create_time()}
+    file = folder() / str(me.pid)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        written = file.with_name(f".{me.pid}")
+        written.write_text(json.dumps(record))
+        written.replace(file)
+        if not any(one.pid == me.pid for one in _claims):
+            file.unlink()
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): other engines on this machine do not see the %.1f MiB "
+            "that this one will take",
+            file,
+            error.strerror,
+            rest / 2**20,
+        )
 
 
-def _untouched(file: Path) -> int:
-    """Return what is left of a claim; one of a process that has ended is deleted."""
+def _of_other(file: Path) -> int:
+    """Return what is left of another process's claims; those of one that ended are deleted."""
     import psutil
 
     if not file.name.isdigit():

@@ -61,7 +61,9 @@ class PagePool:
         self.release()
         self.pages = untouched.zeros(self._shape, self.raw)
         if untouched.is_supported():
-            self._unclaim = weakref.finalize(self, claims.claim(self.nbytes))
+            # Every write is in place, so the memory stays where it is.
+            address = untouched.address(self.pages)
+            self._unclaim = weakref.finalize(self, claims.claim(address, self.nbytes))
 
     def release(self) -> None:
         """Give the memory of all pages back; ``allocate`` must follow before they are used."""

@@ -47,6 +47,12 @@ def zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return array
 
 
+def address(array: mx.array) -> int:
+    """Return where the memory of an evaluated array begins."""
+    data = np.frombuffer(memoryview(array).cast("B"), dtype=np.uint8)  # type: ignore[arg-type]
+    return int(data.ctypes.data)
+
+
 class _Nothing(io.RawIOBase):
     """A file in numpy's format: a header, then zeros that are not written."""
 

@@ -34,6 +34,7 @@ from vllm_moe_compat.backend.vllm.sleep import SleepMode
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.families.fixes import rotary
+from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
 
@@ -252,5 +253,5 @@ class MlxWorker(OutOfStepCalls):
             runner.close()
         self.__dict__.pop("served", None)
         del runner
-        mx.clear_cache()
+        give_back()
         logger.info("worker shut down (it held %.0f MiB)", resident)
