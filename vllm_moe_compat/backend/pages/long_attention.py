@@ -12,7 +12,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 # Bytes of scores in one part, as float32.
-SCORE_LIMIT = 64 << 20
+SCORE_LIMIT = 32 << 20
 SCORE_BYTES = 4
 # Arrays of such a size that may exist at a time: MLX allocates for tasks that have not begun yet,
 # and holds up to four parts. A sink or a mask makes more copies of one part.
