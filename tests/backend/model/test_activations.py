@@ -41,11 +41,14 @@ def test_no_pass_takes_more_than_was_estimated(
             forward(make_pass([(request, start, TOKENS)]), [])
             peaks.append(mx.get_peak_memory() - before)
         assert max(peaks) <= estimate <= 8 * max(peaks)
+        whole = forward(make_pass([(request, TOKENS, TOKENS)]), [0])
 
         # Scores as a whole would not fit.
         monkeypatch.setattr(long_attention, "SCORE_LIMIT", 1 << 18)
         bounded = activations.measure(mine.served.model, mine.served.layers, TOKENS, 1024)
         assert bounded < estimate
+        parts = forward(make_pass([(request, TOKENS, TOKENS)]), [0])
+        assert mx.abs(parts - whole).max().item() <= 1e-5 * mx.abs(whole).max().item()
         assert budget.measure(mine.vllm_config, mine.served).activations
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_moe_compat import demo
-from vllm_moe_compat.backend.vllm import budget, kv_specs
+from vllm_moe_compat.backend.vllm import bridge, budget, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Demands, divide
 from vllm_moe_compat.errors import UnsupportedServingError
 
@@ -111,6 +111,7 @@ def test_what_starves_the_machine_warns(
 ) -> None:
     """Measured with the engine's own model, and not allocated."""
     monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
+    assert bridge.given_memory_share(mine.vllm_config) is None, "LLM() has a default of its own"
     total, free = budget.device_memory()
     cache = mine.cache_config
     monkeypatch.setattr(cache, "kv_cache_memory_bytes", free - int(1.5 * GIB))
@@ -151,8 +152,6 @@ def test_a_given_share_is_told_from_the_default(
 
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_moe_compat.backend.vllm import bridge
 
     kind, given, expected = SHARES[case]
     if kind == "serve":
