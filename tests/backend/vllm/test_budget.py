@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from vllm_moe_compat import demo
@@ -129,7 +131,11 @@ def test_what_starves_the_machine_warns(
     assert found.spare < budget.reserve(total)
     caplog.clear()
     monkeypatch.setattr(cache, "kv_cache_memory_bytes", 8 * MIB)
+    held = mx.get_active_memory()
+    gc.disable()
     budget.measure(mine.vllm_config, mine.served)
+    assert mx.get_active_memory() == held, "nothing that was measured stays"
+    gc.enable()
     assert not caplog.text
 
 

@@ -50,9 +50,9 @@ def _peak(model: nn.Module, count: int) -> int:
 
 def _score_heads(model: nn.Module) -> int:
     """Return the most query heads of a layer whose scores become an array."""
-    caches = make_prompt_cache(model)
-    with attention_hook.recording(model, caches) as record:
+    # No caches are recorded: they would hold the graph, and with it the weights, in a cycle.
+    with attention_hook.recording(model, ()) as record:
         # Not evaluated: only the shapes matter.
-        model(mx.zeros((1, 2), dtype=mx.int32), cache=caches)
+        model(mx.zeros((1, 2), dtype=mx.int32), cache=make_prompt_cache(model))
     found = [count for count, size in record.heads if not long_attention.is_fused(size)]
     return max(found, default=0)
