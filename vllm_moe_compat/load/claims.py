@@ -63,17 +63,18 @@ def claim(address: int, count: int) -> Callable[[], None]:
 
 def outstanding() -> int:
     """Return the bytes that all engines of this user have claimed and not yet touched."""
-    own = str(os.getpid())
+    mine = str(os.getpid())
     try:
         if folder().stat().st_uid != os.getuid():
-            return _own()
+            return own()
         files = list(folder().iterdir())
     except OSError:  # Nobody has claimed anything, or could.
-        return _own()
-    return _own() + sum(_of_other(file) for file in files if file.name != own)
+        return own()
+    return own() + sum(_of_other(file) for file in files if file.name != mine)
 
 
-def _own() -> int:
+def own() -> int:
+    """Return the bytes that this process has claimed and not yet touched."""
     pid = os.getpid()
     return sum(one.count - _touched(one) for one in list(_claims) if one.pid == pid)
 
@@ -93,7 +94,7 @@ def _write() -> None:
     """Write this process's file, or delete it if nothing is claimed."""
     import psutil
 
-    rest, me = _own(), psutil.Process()
+    rest, me = own(), psutil.Process()
     record = {"bytes": rest, "resident": me.memory_info().rss, "started": me.create_time()}
     file = folder() / str(me.pid)
     try:

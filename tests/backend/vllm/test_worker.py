@@ -90,17 +90,17 @@ def test_the_end_of_an_engine_gives_its_memory_back(
 ) -> None:
     """And a second engine beside it counts what the first one has not touched yet."""
     gc.collect()
-    active, claimed = mx.get_active_memory(), claims.outstanding()
+    active, claimed = mx.get_active_memory(), claims.own()
     settings = {"kv_cache_memory_bytes": 96 << 20}
     with in_process_llm(demo_checkpoint.path, **settings) as first:
         with in_process_llm(demo_checkpoint.path, **settings) as second:
             assert mx.get_active_memory() - active > 192 << 20
-            assert claims.outstanding() - claimed > 160 << 20
+            assert claims.own() - claimed > 160 << 20
             size = psutil.Process().memory_info().rss
         assert psutil.Process().memory_info().rss < size
-        assert 80 << 20 < claims.outstanding() - claimed <= 96 << 20
+        assert 80 << 20 < claims.own() - claimed <= 96 << 20
         del second
         assert first.generate("Beautiful", use_tqdm=False)[0].outputs[0].text
-    assert claims.outstanding() == claimed
+    assert claims.own() == claimed
     assert mx.get_active_memory() - active < 1 << 20
     assert hooked() == []
