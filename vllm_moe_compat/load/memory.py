@@ -2,20 +2,30 @@
 
 A load whose weights exceed the total memory is refused, since closing other programs would not
 help. A load that only exceeds the free memory causes a warning, since free memory is an estimate:
-other programs start and end, and caches shrink.
+other programs start and end, and caches shrink. So does one that leaves the machine too little.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.envs import QUANTIZE
 from vllm_moe_compat.errors import InsufficientMemoryError
+from vllm_moe_compat.load import cgroups, claims
 from vllm_moe_compat.load.report import size
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import Estimate
+
+# What the rest of the machine needs: the larger of these bytes and this share of the total.
+RESERVED_BYTES = 2 << 30
+RESERVED_SHARE = 0.1
+
+
+def reserve(total: int) -> int:
+    """Return the bytes that are left to the rest of a machine, or container, of ``total``."""
+    return max(RESERVED_BYTES, int(total * RESERVED_SHARE))
 
 
 def device_memory() -> tuple[int, int]:
@@ -29,32 +39,48 @@ def device_memory() -> tuple[int, int]:
         if own:
             # Metal shares the host's memory; a CUDA device has its own.
             left = info.get("free_memory")
-            return own, int(left) if left is not None else min(own, free)
+            if left is None:
+                left = min(max(0, own - int(mx.get_active_memory())), free)
+            return own, int(left)
     return total, free
 
 
 def host_memory() -> tuple[int, int]:
-    """Return total and free bytes of the host, or of the container if its limit is lower."""
+    """Return total and free bytes of the host, or of the container if its limit is lower.
+
+    What engines of this user hold and have not touched yet is not free.
+    """
     try:
         import psutil
 
         host = psutil.virtual_memory()
         total, free = int(host.total), int(host.available)
+        claimed = claims.outstanding()
     except ImportError:
         # psutil is a dependency of vLLM, but not of mlx-lm.
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    try:
-        allowed = int(limit.read_text())
-        used = int(limit.with_name("memory.current").read_text())
-    except (OSError, ValueError):
-        return total, free
-    return min(total, allowed), min(free, max(0, allowed - used))
+        free, claimed = total, 0
+    if (limit := cgroups.limits()) is not None:
+        total, free = min(total, limit[0]), min(free, limit[1])
+    return total, max(0, free - claimed)
+
+
+def give_back() -> None:
+    """Return freed memory to the operating system.
+
+    MLX keeps freed buffers for later, and so does glibc: after a load, or the end of an engine,
+    hundreds of MiB would stay with the process.
+    """
+    import mlx.core as mx
+
+    mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # Of glibc only.
+    if trim is not None:
+        trim(0)
 
 
 def check(path: object, needs: Estimate, setting: str) -> None:
-    """Refuse a load that exceeds the total memory; warn if it exceeds the free memory.
+    """Refuse a load that exceeds the total memory; warn if it leaves the machine too little.
 
     Args:
         path: the checkpoint, for the message.
@@ -66,24 +92,30 @@ def check(path: object, needs: Estimate, setting: str) -> None:
     """
     total, free = device_memory()
     final, peak = needs.final[setting], needs.peak[setting]
-    if peak <= free:
-        return
     if final > total:
         raise InsufficientMemoryError(
             f"{path}: the weights take {size(final)} ({size(peak)} while loading) with "
             f"{QUANTIZE.name}={setting}, more than the {size(total)} that this machine has; "
             f"{_advice(needs, total, setting)}."
         )
+    # A small load does not warn of a machine that is nearly full anyway.
+    keep = min(reserve(total), free // 2)
+    if free - peak >= keep:
+        return
+    if peak > free:
+        expected, limit = "expect swapping or an out-of-memory kill", free
+    else:
+        expected, limit = f"less than {size(keep)} are left to the machine", free - keep
     logger.warning(
-        "%s: loading takes %s with %s=%s, and %s of %s are free: expect swapping or an "
-        "out-of-memory kill; close other programs, or %s",
+        "%s: loading takes %s with %s=%s, and %s of %s are free: %s; close other programs, or %s",
         path,
         size(peak),
         QUANTIZE.name,
         setting,
         size(free),
         size(total),
-        _advice(needs, free, setting),
+        expected,
+        _advice(needs, limit, setting),
     )
 
 

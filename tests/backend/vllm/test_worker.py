@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import psutil
 import pytest
 from mlx_lm.models import base
 
@@ -15,6 +18,7 @@ from vllm_moe_compat import demo
 from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.step import compiled_decode
+from vllm_moe_compat.load import claims
 
 pytestmark = pytest.mark.serve
 
@@ -58,6 +62,8 @@ def test_a_failed_self_check_removes_the_attention_hook(
     # The traceback keeps the worker, and with it the runner, alive.
     assert failure.value is not None
     assert hooked() == []
+    # pytest keeps logged tracebacks, and they this engine: other files count its memory.
+    traceback.clear_frames(failure.value.__traceback__)
 
 
 def test_decode_passes_are_compiled_unless_vllm_enforces_eager_mode(
@@ -77,3 +83,24 @@ def test_decode_passes_are_compiled_unless_vllm_enforces_eager_mode(
             assert (compiled.passes > 12) is not eager
             tokens.append([answer.outputs[0].token_ids for answer in answers])
     assert tokens[0] == tokens[1]
+
+
+def test_the_end_of_an_engine_gives_its_memory_back(
+    demo_checkpoint: demo.DemoCheckpoint,
+) -> None:
+    """And a second engine beside it counts what the first one has not touched yet."""
+    gc.collect()
+    active, claimed = mx.get_active_memory(), claims.own()
+    settings = {"kv_cache_memory_bytes": 96 << 20}
+    with in_process_llm(demo_checkpoint.path, **settings) as first:
+        with in_process_llm(demo_checkpoint.path, **settings) as second:
+            assert mx.get_active_memory() - active > 192 << 20
+            assert claims.own() - claimed > 160 << 20
+            size = psutil.Process().memory_info().rss
+        assert psutil.Process().memory_info().rss < size
+        assert 80 << 20 < claims.own() - claimed <= 96 << 20
+        del second
+        assert first.generate("Beautiful", use_tqdm=False)[0].outputs[0].text
+    assert claims.own() == claimed
+    assert mx.get_active_memory() - active < 1 << 20
+    assert hooked() == []

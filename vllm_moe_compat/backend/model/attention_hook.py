@@ -89,11 +89,13 @@ class AttentionRecord:
         fetched: id of a softmax cache → ids of the keys and values that it returned.
         masks: everything that caches returned as a mask.
         calls: (cache, keys, values, mask) of every call of the attention function.
+        heads: number and size of the query heads of every call.
     """
 
     fetched: dict[int, tuple[int, int]] = field(default_factory=dict)
     masks: list[Any] = field(default_factory=list)
     calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
+    heads: list[tuple[int, int]] = field(default_factory=list)
 
     def unchanged(self) -> bool:
         """Return whether each cache was read once and its arrays reached attention unchanged.
@@ -123,6 +125,7 @@ def recording(model: nn.Module, caches: Sequence[Any]) -> Iterator[AttentionReco
         sinks: mx.array | None = None,
     ) -> mx.array:
         record.calls.append((cache, keys, values, mask))
+        record.heads.append((queries.shape[1], queries.shape[-1]))
         out: mx.array = _original(queries, keys, values, cache, scale, mask, sinks)
         return out
 

@@ -23,6 +23,7 @@ from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.checkpoint import file_stamps
 from vllm_moe_compat.checkpoint.file_stamps import FileStamps
+from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
@@ -84,7 +85,7 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     file_stamps.check(
         stamps, "something is writing to the checkpoint, so wait until that has ended"
     )
-    mx.clear_cache()
+    give_back()
     result = dry_run(loaded, describe(loaded))
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
     logger.info(

@@ -14,10 +14,14 @@ next write is scheduled.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
+
+from vllm_moe_compat.backend.pages import untouched
+from vllm_moe_compat.load import claims
 
 RAW_DTYPES = {2: mx.uint16, 4: mx.uint32}
 """Bytes per element → dtype of the pool."""
@@ -35,8 +39,9 @@ class PagePool:
         self.num_blocks = num_blocks
         self.raw = RAW_DTYPES[dtype.size]
         self._shape = (num_blocks, page_bytes // dtype.size)
-        self.pages: mx.array
-        self.allocate()
+        # Not evaluated: a pool that only shapes a graph takes no memory.
+        self.pages = mx.zeros(self._shape, dtype=self.raw)
+        self._unclaim: weakref.finalize[..., PagePool] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,12 +54,22 @@ class PagePool:
         return self._shape[0] * self._shape[1] * int(self.raw.size)
 
     def allocate(self) -> None:
-        """Make all pages anew, of zeros."""
-        self.pages = mx.zeros(self._shape, dtype=self.raw)
+        """Allocate all pages anew, of zeros; where possible, they are not touched before use.
+
+        Other engines count that memory as taken until it is released, or this object is gone.
+        """
+        self.release()
+        self.pages = untouched.zeros(self._shape, self.raw)
+        if untouched.is_supported():
+            # Every write is in place, so the memory stays where it is.
+            address = untouched.address(self.pages)
+            self._unclaim = weakref.finalize(self, claims.claim(address, self.nbytes))
 
     def release(self) -> None:
         """Give the memory of all pages back; ``allocate`` must follow before they are used."""
         self.pages = mx.zeros((0, self._shape[1]), dtype=self.raw)
+        if self._unclaim is not None:
+            self._unclaim()
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Write zeros over whole pages, so that stale bits cannot be read as NaN."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from vllm_moe_compat.backend.pages import decode_attention
+from vllm_moe_compat.backend.pages import decode_attention, long_attention
 from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
 from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import RAW_DTYPES, PagePool
@@ -105,6 +105,4 @@ class PagedKV:
             return decode_attention.decode(
                 queries, self.pool, self.metadata, self.layer, scale, sinks
             )
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks
-        )
+        return long_attention.attend(queries, keys, values, scale, mask, sinks)

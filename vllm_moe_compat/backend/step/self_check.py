@@ -1,10 +1,10 @@
 """A check before the first request: paged passes must reproduce mlx-lm's own logits.
 
 Two short prompts of different length, the longer one longer than a small sliding window, go
-through a padded prefill and two decode steps. Each result is compared with mlx-lm's
-single-sequence caches. The check also compiles the kernels, which has to happen before serving
-anyway, and it refuses a family whose forward pass needs something that paged caches do not
-provide, instead of serving wrong tokens.
+through a padded prefill and two decode steps. Each result is compared with that of one pass over
+mlx-lm's single-sequence caches. The check also compiles the kernels, which has to happen before
+serving anyway, and it refuses a family whose forward pass needs something that paged caches do
+not provide, instead of serving wrong tokens.
 
 Some token of a fine-tune may have NaN in its row, and requests with it fail alone. So if mlx-lm's
 own logits are not finite, the check takes tokens with finite ones.
@@ -28,6 +28,7 @@ from vllm_moe_compat.errors import UnsupportedServingError
 # some per cent; unrelated logits differ by more than 1.
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.25, mx.float16: 0.25}
 LENGTHS = (7, 4)
+STEPS = 2
 TOKENS = range(1, 32)
 # Windows up to this size are exceeded by the longer prompt.
 SMALL_WINDOW = 256
@@ -53,17 +54,20 @@ def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
     """Compare on prompts of ``tokens``; return False if mlx-lm's logits are not finite."""
     storage = forward.storage
     requests = _requests(storage, tokens)
+    answers = [tokens[row % len(tokens)] for row in range(len(requests))]
+    own = [_own_logits(forward.model, *pair) for pair in zip(requests, answers, strict=True)]
+    if not all(mx.isfinite(logits.max()).item() for logits in own):
+        return False
     try:
-        prompts = [(request, 0, len(request.prompt) - 1) for request in requests]
-        forward(make_pass(prompts), [])
-        for step in (0, 1):
+        for part in _prefill(requests):
+            forward(part, [])
+        for step in range(STEPS):
             ends = [(request, len(request.prompt) - 1 + step, 1) for request in requests]
             work: Pass = make_pass(ends)
             paged = forward(work, range(len(requests)))[:, -1]
             for row, request in enumerate(requests):
-                if not _compare(forward.model, request, paged[row], step):
-                    return False
-                request.output.append(tokens[row % len(tokens)])
+                _compare(forward.model, request, paged[row], own[row][step], step)
+                request.output.append(answers[row])
     finally:
         storage.states.drop({request.req_id for request in requests})
         used = sorted({block for r in requests for group in r.blocks for block in group})
@@ -71,6 +75,25 @@ def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
             pool.zero(used)
             mx.eval(pool.pages)
     return True
+
+
+def _prefill(requests: list[Request]) -> list[Pass]:
+    """Return passes over all tokens of the prompts but the last ones.
+
+    The part of a long prompt beyond the usual length comes first and alone: padding the other
+    prompt to it would double the work.
+    """
+    begin = [max(0, len(request.prompt) - LENGTHS[0]) for request in requests]
+    parts = [
+        make_pass([(request, 0, start)])
+        for request, start in zip(requests, begin, strict=True)
+        if start
+    ]
+    rest = [
+        (request, start, len(request.prompt) - 1 - start)
+        for request, start in zip(requests, begin, strict=True)
+    ]
+    return [*parts, make_pass(rest)]
 
 
 def _finite_tokens(model: nn.Module) -> list[int]:
@@ -113,14 +136,20 @@ def _lengths(storage: LayerStorage, available: int) -> tuple[int, int]:
     return (long, LENGTHS[1]) if fits else LENGTHS
 
 
-def _compare(model: nn.Module, request: Request, paged: mx.array, step: int) -> bool:
-    """Return False if mlx-lm's own logits are not finite, so that they tell nothing."""
+def _own_logits(model: nn.Module, request: Request, answer: int) -> mx.array:
+    """Return mlx-lm's logits ``[STEPS, V]`` after the prompt, and after each token ``answer``.
+
+    One pass gives them all, since no token sees a later one.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
-    tokens = mx.array([request.prompt + request.output])
-    own = model(tokens, cache=make_prompt_cache(model))[0, -1]
-    if not mx.isfinite(own.max()).item():
-        return False
+    tokens = mx.array([request.prompt + [answer] * (STEPS - 1)])
+    own: mx.array = model(tokens, cache=make_prompt_cache(model))[0, -STEPS:]
+    mx.eval(own)
+    return own
+
+
+def _compare(model: nn.Module, request: Request, paged: mx.array, own: mx.array, step: int) -> None:
     difference = paged.astype(mx.float32) - own.astype(mx.float32)
     size = mx.linalg.norm(own.astype(mx.float32))
     error = float((mx.linalg.norm(difference) / size).item())  # type: ignore[arg-type]
@@ -130,4 +159,3 @@ def _compare(model: nn.Module, request: Request, paged: mx.array, step: int) -> 
             f"differ from mlx-lm's own by {error:.2g} (relative L2, decode step {step}, prompt of "
             f"{len(request.prompt)} tokens); use mlx-lm's own server for this model."
         )
-    return True

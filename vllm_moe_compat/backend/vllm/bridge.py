@@ -14,6 +14,7 @@ import importlib.metadata
 import inspect
 import logging
 import multiprocessing
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -134,6 +135,35 @@ def cpu_offload_gb(vllm_config: VllmConfig) -> float:
     """Return ``--cpu-offload-gb``, which newer releases keep in a config of its own."""
     offload = getattr(getattr(vllm_config, "offload_config", None), "uva", None)
     return float(getattr(offload, "cpu_offload_gb", 0))
+
+
+class DefaultShare(float):
+    """vLLM's default of ``--gpu-memory-utilization``, known not to have been given."""
+
+
+def mark_default_memory_share(vllm_config: VllmConfig) -> None:
+    """Mark ``gpu_memory_utilization`` as a default, if it is one; to be called where it was set.
+
+    vLLM does not say whether a value was given. But its arguments hand on the very object that
+    is their default, up to the pickling for the engine's process, and a given 0.92 is another
+    object. There are two such defaults, of ``EngineArgs`` and of ``LLM``.
+    """
+    from vllm.config import CacheConfig
+
+    defaults: list[object] = [CacheConfig.gpu_memory_utilization]
+    offline = sys.modules.get("vllm.entrypoints.llm")
+    if offline is not None:
+        parameters = inspect.signature(offline.LLM.__init__).parameters
+        defaults.append(parameters["gpu_memory_utilization"].default)
+    cache = vllm_config.cache_config
+    if any(cache.gpu_memory_utilization is default for default in defaults):
+        cache.gpu_memory_utilization = DefaultShare(cache.gpu_memory_utilization)
+
+
+def given_memory_share(vllm_config: VllmConfig) -> float | None:
+    """Return ``--gpu-memory-utilization``, or None if it was not given."""
+    share: float = vllm_config.cache_config.gpu_memory_utilization
+    return None if isinstance(share, DefaultShare) else share
 
 
 def returns_routed_experts(model_config: ModelConfig) -> bool:

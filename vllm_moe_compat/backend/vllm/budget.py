@@ -1,26 +1,28 @@
 """The memory for pages, and how it is determined.
 
-``--kv-cache-memory-bytes`` is taken as given. Otherwise the limit is ``--gpu-memory-utilization``
-of the device's memory, or the memory free now if that is less, since the rest of the machine
-shares it. Weights, a measured allowance for activations, and the states of as many sequences as
-may run at once are subtracted. No more is taken than that many sequences of maximum length can
-fill, plus a few with prefix caching: otherwise a server of one sequence at a time would have no
-room to keep the prefix of another. The start-up line shows all parts.
+``--kv-cache-memory-bytes`` and ``--gpu-memory-utilization`` mean what they say, and a WARNING
+follows if they leave the machine less than its reserve (``load/memory.py``). Without either, pages
+take at most half of what weights, activations and states leave free, and never the reserve.
+
+Weights, an estimate of activations, and the states of as many sequences as may run at once are
+subtracted. No more is taken than that many sequences of maximum length can fill, plus a few with
+prefix caching: otherwise a server of one sequence at a time would have no room to keep the prefix
+of another. The start-up line shows all parts.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
+from vllm_moe_compat.backend.model import activations
 from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.state_pool import StatePool
+from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.kv_specs import demand
 from vllm_moe_compat.errors import UnsupportedServingError
-from vllm_moe_compat.load.memory import device_memory
+from vllm_moe_compat.load.memory import device_memory, reserve
 from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
@@ -28,23 +30,52 @@ if TYPE_CHECKING:
 
     from vllm_moe_compat.backend.model.loader import ServedModel
 
-# Tokens of the two passes that are measured; activations grow linearly between them.
-MEASURED_TOKENS = (32, 96)
+# Pages may take this share of what is free, where nothing says how much.
+DEFAULT_SHARE = 0.5
 # Resident states may take this share of the memory left for caches.
 STATE_SHARE = 0.5
 # Sequences whose pages prefix caching may keep beside the running ones.
 CACHED_SEQUENCES = 8
+MORE = "--gpu-memory-utilization or --kv-cache-memory-bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What a server needs and is allowed, in bytes where nothing else is said.
+
+    Attributes:
+        weights: they are loaded, so free memory is without them.
+        activations: of the largest pass.
+        per_sequence: resident states of one sequence.
+        sequences: that may run at once.
+        length: tokens of the longest sequence.
+        cached: sequences whose pages prefix caching may keep beside the running ones.
+        pages_for: the pages that a number of such sequences can use.
+        page_bytes: ``--kv-cache-memory-bytes``, or 0.
+        share: ``--gpu-memory-utilization``, or None if it was not given.
+    """
+
+    weights: int
+    activations: int
+    per_sequence: int
+    sequences: int
+    length: int
+    cached: int
+    pages_for: Callable[[int], int]
+    page_bytes: int
+    share: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes by purpose; ``page_bytes`` is reported to vLLM."""
+    """Bytes by purpose; ``page_bytes`` is reported to vLLM, ``spare`` stays free."""
 
     weights: int
     activations: int
     states: int
     sequences: int
     page_bytes: int
+    spare: int
     reason: str
 
     def __str__(self) -> str:
@@ -68,79 +99,109 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
     """
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     stateful = [layer for layer in served.layers if isinstance(layer, StateLayer)]
+    longest = vllm_config.model_config.max_model_len
     per_sequence = StatePool.bytes_per_sequence(stateful)
-    activations = _activations(served, scheduler.max_num_batched_tokens)
+    tokens = scheduler.max_num_batched_tokens
+    working = activations.measure(served.model, served.layers, tokens, longest)
+    demands = Demands(
+        weights=served.weight_bytes,
+        activations=working,
+        per_sequence=per_sequence,
+        sequences=scheduler.max_num_seqs,
+        length=longest,
+        cached=CACHED_SEQUENCES if cache.enable_prefix_caching else 0,
+        pages_for=lambda count: demand(vllm_config, served.layers).bytes_for(count),
+        page_bytes=int(cache.kv_cache_memory_bytes or 0),
+        share=bridge.given_memory_share(vllm_config),
+    )
     total, free = device_memory()
-    explicit = int(cache.kv_cache_memory_bytes or 0)
-    # An explicit size overrides the utilization, as elsewhere in vLLM.
-    wanted = free if explicit else int(total * cache.gpu_memory_utilization) - served.weight_bytes
-    bound = "--gpu-memory-utilization" if wanted <= free else "the memory free now"
-    left = min(wanted, free) - activations - explicit
-    if left <= 0:
-        raise _nothing_left(vllm_config, served, total, free, activations)
-    room = left if explicit else int(left * STATE_SHARE)
-    sequences = scheduler.max_num_seqs
-    if per_sequence and sequences * per_sequence > room:
-        sequences = max(1, room // per_sequence)
+    budget = divide(total, free, demands)
+    if budget.sequences < scheduler.max_num_seqs:
         logger.warning(
             "--max-num-seqs lowered from %d to %d: the states of one sequence take %s and %s are "
             "left for states",
             scheduler.max_num_seqs,
-            sequences,
+            budget.sequences,
             _mib(per_sequence),
-            _mib(room),
+            _mib(budget.states),
         )
-        scheduler.max_num_seqs = sequences
-    states = sequences * per_sequence
-    if explicit:
-        page_bytes, reason = explicit, "--kv-cache-memory-bytes"
-    else:
-        cached = CACHED_SEQUENCES if cache.enable_prefix_caching else 0
-        useful = demand(vllm_config, served.layers).bytes_for(sequences + cached)
-        page_bytes, reason = left - states, f"limited by {bound}"
-        if useful < page_bytes:
-            page_bytes = useful
-            length = vllm_config.model_config.max_model_len
-            kept = f" and {cached} cached ones" if cached else ""
-            reason = f"all that {sequences} sequences of {length} tokens{kept} can use"
-    if page_bytes <= 0:
-        raise _nothing_left(vllm_config, served, total, free, activations + states)
-    return Budget(served.weight_bytes, activations, states, sequences, page_bytes, reason)
+        scheduler.max_num_seqs = budget.sequences
+    if budget.spare < reserve(total) and (demands.page_bytes or demands.share is not None):
+        logger.warning(
+            "%s leaves %s of this machine's %s free when the pages fill, less than %s: expect "
+            "swapping or an out-of-memory kill; lower it, or leave it out",
+            _asked(demands),
+            _mib(budget.spare),
+            _mib(total),
+            _mib(reserve(total)),
+        )
+    return budget
 
 
-def _nothing_left(
-    vllm_config: VllmConfig, served: ServedModel, total: int, free: int, working: int
-) -> UnsupportedServingError:
-    cache = vllm_config.cache_config
-    share = cache.gpu_memory_utilization
-    if cache.kv_cache_memory_bytes:
-        allowed = f"--kv-cache-memory-bytes asks for {_mib(cache.kv_cache_memory_bytes)}"
+def divide(total: int, free: int, demands: Demands) -> Budget:
+    """Divide the memory of a machine with ``total`` bytes, of which ``free`` are free now.
+
+    Raises:
+        UnsupportedServingError: nothing is left for pages.
+    """
+    left = free - demands.activations
+    bound = "the memory free now"
+    if demands.page_bytes:
+        # An explicit size overrides the utilization, as elsewhere in vLLM.
+        left -= demands.page_bytes
+        room = left
+    elif demands.share is not None:
+        allowed = int(total * demands.share) - demands.weights - demands.activations
+        if allowed <= left:
+            left, bound = allowed, "--gpu-memory-utilization"
+        room = int(left * STATE_SHARE)
     else:
-        allowed = f"--gpu-memory-utilization {share} allows {_mib(int(total * share))}"
+        left -= reserve(total)
+        room = int(left * STATE_SHARE)
+    if left <= 0:
+        raise _nothing_left(total, free, demands, demands.activations)
+    sequences = demands.sequences
+    if demands.per_sequence and sequences * demands.per_sequence > room:
+        sequences = max(1, room // demands.per_sequence)
+    states = sequences * demands.per_sequence
+    if demands.page_bytes:
+        pages, reason = demands.page_bytes, "--kv-cache-memory-bytes"
+    else:
+        pages, reason = left - states, f"limited by {bound}"
+        if demands.share is None:
+            reason = f"all but {_mib(reserve(total))}, which the machine keeps; for more: {MORE}"
+            half = int((left + reserve(total) - states) * DEFAULT_SHARE)
+            if half < pages:
+                pages, reason = half, f"half of the memory free now; for more: {MORE}"
+        useful = demands.pages_for(sequences + demands.cached)
+        if useful < pages:
+            pages = useful
+            kept = f" and {demands.cached} cached ones" if demands.cached else ""
+            reason = f"all that {sequences} sequences of {demands.length} tokens{kept} can use"
+    if pages <= 0:
+        raise _nothing_left(total, free, demands, demands.activations + states)
+    spare = free - demands.activations - states - pages
+    return Budget(demands.weights, demands.activations, states, sequences, pages, spare, reason)
+
+
+def _asked(demands: Demands) -> str:
+    if demands.page_bytes:
+        return f"--kv-cache-memory-bytes {demands.page_bytes}"
+    return f"--gpu-memory-utilization {demands.share}"
+
+
+def _nothing_left(total: int, free: int, demands: Demands, working: int) -> UnsupportedServingError:
+    remedy = "free memory, change that option, or lower"
+    if demands.page_bytes:
+        allowed = f"--kv-cache-memory-bytes asks for {_mib(demands.page_bytes)}"
+    elif demands.share is not None:
+        share = int(total * demands.share)
+        allowed = f"--gpu-memory-utilization {demands.share} allows {_mib(share)}"
+    else:
+        allowed = f"{_mib(reserve(total))} are kept for the machine"
+        remedy = f"free memory, set {MORE} to use what is kept, or lower"
     return UnsupportedServingError(
         f"No memory is left for the KV cache: of {_mib(total)} ({_mib(free)} free) {allowed}, the "
-        f"weights take {_mib(served.weight_bytes)}, activations and states {_mib(working)}; free "
-        "memory, change that option, or lower --max-num-seqs or --max-num-batched-tokens."
+        f"weights take {_mib(demands.weights)}, activations and states {_mib(working)}; {remedy} "
+        "--max-num-seqs or --max-num-batched-tokens."
     )
-
-
-def _activations(served: ServedModel, tokens: int) -> int:
-    """Return the peak bytes of a prefill of ``tokens``, extrapolated from two short ones.
-
-    The model's head is not computed, as in every prefill.
-    """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    peaks = []
-    for count in MEASURED_TOKENS:
-        caches = make_prompt_cache(served.model)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        served.model(mx.zeros((1, count), dtype=mx.int32), cache=caches)
-        mx.eval([cache.state for cache in caches])
-        peaks.append(int(mx.get_peak_memory()) - int(before))
-        del caches
-    (short, long), (low, high) = MEASURED_TOKENS, peaks
-    slope = max(0.0, (high - low) / (long - short))
-    return math.ceil(high + slope * max(0, tokens - long))

@@ -148,6 +148,7 @@ class MlxPlatform(Platform):
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")
         cls.apply_config_platform_defaults(vllm_config)
+        bridge.mark_default_memory_share(vllm_config)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = WORKER_CLASS

@@ -80,6 +80,7 @@ class ModelRunner:
         """Wait for the running pass and remove the attention hook."""
         if not self.is_suspended:
             self.forward.close()
+        self._pending = None  # It refers to this object, which holds the pools.
 
     @property
     def is_suspended(self) -> bool:

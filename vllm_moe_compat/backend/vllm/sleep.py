@@ -17,7 +17,6 @@ holds.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from vllm_moe_compat.backend.model.loader import ServedModel
 from vllm_moe_compat.backend.vllm.runner import ModelRunner
 from vllm_moe_compat.checkpoint import file_stamps
 from vllm_moe_compat.errors import UnsupportedServingError
-from vllm_moe_compat.load.memory import device_memory
+from vllm_moe_compat.load.memory import device_memory, give_back
 from vllm_moe_compat.log import logger
 
 WEIGHTS, PAGES = "weights", "kv_cache"
@@ -137,7 +136,7 @@ class SleepMode:
         if WEIGHTS in tags:
             self._same_weights = level < 2
             self._drop_weights()
-        _return_freed_memory()
+        give_back()
         logger.info(
             "asleep: %s given back, %.1f MiB; %.1f MiB are held",
             " and ".join(self.asleep),
@@ -191,7 +190,7 @@ class SleepMode:
         self._worker.runner.suspend()
         self._worker.served = new
         _clear(old.model)
-        _return_freed_memory()
+        give_back()
         self._worker.runner.resume(new.model)
         if new.stamps != old.stamps:
             logger.warning(
@@ -252,15 +251,6 @@ class SleepMode:
         if self._held == TAGS and self._worker.runner.is_suspended:
             self._worker.runner.resume(self._worker.served.model)
             logger.info("awake: %.1f MiB are held", mx.get_active_memory() / 2**20)
-
-
-def _return_freed_memory() -> None:
-    """Give what MLX and the C library keep for later back to the system."""
-    mx.clear_cache()
-    # glibc keeps the room of arrays below 32 MiB in its heap until it is asked.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _shapes(model: nn.Module) -> dict[str, str]:

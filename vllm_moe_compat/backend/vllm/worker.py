@@ -34,6 +34,7 @@ from vllm_moe_compat.backend.vllm.sleep import SleepMode
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.families.fixes import rotary
+from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import logger
 
@@ -161,7 +162,7 @@ class MlxWorker(OutOfStepCalls):
         for names in bridge.layers_by_region(plan):
             indices = [_layer_index(name) for name in names]
             pool = PagePool(plan.num_blocks, page_bytes[indices[0]], dtype)
-            mx.eval(pool.pages)
+            pool.allocate()
             pools |= dict.fromkeys(indices, pool)
         return LayerStorage(
             self.served.layers,
@@ -252,5 +253,5 @@ class MlxWorker(OutOfStepCalls):
             runner.close()
         self.__dict__.pop("served", None)
         del runner
-        mx.clear_cache()
+        give_back()
         logger.info("worker shut down (it held %.0f MiB)", resident)

@@ -1,0 +1,108 @@
+"""Limits of containers, and what is left to the machine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from vllm_moe_compat.errors import InsufficientMemoryError
+from vllm_moe_compat.load import cgroups, memory
+from vllm_moe_compat.plan.estimate import Estimate
+
+GIB = 1 << 30
+
+
+def v2(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 7\ninactive_file {inactive}\n")
+
+
+def v1(folder: Path, limit: int, used: int, inactive: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {inactive}\n")
+
+
+def own(tmp_path: Path, *lines: str) -> Path:
+    file = tmp_path / "cgroup"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return file
+
+
+def test_the_least_limit_of_all_ancestors_counts(tmp_path: Path) -> None:
+    root = tmp_path / "fs"
+    v2(root / "a", "4000", 3000, 500)
+    v2(root / "a" / "b", "max", 100)
+    v2(root / "a" / "b" / "c", "9000", 200)
+    assert cgroups.limits(root, own(tmp_path, "0::/a/b/c")) == (4000, 1500)
+
+
+def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "fs"
+    v2(root, "5000", 1000)
+    assert cgroups.limits(root, own(tmp_path, "0::/docker/outside")) == (5000, 4000)
+    v1(root / "memory", 3000, 2500, 100)
+    lines = ("5:cpu,cpuacct:/x", "4:memory:/docker/outside", "0::/")
+    assert cgroups.limits(root, own(tmp_path, *lines)) == (3000, 600)
+
+
+def test_without_a_limit_the_host_counts(tmp_path: Path) -> None:
+    root = tmp_path / "fs"
+    v2(root, "max", 1000)
+    assert cgroups.limits(root, own(tmp_path, "0::/")) is None
+    assert cgroups.limits(root, tmp_path / "missing") is None
+
+
+def test_a_limit_lowers_total_and_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "fs"
+    v2(root, str(GIB), GIB // 4)
+    file = own(tmp_path, "0::/")
+    monkeypatch.setattr(cgroups.limits, "__defaults__", (root, file))
+    monkeypatch.setattr(memory.claims, "outstanding", lambda: GIB // 4)
+    assert memory.host_memory() == (GIB, GIB // 2)
+
+
+def test_the_reserve_is_two_gib_or_a_tenth() -> None:
+    assert memory.reserve(8 * GIB) == 2 * GIB
+    assert memory.reserve(100 * GIB) == 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("free", "peak", "said"),
+    [
+        (16, 13, ""),
+        (16, 15, "less than 2.4 GiB are left to the machine"),
+        (16, 17, "expect swapping"),
+        # A machine that is nearly full anyway: only a load that takes most of the rest counts.
+        (1, 0.4, ""),
+        (1, 0.6, "less than 512.0 MiB are left"),
+    ],
+)
+def test_a_load_that_leaves_the_machine_too_little_warns(
+    free: float,
+    peak: float,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda: (24 * GIB, int(free * GIB)))
+    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
+    bytes_ = int(peak * GIB)
+    needs = Estimate(read=0, final={"none": bytes_ // 2}, peak={"none": bytes_})
+    with caplog.at_level(logging.WARNING, "vllm_moe_compat"):
+        memory.check("model", needs, "none")
+    assert (said in caplog.text) if said else not caplog.text
+
+
+def test_weights_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda: (4 * GIB, 3 * GIB))
+    needs = Estimate(read=0, final={"none": 5 * GIB}, peak={"none": 6 * GIB})
+    with pytest.raises(InsufficientMemoryError, match="more than the"):
+        memory.check("model", needs, "none")
