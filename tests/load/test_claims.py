@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -87,3 +88,18 @@ def test_a_folder_that_cannot_be_written_is_said(
     monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
     claims.claim(0, 1 << 20)()
     assert "other engines on this machine do not see" in caplog.text
+
+
+def test_nothing_is_written_into_a_folder_of_another_user(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    monkeypatch.setattr(claims.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(claims.os, "getuid", lambda: 12345)
+    claims.folder().mkdir(parents=True)  # made by the user that runs the tests
+    (claims.folder() / f".{os.getpid()}").symlink_to(victim)
+    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
+    claims.claim(0, 1 << 20)()
+    assert "belongs to another user" in caplog.text
+    assert victim.read_text() == "kept"

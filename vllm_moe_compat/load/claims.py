@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -65,12 +66,23 @@ def outstanding() -> int:
     """Return the bytes that all engines of this user have claimed and not yet touched."""
     mine = str(os.getpid())
     try:
-        if folder().stat().st_uid != os.getuid():
-            return own()
+        _check_owner()
         files = list(folder().iterdir())
     except OSError:  # Nobody has claimed anything, or could.
         return own()
     return own() + sum(_of_other(file) for file in files if file.name != mine)
+
+
+def _check_owner() -> None:
+    """Check that the folders are this user's: anyone may make them in the temporary folder first.
+
+    Raises:
+        PermissionError: they are another user's.
+        FileNotFoundError: there are none.
+    """
+    for made in (folder().parent, folder()):
+        if made.lstat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "the folder belongs to another user", str(made))
 
 
 def own() -> int:
@@ -98,7 +110,9 @@ def _write() -> None:
     record = {"bytes": rest, "resident": me.memory_info().rss, "started": me.create_time()}
     file = folder() / str(me.pid)
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for made in (file.parent.parent, file.parent):
+            made.mkdir(mode=0o700, exist_ok=True)
+        _check_owner()
         written = file.with_name(f".{me.pid}")
         written.write_text(json.dumps(record))
         written.replace(file)
