@@ -275,6 +275,7 @@ def test_no_plan_outlives_its_load(tmp_path: Path):
     assert not [held for held in gc.get_objects() if type(held) in (Plan, PlannedLoad, Build)]
 
 
+@pytest.mark.needs("mlx_lm/utils.py", "_tokenizer_defaults")
 def test_mlx_lm_reads_the_config_for_loads_and_for_tokenizers_where_we_look():
     """The hook tells the two apart by the nearer of these functions on the stack."""
     for name in ("load_model", "_tokenizer_defaults"):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import vllm_moe_compat
-from parity.families import FAMILIES
+from parity.families import EVERY, FAMILIES
 from parity.family import WINDOW, Family, causal
 from parity.reference import GRAIN, State, new_model
 from parity.verdict import judge
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch
 GEMMA_4 = FAMILIES["gemma4"].kwargs
 GEMMA_4_DENSE = GEMMA_4 | {"enable_moe_block": False, "num_experts": None}
 LLAMA_4 = FAMILIES["llama4"].kwargs
-MINIMAX_M3 = FAMILIES["minimax_m3_vl"].kwargs
+MINIMAX_M3 = EVERY["minimax_m3_vl"].kwargs
 HUNYUAN = {"num_experts": 4, "moe_topk": 2, "head_dim": 16}
 TEXT = {
     family.name: family
