@@ -178,7 +178,8 @@ def test_one_line_says_what_was_done(tmp_path: Path, caplog):
     path = build(fp8=Fp8(), mtp=True).write(tmp_path)
     with caplog.at_level(logging.INFO, "vllm_moe_compat"):
         load(path)
-    (record,) = caplog.records
+    # Beside what the row puts into an older module.
+    (record,) = (record for record in caplog.records if ": put " not in record.message)
     assert record.levelno == logging.INFO
     for part in (str(path), "qwen3_5_moe", "per-expert", "4 experts x 4 layers", "73 tensors"):
         assert part in record.message
