@@ -37,6 +37,7 @@ from support.packed import (
     int_form,
     pack_form,
 )
+from vllm_moe_compat.families.installed import lacks
 from vllm_moe_compat.probes.variants import LINEAR
 
 
@@ -137,6 +138,8 @@ NOT = {
     "hunyuan_v1_moe": {"MLX form"},
     "kimi_vl": {"MLX form", "saved", "in-library"},
 }
+if lacks("nemotron_h", "linear_attention"):
+    NOT["nemotron_h"] |= {"MLX form"}
 _DENSE = {family.name for family in DENSE}
 
 

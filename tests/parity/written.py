@@ -54,7 +54,7 @@ def write(folder: Path) -> None:
 def load(folder: Path) -> int:
     """Load every cell, print what is not right, and the numbers; return how many are amiss."""
     import vllm_moe_compat
-    from parity.available import folder as installed
+    from parity.available import is_installed
     from parity.reference import Reference
     from parity.refused import REFUSED
     from parity.verdict import judge
@@ -67,7 +67,7 @@ def load(folder: Path) -> int:
             logits = np.load(folder / f"{number:04}.npy")
             reference = Reference({}, {}, {}, logits)
             found = judge(folder / f"{number:04}", reference, cell["tolerance"])
-            gone = not (installed("mlx_lm") / "models" / f"{cell['module']}.py").is_file()
+            gone = not is_installed(cell["module"])
             expected = "not supported" if gone else REFUSED.get(key)
             word = "no module" if gone and found.word == "refused" else found.word
             words[word] += 1

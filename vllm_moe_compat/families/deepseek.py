@@ -229,11 +229,11 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         computed=ABSORBED,
         dropped_upstream=MISTRAL_VISION,
         dropped_here=Extras(
-            parts=older(
+            prefixes=older(
                 "mistral3",
                 MODEL_FIRST,
                 "vision is not dropped under model",
-                *MISTRAL_VISION.parts,
+                *(f"model.{part}" for part in MISTRAL_VISION.parts),
             )
         ),
         misreads=("fp8 tensor",),

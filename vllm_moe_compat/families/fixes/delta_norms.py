@@ -54,4 +54,5 @@ DELTA_NORMS = ForwardFix(
     (),
     lambda settings: "the epsilon of the norms in gated delta layers",
     _apply,
+    slight=True,
 )
