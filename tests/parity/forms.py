@@ -138,8 +138,15 @@ NOT = {
     "hunyuan_v1_moe": {"MLX form"},
     "kimi_vl": {"MLX form", "saved", "in-library"},
 }
-if lacks("nemotron_h", "linear_attention"):
-    NOT["nemotron_h"] |= {"MLX form"}
+# Nor do they through older modules.
+for _module, _sign in (
+    ("nemotron_h", "linear_attention"),
+    ("phimoe", "rope_scaling is None"),
+    ("qwen3_vl", '.get("language_model")'),
+    ("qwen3_vl_moe", '.get("language_model")'),
+):
+    if lacks(_module, _sign):
+        NOT[_module] = {*NOT.get(_module, ()), "MLX form"}
 _DENSE = {family.name for family in DENSE}
 
 
