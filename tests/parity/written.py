@@ -58,7 +58,7 @@ def load(folder: Path) -> int:
     from parity.reference import Reference
     from parity.refused import REFUSED
     from parity.verdict import judge
-    from vllm_moe_compat.families.installed import OLDER, lacks
+    from vllm_moe_compat.families.installed import OLDER
 
     words: Counter[str] = Counter()
     amiss = 0
@@ -78,7 +78,7 @@ def load(folder: Path) -> int:
                 amiss += 1
                 print(f"{key[0]}, {key[1]}: {found}", flush=True)
     for old in OLDER:
-        if is_installed(old.module) and not lacks(old.module, old.sign):
+        if is_installed(old.module) and not old.is_lacking:
             amiss += 1
             print(f"{old.module} does without the rows' older({old.sign!r}) now: take it out")
     names = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
