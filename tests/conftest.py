@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -71,8 +72,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("full")]
         note = f"daily choice: {len(full)} tests are left to the full lane; --full selects them"
         parallel.hand_over(config, parallel.NOTES, [note])
+    absent = [item for item in items if not all(map(_is_there, item.iter_markers("needs")))]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in absent]
+        listed = sorted({str(m.args) for item in absent for m in item.iter_markers("needs")})
+        note = f"left out, since the packages do not have it: {len(absent)}: {', '.join(listed)}"
+        parallel.hand_over(config, parallel.NOTES, [note])
     if parallel.is_worker(config):
         parallel.longest_first(items)
+
+
+def _is_there(mark: pytest.Mark) -> bool:
+    """Whether the source of an installed package has a text: ``needs("mlx_lm/utils.py", text)``."""
+    package, _, file = mark.args[0].partition("/")
+    spec = importlib.util.find_spec(package)
+    folder = next(iter((spec and spec.submodule_search_locations) or ()), None)
+    source = folder and Path(folder, file)
+    return bool(source and source.is_file() and mark.args[1] in source.read_text())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

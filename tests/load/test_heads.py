@@ -31,7 +31,7 @@ from vllm_moe_compat.families.row import NEVER_TIED
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
-EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
+EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "backbone.embedding.weight")
 CASES = ("tied", "copy", "different", "head alone", "untied without a head")
 # One for each way in which a module makes logits, and each place where names may be.
 EVERY_DAY = {

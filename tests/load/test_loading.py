@@ -178,7 +178,8 @@ def test_one_line_says_what_was_done(tmp_path: Path, caplog):
     path = build(fp8=Fp8(), mtp=True).write(tmp_path)
     with caplog.at_level(logging.INFO, "vllm_moe_compat"):
         load(path)
-    (record,) = caplog.records
+    # Beside what the row puts into an older module.
+    (record,) = (record for record in caplog.records if ": put " not in record.message)
     assert record.levelno == logging.INFO
     for part in (str(path), "qwen3_5_moe", "per-expert", "4 experts x 4 layers", "73 tensors"):
         assert part in record.message
@@ -275,6 +276,7 @@ def test_no_plan_outlives_its_load(tmp_path: Path):
     assert not [held for held in gc.get_objects() if type(held) in (Plan, PlannedLoad, Build)]
 
 
+@pytest.mark.needs("mlx_lm/utils.py", "_tokenizer_defaults")
 def test_mlx_lm_reads_the_config_for_loads_and_for_tokenizers_where_we_look():
     """The hook tells the two apart by the nearer of these functions on the stack."""
     for name in ("load_model", "_tokenizer_defaults"):

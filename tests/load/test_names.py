@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vllm_moe_compat
-from parity.families import FAMILIES
+from parity.families import FAMILIES, LEFT_OUT
 from parity.forms import FORM_BY_NAME, build
 from parity.reference import State, reference
 from parity.verdict import judge, stock
@@ -55,7 +55,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in LEFT_OUT])
 def test_a_wrappers_names_are_brought_to_the_models(name: str, wrapper: str, tmp_path: Path):
     tensors, config = saved(name)
     tensors = {WRAPPED[wrapper](old): value for old, value in tensors.items()}
@@ -69,9 +69,9 @@ def test_a_wrappers_names_are_brought_to_the_models(name: str, wrapper: str, tmp
     with stock():
         upstream = judge(folder, reference(name), FAMILIES[name].tolerance)
     assert (said.verdict == "refuses") == (upstream.word == "refused"), (said, upstream)
-    assert ("bring names" in str(inspect(str(folder)).ours)) == (
-        tensors.keys() != saved(name)[0].keys()
-    )
+    changed = tensors.keys() != saved(name)[0].keys()
+    changed |= any(".embedding.weight" in name for name in tensors)  # as transformers 5.12 saves
+    assert ("bring names" in str(inspect(str(folder)).ours)) == changed
 
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen3_5 tied", "gemma2"])

@@ -164,7 +164,16 @@ def test_a_config_that_cannot_be_right_is_refused_before_any_shard_is_there(tmp_
     assert str(empty.value) == str(whole.value)
 
 
-@pytest.mark.parametrize("loader", ["sharded_load", "pipeline_load"])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        "sharded_load",
+        pytest.param(
+            "pipeline_load",
+            marks=pytest.mark.needs("mlx_lm/models/qwen3_5.py", "PipelineMixin"),
+        ),
+    ],
+)
 def test_mlx_lms_loaders_of_groups(loader: str, demo_checkpoint: Any):
     """In a group of one process."""
     if loader == "pipeline_load" and not hasattr(qwen3_5.Qwen3_5TextModel, "pipeline"):

@@ -269,6 +269,7 @@ def test_a_model_without_a_row_is_not_ours_to_refuse(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("_unmapped")
+@pytest.mark.needs("mlx_lm/utils.py", "_tokenizer_defaults")
 def test_one_load_of_model_and_tokenizer_warns_once_and_leaves_no_context(
     tmp_path: Path, monkeypatch, caplog
 ):
@@ -286,6 +287,7 @@ def test_one_load_of_model_and_tokenizer_warns_once_and_leaves_no_context(
     assert current.get() is not None
 
 
+@pytest.mark.needs("mlx_lm/utils.py", "trust_remote_code: bool = False")
 def test_the_checkpoints_own_code_is_left_alone(tmp_path: Path, caplog):
     checkpoint = build(fp8=Fp8())
     checkpoint.config["model_file"] = "custom.py"

@@ -28,9 +28,14 @@ def _classes() -> frozenset[str]:
     return frozenset(dir(transformers))
 
 
+def is_installed(module: str) -> bool:
+    """Whether mlx-lm has a module."""
+    return (folder("mlx_lm") / "models" / f"{module}.py").is_file()
+
+
 def missing(family: Family) -> str | None:
     """Return what the environment does not have of a family; None if it has it."""
-    if not (folder("mlx_lm") / "models" / f"{family.module}.py").is_file():
+    if not is_installed(family.module):
         return f"mlx-lm has no module {family.module}"
     if gone := [name for name in family.classes if name not in _classes()]:
         return f"transformers has no {gone[0]}"

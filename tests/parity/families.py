@@ -14,8 +14,10 @@ from parity.moe_sigmoid import SIGMOID
 from parity.moe_softmax import SOFTMAX
 from parity.variants import VARIANTS
 
-EVERY = SOFTMAX + SIGMOID + DENSE + VARIANTS
-LEFT_OUT = {f.name: why for f in EVERY if (why := missing(f)) is not None}
+_EVERY = SOFTMAX + SIGMOID + DENSE + VARIANTS
+LEFT_OUT = {f.name: why for f in _EVERY if (why := missing(f)) is not None}
 """Family → what this environment does not have of it; empty with the newest."""
 MOE: tuple[Family, ...] = tuple(f for f in SOFTMAX + SIGMOID if f.name not in LEFT_OUT)
-FAMILIES: dict[str, Family] = {f.name: f for f in EVERY if f.name not in LEFT_OUT}
+FAMILIES: dict[str, Family] = {f.name: f for f in _EVERY if f.name not in LEFT_OUT}
+EVERY = {f.name: f for f in _EVERY}
+"""Those that are left out as well."""

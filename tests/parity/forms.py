@@ -37,6 +37,7 @@ from support.packed import (
     int_form,
     pack_form,
 )
+from vllm_moe_compat.families.installed import lacks
 from vllm_moe_compat.probes.variants import LINEAR
 
 
@@ -137,6 +138,15 @@ NOT = {
     "hunyuan_v1_moe": {"MLX form"},
     "kimi_vl": {"MLX form", "saved", "in-library"},
 }
+# Nor do they through older modules.
+for _module, _sign in (
+    ("nemotron_h", "linear_attention"),
+    ("phimoe", "rope_scaling is None"),
+    ("qwen3_vl", '.get("language_model")'),
+    ("qwen3_vl_moe", '.get("language_model")'),
+):
+    if lacks(_module, _sign):
+        NOT[_module] = {*NOT.get(_module, ()), "MLX form"}
 _DENSE = {family.name for family in DENSE}
 
 

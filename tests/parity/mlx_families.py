@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from parity.available import is_installed
 from parity.family import EXPERTS, MLA, THETA, VOCAB
 from vllm_moe_compat.execute.arrays import Arrays, run
 from vllm_moe_compat.families.row import COMBINED, PER_EXPERT
@@ -178,7 +179,7 @@ def _muse(name: str, tensors: Tensors, text: Config) -> Iterator[Pair]:
 
 
 ROUTER = ((r"\.mlp\.gate\.gate_proj\.", ".mlp.gate."),)
-FAMILIES = (
+_EVERY = (
     MlxFamily(
         "Klear",
         {
@@ -327,3 +328,4 @@ FAMILIES = (
         forms=("published", "per-expert"),
     ),
 )
+FAMILIES = tuple(family for family in _EVERY if is_installed(family.module))

@@ -30,6 +30,7 @@ from vllm_moe_compat.families.row_builders import (
     PLAIN,
     STANDARD,
     block_fp8_row,
+    delta_norms,
     make_row,
     moe_row,
 )
@@ -72,7 +73,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         computed=ABSORBED,
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
-        fixes=older("deepseek_v32", *INDEXER, indexer_halves(pairs=False)),
+        first_fixes=older("deepseek_v32", *INDEXER, indexer_halves(pairs=False)),
         head=OWN_HEAD,
     ),
     block_fp8_row(
@@ -81,7 +82,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         dropped_upstream=EXTRA_LAYERS,
         translations=(settings.FIRST_DENSE,),
         defaults=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"), ("moe_layer_freq", 1)),
-        fixes=older("deepseek_v32", *INDEXER, indexer_halves(pairs=True)),
+        first_fixes=older("deepseek_v32", *INDEXER, indexer_halves(pairs=True)),
         head=OWN_HEAD,
     ),
     make_row(
@@ -132,7 +133,7 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
             ),
         ),
         translations=(settings.FIRST_DENSE, settings_by_family.KIMI_LINEAR),
-        fixes=latent_norms.OF_CONFIG,
+        fixes=(*latent_norms.OF_CONFIG, *delta_norms("kimi_linear")),
         defaults=(("rope_theta", 10000.0),),
         head=NEVER_TIED,
     ),
@@ -228,11 +229,11 @@ DEEPSEEK_ROWS: tuple[Row, ...] = (
         computed=ABSORBED,
         dropped_upstream=MISTRAL_VISION,
         dropped_here=Extras(
-            parts=older(
+            prefixes=older(
                 "mistral3",
                 MODEL_FIRST,
                 "vision is not dropped under model",
-                *MISTRAL_VISION.parts,
+                *(f"model.{part}" for part in MISTRAL_VISION.parts),
             )
         ),
         misreads=("fp8 tensor",),

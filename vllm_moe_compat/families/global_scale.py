@@ -8,8 +8,8 @@ memory, and in float32 on the CPU it takes two thirds of the time.
 
 Only the instances of one model get these classes, those whose weights have a global scale;
 mlx-lm then makes their quantised forms by ``to_quantized``. Before 0.32, it has no global scale
-of experts either, and does not ask for one. Their parameter is MLX's: the factor times 6 · 448, the
-product of the largest E2M1 and the largest E4M3.
+of experts either, and does not ask for one: then NVFP4 means one. Their parameter is MLX's: the
+factor times 6 · 448, the product of the largest E2M1 and the largest E4M3.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def _classes() -> dict[type, type]:
             bits: int | None = None,
             mode: str = "affine",
             quantize_input: bool = False,
-            global_scale: bool = True,
+            global_scale: bool | None = None,
         ) -> Any:
             """Return the quantised layer, its values yet to be loaded."""
-            if not global_scale:
+            if not (mode == "nvfp4" if global_scale is None else global_scale):
                 return super().to_quantized(group_size, bits, mode, quantize_input)
             layer = QuantizedLinearWithScale.from_linear(self, group_size, bits, mode)
             layer.global_scale = mx.array(_MLX_GLOBAL, dtype=mx.float32)
@@ -124,10 +124,10 @@ def _classes() -> dict[type, type]:
             group_size: int = 64,
             bits: int = 4,
             mode: str = "affine",
-            global_scale: bool = True,
+            global_scale: bool | None = None,
         ) -> Any:
             """Return the quantised layer, its values yet to be loaded."""
-            if not global_scale:
+            if not (mode == "nvfp4" if global_scale is None else global_scale):
                 return super().to_quantized(group_size, bits, mode)
             if upstream_scales:
                 layer = super().to_quantized(group_size, bits, mode, global_scale=True)

@@ -29,6 +29,11 @@ class Older:
     sign: str
     why: str
 
+    @property
+    def is_lacking(self) -> bool:
+        """Whether the installed module lacks it."""
+        return lacks(self.module, self.sign)
+
 
 OLDER: list[Older] = []
 """All that rows make up for in older modules, whether or not the installed ones lack it."""

@@ -34,6 +34,7 @@ from vllm_moe_compat.families.row_builders import (
     PLAIN,
     STANDARD,
     block_fp8_row,
+    delta_norms,
     make_row,
     moe_row,
 )
@@ -121,7 +122,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
-        fixes=both_kinds("qwen3_5"),
+        fixes=(*both_kinds("qwen3_5"), *delta_norms("qwen3_5")),
     ),
     # The same with combined experts.
     make_row(
@@ -139,7 +140,7 @@ MOE_ROWS: tuple[Row, ...] = (
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
         roots=ANY_ROOT,
-        fixes=both_kinds("qwen3_5"),
+        fixes=(*both_kinds("qwen3_5"), *delta_norms("qwen3_5")),
     ),
     # Per-expert. Norms are stored minus 1, and sanitize skips them if experts are stacked.
     moe_row(
@@ -151,7 +152,7 @@ MOE_ROWS: tuple[Row, ...] = (
         norm_shift=NormShift(QWEN_NORMS, "per-expert"),
         translations=(settings.ATTENTION_INTERVAL,),
         cache=PADDED_STATES,
-        fixes=both_kinds("qwen3_next"),
+        fixes=(*both_kinds("qwen3_next"), *delta_norms("qwen3_next")),
     ),
     moe_row("qwen2_moe", translations=(settings.ALL_SPARSE,), head=OWN_HEAD),
     moe_row("qwen3_moe", per_expert("qwen3_moe"), workarounds.CONFIG),

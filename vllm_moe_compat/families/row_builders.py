@@ -7,7 +7,10 @@ from typing import Any
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.families import workarounds
 from vllm_moe_compat.families.activation_by_module import activation_fixes
+from vllm_moe_compat.families.fixes.delta_norms import DELTA_NORMS
+from vllm_moe_compat.families.fixes.fix import ForwardFix
 from vllm_moe_compat.families.fixes.rotary import DYNAMIC_LIMIT
+from vllm_moe_compat.families.installed import older
 from vllm_moe_compat.families.layers_by_module import FIXES, TRANSLATIONS
 from vllm_moe_compat.families.rotary_by_module import rotary_fixes
 from vllm_moe_compat.families.row import Moe, Row, Workaround
@@ -34,16 +37,22 @@ NESTED = '.get("language_model")'
 NESTED_ALONE = "the language model is found under language_model.model alone"
 
 
+def delta_norms(module: str) -> tuple[ForwardFix, ...]:
+    """Return the fix of the norms in the gated delta layers of an older module."""
+    return older(module, "normalize_qk", DELTA_NORMS.why, DELTA_NORMS)
+
+
 def make_row(module: str, *needed: Workaround, **fields: Any) -> Row:
     """Return the row of ``mlx_lm.models.{module}``.
 
     The workarounds for config keys and tensor names are added where the row has such fields, the
     module's windows, kinds of layers, rotary embeddings and activations from their tables.
+    ``first_fixes`` come before those of the tables.
     """
     turning = rotary_fixes(module)
     # Layers are made anew before their embeddings and activations are put in.
     common = (*FIXES.get(module, ()), *turning, *activation_fixes(module))
-    fields["fixes"] = (*common, *fields.get("fixes", ()))
+    fields["fixes"] = (*fields.pop("first_fixes", ()), *common, *fields.get("fixes", ()))
     if turning:
         fields["limits"] = (DYNAMIC_LIMIT, *fields.get("limits", ()))
     fields["translations"] = (*fields.get("translations", ()), *TRANSLATIONS.get(module, ()))

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_moe_compat import envs
+from vllm_moe_compat.errors import UnsupportedCheckpointError
+from vllm_moe_compat.families.installed import OLDER
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.log import silence
@@ -35,16 +37,22 @@ def probe(family: Family, row: Row, form: str, *, patched: bool) -> Probe | None
         patched: whether to load with the hooks, too.
 
     Returns:
-        The results; None where the family has no such form.
+        The results; None where the family has no such form, or the installed module cannot have it.
     """
     with tempfile.TemporaryDirectory(prefix="moe-compat-probe-") as name, _isolated():
         folder = Path(name)
-        recipe = write(folder, family, row, form)
+        try:
+            recipe = write(folder, family, row, form)
+        except UnsupportedCheckpointError:
+            recipe = None  # The installed module is older than the record.
         if recipe is None:
             return None
         with loading_with(hooks=False):
             upstream = judge(folder, recipe)
         ours = judge(folder, recipe) if patched else None
+    older = any(old.is_lacking for old in OLDER if row.module.endswith(f".{old.module}"))
+    if older and ours is not None and UnsupportedCheckpointError.__name__ in ours.why:
+        return None  # What it lacks, and nothing can make up for, is refused by name.
     return Probe(family.name, form, family.oracle, upstream, ours)
 
 

@@ -10,6 +10,7 @@ result is bit for bit that of a load, and the model is never in memory.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,10 @@ def _saver(config: dict[str, Any], cast: str, *, keep_vision: bool) -> Callable[
 
     def save(folder: Path) -> None:
         path = folder / "config.json"
-        mlx_lm.utils.save_config(written, path, keep_vision_config=keep_vision)
+        vision = written.get("vision_config")
+        mlx_lm.utils.save_config(written, path)
+        if keep_vision and vision is not None:  # Before 0.32, it cannot be told to keep it.
+            saved = json.loads(path.read_text(encoding="utf-8")) | {"vision_config": vision}
+            path.write_text(json.dumps(dict(sorted(saved.items())), indent=4), encoding="utf-8")
 
     return save

@@ -279,7 +279,7 @@ def _describe_mapped(
         layout,
         row,
         contents.config,
-        put_in,
+        [words for fix, words in planned.fixes if not fix.slight],
         planned.translated,
         known=known,
         extern=contents.extern,

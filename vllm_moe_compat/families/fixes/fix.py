@@ -24,6 +24,8 @@ class ForwardFix:
         apply: takes the model and the settings; changes the instance.
         prepare: takes the config's section for the language model and the settings; changes the
             section so that mlx-lm can build the module. None if it can.
+        slight: whether the difference is about that of rounding, so that the module counts as
+            right without the fix.
     """
 
     id: str
@@ -32,6 +34,7 @@ class ForwardFix:
     needed: Callable[[Settings], str | None]
     apply: Callable[[Any, Settings], None]
     prepare: Callable[[dict[str, Any], Settings], None] | None = None
+    slight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
