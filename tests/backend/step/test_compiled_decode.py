@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from support import hybrid, models
+from vllm_moe_compat.backend.model import kernels
 from vllm_moe_compat.backend.step import compiled_decode
 from vllm_moe_compat.backend.step.forward import Forward
 
@@ -91,6 +93,21 @@ def test_shapes_that_change_too_often_are_not_traced(monkeypatch: pytest.MonkeyP
     found = Run(served, range(2, hybrid.BLOCK + 2, 2), compiles=True, greedy=True)
     assert found.failure == ""
     assert max(found.compiled.traces.values()) == compiled_decode.FREE_TRACES
+
+
+def test_nothing_is_traced_while_kernels_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A disk that fills up while serving costs speed and no answer."""
+    served = hybrid.model()
+    plain = Run(served, (40,), compiles=False, greedy=True)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(kernels, "kernel_folder", lambda: blocked / "cpu")
+    found = Run(served, (40,), compiles=True, greedy=True)
+    assert found.failure == f"{blocked / 'cpu'}: Not a directory"
+    assert found.compiled.passes == 0
+    assert same_bits(found, plain)
 
 
 class Counting(nn.Module):

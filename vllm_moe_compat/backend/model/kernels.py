@@ -32,15 +32,11 @@ _SETTLED_SECONDS = 60.0
 
 def settle() -> None:
     """Remove damaged kernels; without a folder to write to, do without compiling."""
-    if mx.default_device().type != mx.DeviceType.cpu or shutil.which("g++") is None:
-        return
-    if os.environ.get("MLX_DISABLE_COMPILE") is not None:
+    if not are_compiled():
         return
     folder = kernel_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as trial:
-            trial.write(bytes(_ROOM))
+        check_folder()
         damaged = [path for path in folder.glob("lib*.so") if _is_damaged(path)]
         for path in damaged:
             path.unlink(missing_ok=True)
@@ -60,6 +56,27 @@ def settle() -> None:
             len(damaged),
             "s" if len(damaged) > 1 else "",
         )
+
+
+def are_compiled() -> bool:
+    """Return whether MLX compiles kernels when it needs them."""
+    return (
+        mx.default_device().type == mx.DeviceType.cpu
+        and shutil.which("g++") is not None
+        and os.environ.get("MLX_DISABLE_COMPILE") is None
+    )
+
+
+def check_folder() -> None:
+    """Check that a kernel can be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder = kernel_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as trial:
+        trial.write(bytes(_ROOM))
 
 
 def kernel_folder() -> Path:

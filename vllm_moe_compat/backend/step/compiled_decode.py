@@ -29,6 +29,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from vllm_moe_compat.backend.model import kernels
 from vllm_moe_compat.backend.pages import decode_attention
 from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata, Tiles
 from vllm_moe_compat.backend.pages.layers import AttentionLayer
@@ -203,6 +204,8 @@ class CompiledDecode:
         """
         function = self._functions.get(inputs.key)
         known = function is not None
+        if not known:
+            self._prepare_to_trace()
         function = function or mx.compile(self._pass_of(inputs.kind))
         before = [] if known else _members(self._builder.model)
         pages = [pool.pages for pool in self._pools]
@@ -224,6 +227,24 @@ class CompiledDecode:
                 del self._functions[next(iter(self._functions))]
         self.passes += 1
         return graph
+
+    def _prepare_to_trace(self) -> None:
+        """Check that kernels can be written: MLX's own error would come while pools change.
+
+        Raises:
+            CannotCompileError: they cannot.
+        """
+        if not kernels.are_compiled():
+            return
+        try:
+            kernels.check_folder()
+        except OSError as error:
+            raise CannotCompileError(f"{kernels.kernel_folder()}: {error.strerror}") from error
+        if not self.traces:
+            logger.info(
+                "decode passes are compiled from now on; the first time on a machine, this step "
+                "takes some seconds longer"
+            )
 
     def _pass_of(self, kind: _Kind) -> Callable[..., Any]:
         """Return the function of tokens, pools, states and metadata that computes a pass."""
