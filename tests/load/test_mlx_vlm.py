@@ -1,13 +1,11 @@
 """mlx-vlm loads by itself: with our hooks in place it behaves as without.
 
 It has models, a loader and ``sanitize`` functions of its own and imports nothing of mlx-lm. The
-lane of vllm-metal's pins installs it; elsewhere these tests skip where it is missing.
+lane of vllm-metal's pins installs it; elsewhere these tests are left out.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +20,7 @@ from parity.forms import FORM_BY_NAME, build
 from support.loading import load, parameters, same_bits
 from vllm_moe_compat.load.context import current
 
-IN_ITS_LANE = Path(sys.prefix).name == ".venv-vllm-metal-pins"
-pytestmark = pytest.mark.skipif(
-    not IN_ITS_LANE and importlib.util.find_spec("mlx_vlm") is None,
-    reason="mlx-vlm is installed in the lane of vllm-metal's pins",
-)
+pytestmark = pytest.mark.needs("mlx_vlm/utils.py", "def load_model")
 LOADED = [
     ("qwen3_5_moe", "release"),
     ("qwen3_5_moe", "saved"),
