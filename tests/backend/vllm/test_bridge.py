@@ -11,7 +11,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from vllm_moe_compat.backend.vllm import bridge
+from vllm_moe_compat.backend.vllm import bridge, bridge_kv
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.versions import TESTED
@@ -72,7 +72,7 @@ def test_the_v1_encoding_is_read_and_v2_refused_by_name() -> None:
 def test_a_cache_plan_of_a_third_kind_is_refused() -> None:
     config = SimpleNamespace(kv_cache_tensors=[SimpleNamespace(size=1)])
     with pytest.raises(UnsupportedServingError, match="neither layer_stride nor shared_by"):
-        bridge.layers_by_region(config)  # type: ignore[arg-type]
+        bridge_kv.layers_by_region(config)  # type: ignore[arg-type]
 
 
 def test_vllms_input_batch_takes_our_blocks() -> None:
@@ -119,8 +119,8 @@ def test_copies_of_pages_are_read_where_the_release_has_them() -> None:
 
 def test_a_group_of_layers_of_several_shapes_has_a_spec_for_each() -> None:
     group: Any = SimpleNamespace(kv_cache_specs={"layers.1": "own"})
-    assert bridge.layer_spec(group, "layers.1") == "own"
-    assert bridge.layer_spec(group, "layers.0") is group
+    assert bridge_kv.layer_spec(group, "layers.1") == "own"
+    assert bridge_kv.layer_spec(group, "layers.0") is group
 
 
 def test_host_logits_are_sampled_beside_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,10 +63,10 @@ def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
         for part in _prefill(requests):
             forward(part, [])
         for step in range(STEPS):
-            part = requests if step < STEPS - 1 else requests[:1]
-            work: Pass = make_pass([(one, len(one.prompt) - 1 + step, 1) for one in part])
-            paged = forward(work, range(len(part)))[:, -1]
-            for row, request in enumerate(part):
+            asked = requests if step < STEPS - 1 else requests[:1]
+            work: Pass = make_pass([(one, len(one.prompt) - 1 + step, 1) for one in asked])
+            paged = forward(work, range(len(asked)))[:, -1]
+            for row, request in enumerate(asked):
                 _compare(forward.model, request, paged[row], own[row][step], step)
                 request.output.append(answers[row])
     finally:

@@ -22,7 +22,7 @@ from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
-from vllm_moe_compat.backend.vllm import bridge, kv_specs
+from vllm_moe_compat.backend.vllm import bridge, bridge_kv, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
 from vllm_moe_compat.backend.vllm.length import limit_length
@@ -123,7 +123,7 @@ class MlxWorker(OutOfStepCalls):
         Raises:
             UnsupportedServingError: a sequence of the maximum length does not fit.
         """
-        bridge.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
+        bridge_kv.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
         storage = self._allocate(kv_cache_config)
         sampler = TokenSampler(self.vllm_config, token_rows.of_model(self.served.model))
         compiles = not self.model_config.enforce_eager
@@ -155,11 +155,11 @@ class MlxWorker(OutOfStepCalls):
             for name in group.layer_names:
                 index = _layer_index(name)
                 groups[index] = number
-                page_bytes[index] = bridge.layer_spec(group.kv_cache_spec, name).page_size_bytes
+                page_bytes[index] = bridge_kv.layer_spec(group.kv_cache_spec, name).page_size_bytes
         self._check_pages(block_sizes, groups, page_bytes)
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
         pools: dict[int, PagePool] = {}
-        for names in bridge.layers_by_region(plan):
+        for names in bridge_kv.layers_by_region(plan):
             indices = [_layer_index(name) for name in names]
             pool = PagePool(plan.num_blocks, page_bytes[indices[0]], dtype)
             pool.allocate()
