@@ -54,7 +54,7 @@ def steps(
             Step("leave stored numbers to the module's own sanitize", plan.digested, 0, "")
         )
     if theirs:
-        found.append(_step("leave to the module's sanitize, which drops them", theirs))
+        found.append(_step("drop what the module's own sanitize would drop", theirs))
     return found
 
 
