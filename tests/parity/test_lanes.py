@@ -38,6 +38,7 @@ def test_what_is_left_to_the_full_lane_is_counted_and_named():
     assert result.stdout.count("::test_the_logits") == len(DAILY)
 
 
+@pytest.mark.full
 def test_a_recording_is_of_the_full_matrix_in_its_order(tmp_path: Path):
     """Two processes compare the cells, and the recording has the order of one."""
     file = tmp_path / "cells.json"

@@ -190,6 +190,7 @@ def test_what_is_not_served_is_refused_by_name(server: Server) -> None:
     assert server.request("/v1/completions", completion("Explicit"))["choices"]
 
 
+@pytest.mark.full
 def test_a_broken_checkpoint_stops_the_server_with_one_sentence(
     demo_path: Path, tmp_path: Path
 ) -> None:

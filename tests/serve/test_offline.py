@@ -28,7 +28,7 @@ llm.llm_engine.engine_core.shutdown(timeout=20)
 """
 
 
-@pytest.mark.parametrize("mlx", ["no-mlx", "mlx-first"])
+@pytest.mark.parametrize("mlx", ["no-mlx", pytest.param("mlx-first", marks=pytest.mark.full)])
 def test_a_script_gets_the_golden_text_and_ends(mlx: str, demo_path: Path, tmp_path: Path) -> None:
     """Also one that used MLX itself before: a fork after that would hang."""
     golden = json.loads((demo_path / "golden.json").read_text())

@@ -155,6 +155,7 @@ def test_after_a_reset_nothing_is_found_in_the_prefix_cache(demo_path: Path) -> 
 # --- over HTTP ---------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_server_knows_the_fitted_length_and_resets_its_cache(
     demo_path: Path, tmp_path: Path
 ) -> None:

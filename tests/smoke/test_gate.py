@@ -103,6 +103,7 @@ def test_a_skip_is_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.serve
+@pytest.mark.full
 def test_the_demo_checkpoint_passes(demo_checkpoint: demo.DemoCheckpoint) -> None:
     path = demo_checkpoint.path
     result = run_pytest(

@@ -79,6 +79,7 @@ def package(folder: Path, name: str, init: str = "", entry: str = "", version: s
 
 
 @pytest.mark.serve
+@pytest.mark.full
 def test_a_healthy_chain_from_python_to_the_golden_text(
     demo_checkpoint: demo.DemoCheckpoint, tmp_path: Path
 ):
