@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from support import hybrid, models
+from support import compiled, hybrid, models
 from vllm_moe_compat.backend.model import kernels
 from vllm_moe_compat.backend.step import compiled_decode
 from vllm_moe_compat.backend.step.forward import Forward
@@ -52,6 +52,7 @@ def same_bits(one: Run, other: Run) -> bool:
     return bool((one.logits.view(np.uint32) == other.logits.view(np.uint32)).all())
 
 
+@compiled.same_bits
 def test_no_weights_are_held_after_the_end() -> None:
     served = hybrid.model()
     weights = sum(array.nbytes for _, array in tree_flatten(served.parameters()))
@@ -65,6 +66,7 @@ def test_no_weights_are_held_after_the_end() -> None:
     assert before - mx.get_active_memory() >= weights
 
 
+@compiled.same_bits
 @pytest.mark.parametrize("greedy", [True, False], ids=["next pass built early", "one by one"])
 @pytest.mark.parametrize("lengths", [(40,), (40, 17, 31, 5)], ids=["one row", "ragged rows"])
 def test_compiled_passes_have_the_same_bits(lengths: tuple[int, ...], greedy: bool) -> None:
@@ -76,6 +78,7 @@ def test_compiled_passes_have_the_same_bits(lengths: tuple[int, ...], greedy: bo
     assert same_bits(found, plain)
 
 
+@compiled.same_bits
 def test_windows_and_sinks_are_inputs_too() -> None:
     """The window of gpt-oss begins to hide tokens while the passes are compiled."""
     served, config = models.build_mlx("gpt_oss")
@@ -86,6 +89,7 @@ def test_windows_and_sinks_are_inputs_too() -> None:
     assert same_bits(found, plain)
 
 
+@compiled.same_bits
 def test_shapes_that_change_too_often_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some row begins a page every second token."""
     monkeypatch.setattr(compiled_decode, "USES_PER_TRACE", 6)

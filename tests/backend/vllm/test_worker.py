@@ -13,6 +13,7 @@ import psutil
 import pytest
 from mlx_lm.models import base
 
+from support import compiled
 from support.engine import in_process_llm, worker
 from vllm_moe_compat import demo
 from vllm_moe_compat.backend.model import attention_hook
@@ -66,6 +67,7 @@ def test_a_failed_self_check_removes_the_attention_hook(
     traceback.clear_frames(failure.value.__traceback__)
 
 
+@compiled.same_bits
 def test_decode_passes_are_compiled_unless_vllm_enforces_eager_mode(
     demo_checkpoint: demo.DemoCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
