@@ -234,8 +234,9 @@ def remember_facts_of_engines(facts_of: Callable[[ModelConfig, Any], Any]) -> No
 
 def _remember_facts(facts_of: Callable[[ModelConfig, Any], Any], module: Any) -> None:
     kind = module.InputProcessor
-    if hasattr(kind.process_inputs, "__wrapped__"):
+    if "moe_compat_facts" in vars(kind):
         return
+    kind.moe_compat_facts = None
     begin, process = kind.__init__, kind.process_inputs
 
     @functools.wraps(begin)
