@@ -15,6 +15,9 @@ from typing import Any
 
 from vllm_moe_compat.backend.vllm.sleep import SleepMode
 
+# Not ``__wrapped__``: a release may decorate its own methods.
+_MARK = "asks_moe_compat_first"
+
 
 def ask_worker_first() -> None:
     """Replace the methods of vLLM's engine, of those that the release has; idempotent."""
@@ -30,7 +33,7 @@ def ask_worker_first() -> None:
 
 def _ask(engine: type, name: str, question: Callable[..., None]) -> None:
     method = vars(engine).get(name)
-    if method is None or hasattr(method, "__wrapped__"):
+    if method is None or hasattr(method, _MARK):
         return
 
     @functools.wraps(method)
@@ -46,4 +49,5 @@ def _ask(engine: type, name: str, question: Callable[..., None]) -> None:
             sleep_mode.revoke()
             raise
 
+    setattr(asked, _MARK, True)
     setattr(engine, name, asked)
