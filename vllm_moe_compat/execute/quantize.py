@@ -40,6 +40,8 @@ from vllm_moe_compat.plan.planner import Plan
 from vllm_moe_compat.plan.quantization import commonest_held, is_listed
 
 Weights = MutableMapping[str, mx.array]
+Arrange: TypeAlias = Callable[["SanitizedLoad", Any], None]
+"""Changes a ``SanitizedLoad``, and the model that it is for, before its tensors are made."""
 LoadExecutor: TypeAlias = Callable[..., tuple[dict[str, mx.array], QuantizationPolicy]]
 """The signature of ``load_quantized``."""
 
@@ -212,6 +214,7 @@ def load_quantized(
     sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
     model: Any,
     done: Callable[[int], object] = lambda count: None,
+    arrange: Arrange | None = None,
 ) -> tuple[dict[str, mx.array], QuantizationPolicy]:
     """Run ``sanitize``, then make and pack every tensor.
 
@@ -221,6 +224,7 @@ def load_quantized(
         sanitize: upstream's, bound to ``model``.
         model: the instance.
         done: called after each build with the number of source tensors it consumed.
+        arrange: called once the tensors have their names, and before they are made.
 
     Returns:
         The result of ``sanitize``, quantised, and the format of each module.
@@ -230,6 +234,12 @@ def load_quantized(
         InsufficientMemoryError: memory ran out; ``weights`` is empty.
     """
     sanitized = sanitize_stand_ins(load, weights, sanitize, model)
+    if arrange is not None:
+        try:
+            arrange(sanitized, model)
+        except CompatError:
+            sanitized.clear()
+            raise
     result: dict[str, mx.array] = {}
     try:
         for packed in sanitized.builds:
@@ -285,8 +295,10 @@ def _show(
         for name in build.sources:
             sources[name] = given.pop(name)
         for index, spec in enumerate(build.results(load.tensors, "BF16")):
-            # One evaluated number, broadcast: an operation on it shows in the graph.
-            stand_in = mx.broadcast_to(mx.array(0, dtype=mx.bfloat16), spec.shape)
+            # One evaluated number, broadcast: an operation on it shows in the graph. What is not
+            # made by an operation keeps its dtype, to which ``sanitize`` may look.
+            kind = mx.bfloat16 if build.ops else weights[build.weights[0]].dtype
+            stand_in = mx.broadcast_to(mx.array(0, dtype=kind), spec.shape)
             mx.eval(stand_in)
             given[build.targets[index]] = stand_in
             stand_ins[id(stand_in)] = build, index

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_moe_compat.plan.serving import Serving, serving
 
 if TYPE_CHECKING:
-    from vllm_moe_compat.execute.quantize import LoadExecutor
+    from vllm_moe_compat.execute.quantize import Arrange, LoadExecutor
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,6 +33,8 @@ class LoadOptions:
             ``lazy=True``, since the caller needs all of them.
         progress: whether long loads show a progress bar.
         record: whether ``last_report`` returns the report of the load.
+        arrange: called with the named builds before tensors are made, to make a part of the
+            model's tensors only; the plan is then complete.
     """
 
     dtype: str | None = None
@@ -41,6 +43,7 @@ class LoadOptions:
     at_once: bool = False
     progress: bool = True
     record: bool = True
+    arrange: Arrange | None = None
 
 
 _current: ContextVar[LoadOptions] = ContextVar("vllm_moe_compat_load_options")
@@ -58,7 +61,8 @@ def serving_here() -> Serving:
 
     options = load_options()
     device = "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu"
-    return serving(device, options.dtype, exact=options.executor is not None)
+    found = serving(device, options.dtype, exact=options.executor is not None)
+    return replace(found, complete=options.arrange is not None)
 
 
 @contextmanager

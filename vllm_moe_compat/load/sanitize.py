@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.checkpoint.numbers import infer_dtypes
+from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families.global_scale import take_global_scales
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load.context import LoadContext
@@ -73,9 +75,17 @@ def run_load(
         mx.reset_peak_memory()
     executor = load_options().executor
     dtype: str | None
-    if load is None or (setting == NONE and executor is None and not plan.held):
-        # A checkpoint without dequantised weights keeps its dtype unless one was set.
-        dtype = serving.dtype if plan.dequantized else serving.kept_dtype
+    # A checkpoint without dequantised weights keeps its dtype unless one was set.
+    kept = serving.dtype if plan.dequantized else serving.kept_dtype
+    if load is not None and serving.complete and not plan.complete:
+        raise LayoutError(
+            f"{load.model_dir}: other code changed the tensors before they reached {row.module}, "
+            "so no part of them can be made by itself, where the files' tensors were expected; "
+            "leave that code out, or load the whole model."
+        )
+    plain = setting == NONE and executor is None and not plan.held
+    if load is None or (plain and not plan.complete):
+        dtype = kept
         files = {name: info.file for name, info in tensors.items()}
         with bar(sum(len(build.weights) for build in plan.builds)) as done:
             run_plan(plan, weights, dtype or "bfloat16", files, done)
@@ -92,14 +102,13 @@ def run_load(
             tensors,
             packing,
             spare,
-            serving.dtype,
+            (kept or "bfloat16") if plain else serving.dtype,
             serving.packed_dtype,
             corrects=executor is None,
         )
         with bar(0 if executor else len(weights)) as done:
-            sanitized, policy = (executor or load_quantized)(
-                quantized, weights, sanitize, model, done
-            )
+            make = executor or partial(load_quantized, arrange=load_options().arrange)
+            sanitized, policy = make(quantized, weights, sanitize, model, done)
         if policy.formats:
             # ``load_model`` uses this dict to quantise its modules.
             load.config["quantization"].update({p: o.config for p, o in policy.overrides.items()})

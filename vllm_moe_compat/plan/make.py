@@ -179,6 +179,7 @@ def _plan(
             exact=serving.exact,
             checked=True,
             hold=not quantizes,
+            complete=serving.complete,
         )
         return plan, []
     except LayoutError as error:

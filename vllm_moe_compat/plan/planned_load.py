@@ -152,6 +152,7 @@ class PlannedLoad:
             exact=exact,
             checked=True,
             hold=not split,
+            complete=self.serving.complete,
         )
 
 

@@ -12,7 +12,7 @@ looks only at the first layer to find out whether experts are stacked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -58,6 +58,8 @@ class Plan:
         digested: number of such weights that upstream dequantises or keeps.
         names: changes of names that precede everything else.
         held: number of such weights that MLX holds as they are stored.
+        complete: whether every tensor that ``sanitize`` does not compute with has a build, one of
+            no operations if nothing is to do. Then a part of any of them can be made by itself.
     """
 
     module: str
@@ -72,6 +74,7 @@ class Plan:
     digested: int = 0
     names: TensorNames = field(default_factory=TensorNames)
     held: int = 0
+    complete: bool = False
 
     @property
     def empty(self) -> bool:
@@ -89,6 +92,7 @@ def make_plan(
     direct: bool = False,
     checked: bool = False,
     hold: bool = False,
+    complete: bool = False,
 ) -> Plan:
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
 
@@ -104,6 +108,7 @@ def make_plan(
             upstream stacks are then not checked.
         checked: whether the caller has checked numbers and experts.
         hold: whether weights stay packed where MLX can hold them as they are stored.
+        complete: see ``Plan``; implies ``split``, for combined experts too.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
@@ -113,13 +118,24 @@ def make_plan(
     if keeps_numbers(row, layout):
         digested = len(numbers.weights)
         ignored = tuple(sorted(layout.ignored))
+        builds: list[Build] = []
+        if complete:
+            builds.extend(_unchanged(layout, numbers.unused))
         return Plan(
-            row.module, layout.words, drops=numbers.unused, ignored=ignored, digested=digested
+            row.module,
+            layout.words,
+            builds=tuple(builds),
+            drops=numbers.unused,
+            ignored=ignored,
+            digested=digested,
+            complete=complete,
         )
+    split = split or complete
     digested = digests_numbers(row, layout) and not split and not exact
     blocks = [b for b in layout.experts if b.per_expert or (b.combined and not b.packed)]
     stacking = row.moe is not None and any(
-        (split and (b.per_expert or _is_stored(b, numbers)))
+        complete
+        or (split and (b.per_expert or _is_stored(b, numbers)))
         or not digests_block(row.moe, b, layout)
         or (_is_stored(b, numbers) and not digested)
         for b in blocks
@@ -130,7 +146,7 @@ def make_plan(
     digested = digested and not stacking
     stored = set[str]() if digested else set(numbers.weights)
 
-    builds: list[Build] = []
+    builds = []
     experts = 0
     for block in blocks if stacking else ():
         assert row.moe is not None
@@ -144,13 +160,16 @@ def make_plan(
     builds.extend(_other_builds(layout, row, config, stored, done))
     shifts, widen, returns_early = norms(layout, row, stacking=stacking)
     builds.extend(Build(name, (name,), (), (op,)) for name, op in shifts)
+    drops = (row.ignored if returns_early else row.dropped_here).of(config).select(layout.ignored)
+    if complete:
+        done = {name for build in builds for name in build.sources}
+        builds.extend(_unchanged(layout, done.union(numbers.unused, widen)))
     # Layer by layer. Sorting is stable, so the order within a layer stays.
     order = {layer: n for n, layer in enumerate(dict.fromkeys(b.layer for b in builds))}
     builds.sort(key=lambda build: order[build.layer])
     if hold:
         builds = [_held(build, row) for build in builds]
     held = sum(len(build.weights) for build in builds if build.held is not None)
-    drops = (row.ignored if returns_early else row.dropped_here).of(config).select(layout.ignored)
     return Plan(
         module=row.module,
         words=layout.words,
@@ -163,7 +182,13 @@ def make_plan(
         dequantized=0 if digested else len(numbers.weights) - held,
         digested=len(numbers.weights) if digested else 0,
         held=held,
+        complete=complete,
     )
+
+
+def _unchanged(layout: Layout, done: Collection[str]) -> Iterator[Build]:
+    """Yield builds without operations for the tensors that are not ``done``."""
+    return (Build(name, (name,), (), ()) for name in layout.tensors if name not in done)
 
 
 def _held(build: Build, row: Row) -> Build:

@@ -27,6 +27,7 @@ class Serving:
         setting: ``none`` or a key of ``QUANTIZE_SETTINGS``.
         exact: whether products in bfloat16 are too coarse.
         kept_dtype: dtype of checkpoints without dequantised weights; None for their own.
+        complete: whether a part of the model's tensors is made; see ``planner.Plan``.
     """
 
     dtype: str
@@ -34,6 +35,7 @@ class Serving:
     setting: str = NONE
     exact: bool = False
     kept_dtype: str | None = None
+    complete: bool = False
 
 
 def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Serving:
