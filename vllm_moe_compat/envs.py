@@ -39,7 +39,7 @@ class Variable:
         default: the value when unset or empty.
         doc: its effect, for the documentation.
         choices: the valid values; empty where any value is valid.
-        kind: ``switch``, ``choice``, ``folder`` or ``file``.
+        kind: ``switch``, ``choice``, ``size``, ``folder`` or ``file``.
     """
 
     name: str
@@ -95,6 +95,14 @@ QUANTIZE = Variable(
     "the model.",
     ("none", "8bit", "mxfp8", "6bit", "4bit"),
 )
+EXPERT_CACHE = Variable(
+    "VLLM_MOE_COMPAT_EXPERT_CACHE",
+    "off",
+    "The memory for weights of routed experts, over all layers: off (all of them stay in memory), "
+    "a share of them (25%), or a size (8GiB). Experts beyond it are read from disk when a token "
+    "needs them.",
+    kind="size",
+)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
@@ -113,6 +121,7 @@ VARIABLES: tuple[Variable, ...] = (
     BACKEND,
     DTYPE,
     QUANTIZE,
+    EXPERT_CACHE,
     SMOKE_MODEL,
     SMOKE_GOLDEN,
 )
