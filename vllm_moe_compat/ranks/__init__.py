@@ -1,0 +1,1 @@
+"""Tensor parallelism: how a model is cut, and how a rank loads its share. No vLLM inside."""
