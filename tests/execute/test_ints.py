@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+from support.loading import same_bits
 from support.packed import (
     PackedForm,
     auto_round_form,
@@ -20,6 +22,7 @@ from support.packed import (
     int_form,
     pack_form,
 )
+from support.stored import stored
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers import Numbers, find_numbers
 from vllm_moe_compat.checkpoint.operations import MlxFormat
@@ -193,6 +196,7 @@ def test_stacking_and_splitting_work_on_words(
     assert np.array_equal(np.array(floats["up.weight"]), up)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["per expert", "combined"])
 @pytest.mark.parametrize("form", SHAPES, ids=by_name)
 @pytest.mark.parametrize(
     "part",
@@ -205,13 +209,19 @@ def test_stacking_and_splitting_work_on_words(
     ],
     ids=str,
 )
-def test_a_restricted_build_makes_that_part(form: PackedForm, part: Restriction):
+def test_a_restricted_build_makes_that_part(
+    form: PackedForm, part: Restriction, stacked: bool, tmp_path: Path
+):
     generator = np.random.default_rng(5)
     ints = [form.draw(generator, 64, 128) for _ in range(4)]
     names = [f"experts.{e}.up.weight" for e in range(4)]
     state = {}
     for name, one in zip(names, ints, strict=True):
         state |= form.store(name, one)
+    if stacked:
+        each = [form.store("m.weight", one) for one in ints]
+        state = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+        names = ["m.weight"]
     weights = arrays(state)
     tensors: dict[str, TensorInfo] = tensor_infos(weights)
     whole = build_of(numbers_of(weights, form), names)
@@ -224,15 +234,25 @@ def test_a_restricted_build_makes_that_part(form: PackedForm, part: Restriction)
     assert np.array_equal(np.array(made), wanted)
     assert build.results(tensors, "F32")[0].shape == wanted.shape
     assert build.bytes_read(tensors) <= sum(a.nbytes for a in weights.values())
+    files = stored(tmp_path, weights, tensors)
+    assert same_bits(make_build(build, dict(files), "float32"), {"m.weight": made})
+    # Shapes and orders of columns are counted as a whole, and not all are read.
+    flat = sum(weights[name].nbytes for name in build.sources if _is_flat(weights, name, build))
+    assert 0 <= build.bytes_read(tensors) - files.bytes_read <= flat
     if any(n % whole.held.group for n in part.columns or ()):
         assert build.held is None
         return
     assert build.held is not None
     packed = make_build(build, dict(weights), "bfloat16", formats=(build.held,))
+    assert same_bits(make_build(build, dict(files), "bfloat16", formats=(build.held,)), packed)
     assert np.array_equal(widened(packed, "m", build.held), wanted)
     assert {k.rpartition(".")[2]: v.shape for k, v in packed.items()} == {
         kind: spec.shape for kind, spec in build.held.tensors(wanted.shape).items()
     }
+
+
+def _is_flat(weights: dict[str, mx.array], name: str, build: Build) -> bool:
+    return name.endswith("_shape") or weights[name].ndim < weights[build.weights[0]].ndim
 
 
 def test_awqs_words_are_exchanged_alike_on_every_device():

@@ -7,9 +7,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support.loading import same_bits
+from support.stored import stored
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8, scale_grid
 from vllm_moe_compat.execute.build_tensor import make_build
@@ -35,8 +37,9 @@ def a_build(layout: str, block: tuple[int, int] | None) -> tuple[Build, dict[str
         names = ("experts",)
         shape = (E, ROWS, COLUMNS)
     after: tuple[Any, ...] = ()
-    if layout == "gate_up":
-        shape, after, others = (E, 2 * ROWS, COLUMNS), (SplitGateUp(),), ("up",)
+    if layout in ("gate_up", "interleaved"):
+        after, others = (SplitGateUp(layout == "interleaved"),), ("up",)
+        shape = (E, 2 * ROWS, COLUMNS)
     if layout == "transposed":
         shape, after = (E, COLUMNS, ROWS), (Transpose(),)
     parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -59,15 +62,17 @@ def spans(size: int) -> st.SearchStrategy[tuple[int, int] | None]:
     return st.none() | cut
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout=st.sampled_from(["per-expert", "combined", "gate_up", "transposed"]),
+    layout=st.sampled_from(["per-expert", "combined", "gate_up", "interleaved", "transposed"]),
     block=st.sampled_from([None, (4, 4), (5, 7), (1, COLUMNS), (128, 128)]),
     experts=spans(E),
     rows=spans(ROWS),
     columns=spans(COLUMNS),
 )
-def test_a_part_of_a_build_is_that_part_of_the_whole(layout, block, experts, rows, columns):
+def test_a_part_of_a_build_is_that_part_of_the_whole(
+    tmp_path, layout, block, experts, rows, columns
+):
     build, sources = a_build(layout, block)
     tensors = {n: TensorInfo(NAMES[a.dtype], tuple(a.shape)) for n, a in sources.items()}
     whole = make_build(build, dict(sources), "float32")
@@ -83,6 +88,47 @@ def test_a_part_of_a_build_is_that_part_of_the_whole(layout, block, experts, row
     assert [spec.shape for spec in specs] == [tuple(array.shape) for array in made.values()]
     assert part.bytes_read(tensors) <= build.bytes_read(tensors)
     assert set(sources) - set(given_) == set(part.sources)
+    files = stored(tmp_path, sources, tensors)
+    assert same_bits(make_build(part, dict(files), "float32"), made)
+    assert files.bytes_read == part.bytes_read(tensors)
+
+
+@settings(max_examples=60)
+@given(
+    layout=st.sampled_from(["per-expert", "combined", "gate_up", "interleaved", "transposed"]),
+    block=st.sampled_from([None, (4, 4), (1, COLUMNS)]),
+    first=st.tuples(spans(E), spans(ROWS), spans(COLUMNS)),
+    data=st.data(),
+)
+def test_a_part_of_a_part_is_that_part_of_it(layout, block, first, data):
+    build, sources = a_build(layout, block)
+    one = build.restricted(Restriction(*first))
+    (whole, *_) = make_build(one, dict(sources), "float32").values()
+    then = tuple(data.draw(spans(size)) for size in whole.shape)
+    (part, *_) = make_build(one.restricted(Restriction(*then)), dict(sources), "float32").values()
+    assert mx.array_equal(part, whole[tuple(slice(*(s or (None,))) for s in then)]).item()
+    assert one.restricted(Restriction()) == one
+
+
+@pytest.mark.parametrize("interleaved", [None, False, True])
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_part_of_biases_is_that_part(tmp_path, interleaved, combined):
+    """Biases ``[E, O]`` have no rows: those of the weights are their columns."""
+    split = () if interleaved is None else (SplitGateUp(interleaved, -1),)
+    width, others = (ROWS, ()) if interleaved is None else (2 * ROWS, ("up",))
+    whole = mx.arange(E * width, dtype=mx.float32).reshape(E, width)
+    sources = {"all": whole} if combined else {f"e{n}": whole[n] for n in range(E)}
+    stack = () if combined else (StackExperts(E),)
+    build = Build("gate", tuple(sources), (), (*stack, *split), others)
+    tensors = {name: TensorInfo("F32", tuple(a.shape)) for name, a in sources.items()}
+    made = make_build(build, dict(sources), "float32")
+    part = build.restricted(Restriction(experts=(1, 3), columns=(2, 7)))
+    files = stored(tmp_path, sources, tensors)
+    found = make_build(part, dict(files), "float32")
+    assert same_bits(found, {name: array[1:3, 2:7] for name, array in made.items()})
+    assert [spec.shape for spec in part.results(tensors, "F32")] == [(2, 5)] * len(found)
+    assert files.bytes_read == part.bytes_read(tensors)
+    assert files.bytes_read == 2 * 4 * (5 if interleaved is None else width)
 
 
 @pytest.mark.parametrize("block", [None, (4, 4)])

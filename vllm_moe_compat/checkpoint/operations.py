@@ -145,6 +145,11 @@ class Dequantize(Op):
         """Return the shape ``[…, O, I]`` of the floats, for the shape of the stored tensor."""
         return stored
 
+    @property
+    def exchanged(self) -> bool:
+        """Whether the last two axes of stored tensors are columns and rows."""
+        return False
+
     @abstractmethod
     def parts_follow(self, weight: Spec, parts: Mapping[str, Spec]) -> bool:
         """Whether operations that move values apply to the parts as to the weight."""

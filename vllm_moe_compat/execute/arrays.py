@@ -18,7 +18,8 @@ from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.execute import stack
 from vllm_moe_compat.execute.numbers import executor_of
 from vllm_moe_compat.execute.numbers.executor import Parts
-from vllm_moe_compat.execute.stack import Arrays, Stack
+from vllm_moe_compat.execute.stack import Arrays, Stack, as_whole
+from vllm_moe_compat.execute.stored_tensors import as_array
 from vllm_moe_compat.plan import ops as op_types
 from vllm_moe_compat.plan.packing import Requantize
 
@@ -38,15 +39,16 @@ def run(op: Op, given: Arrays, dtype: str) -> Arrays:
                 role: [array[e] for array in arrays for e in range(experts)]
                 for role, arrays in given.parts.items()
             }
-            return Arrays([w[e] for w in given.weights for e in range(experts)], apart)
+            weights = [as_array(w) for w in given.weights]
+            return Arrays([w[e] for w in weights for e in range(experts)], apart)
         case Dequantize():
             return Arrays([dequantize(given.weights[0], op, given.only(), dtype)])
         case Requantize(bits, group, mode):
-            packed = [mx.quantize(w, group, bits, mode=mode) for w in given.weights]
+            packed = [mx.quantize(as_whole(w), group, bits, mode=mode) for w in given.weights]
             roles = ("scales", "biases")[: len(packed[0]) - 1]
             parts = {role: [p[n] for p in packed] for n, role in enumerate(roles, start=1)}
             return Arrays([p[0] for p in packed], parts)
-    whole = Arrays([w.all() if isinstance(w, Stack) else w for w in given.weights], given.parts)
+    whole = Arrays([as_whole(w) for w in given.weights], given.parts)
     moved = _moved(op, whole.weights, dtype)
     return executor_of(op).quantize(op, whole) if moved is None else Arrays(moved)
 
@@ -117,7 +119,8 @@ def bands(
     """Yield a tensor ``[…, O, I]`` a few experts, or a band of rows, at a time.
 
     Args:
-        weight: an array or a ``Stack``, whose members are released as they are used.
+        weight: an array, a ``StoredTensor``, or a ``Stack``, whose members are released as they
+            are used.
         op: the dequantising operation; None for floats, which stay as they are.
         parts: role → further tensor of the form; with an operation, the result of ``ready``.
         dtype: dtype of dequantised weights.
@@ -147,7 +150,7 @@ def bands(
         if isinstance(weight, Stack):
             chunk = weight.take(start, experts.stop, pending())
         else:
-            chunk = weight[experts]
+            chunk = as_array(weight[experts])
         for top in range(0, rows, max(height, 1)):
             band = slice(top, min(top + height, rows))
             part = chunk[:, band] if executor is None else executor.cut(op, chunk, band)

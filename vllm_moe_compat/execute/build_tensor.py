@@ -2,13 +2,15 @@
 
 Large tensors go from their sources into the targets' buffers a few experts at a time, through
 dequantising, transposing, splitting and packing. Neither a bfloat16 copy nor a combined tensor
-is ever held as a whole beside the result.
+is ever held as a whole beside the result. Sources that are stored tensors are read on the way:
+only the region that a restricted build needs, and experts a few at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +18,8 @@ from vllm_moe_compat.checkpoint.operations import Dequantize, MlxFormat, Op
 from vllm_moe_compat.execute.arrays import Band, bands, ready, run
 from vllm_moe_compat.execute.laziness import is_lazy, settle
 from vllm_moe_compat.execute.numbers import executor_of
-from vllm_moe_compat.execute.stack import Arrays, Stack
+from vllm_moe_compat.execute.stack import Arrays, Stack, as_whole
+from vllm_moe_compat.execute.stored_tensors import Source, as_array
 from vllm_moe_compat.plan.build import Build, Restriction, Span
 from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.packing import Packing, Requantize
@@ -24,7 +27,7 @@ from vllm_moe_compat.plan.packing import Packing, Requantize
 
 def make_build(
     build: Build,
-    weights: MutableMapping[str, mx.array],
+    weights: MutableMapping[str, Any],
     dtype: str,
     *,
     names: Sequence[str] = (),
@@ -34,7 +37,7 @@ def make_build(
 
     Args:
         build: of a plan for these tensors.
-        weights: name → array, mostly unread.
+        weights: name → array, mostly unread, or stored tensor.
         dtype: dtype of dequantised weights.
         names: names of the results; the build's targets by default.
         formats: packed format of each result; None, or no entry, for floats. Results are held
@@ -52,37 +55,54 @@ def make_build(
     if any(isinstance(packing, MlxFormat) for packing in formats):
         made = make_tensors(build.ops, operand, names, dtype, formats)
         return {name: _trimmed_words(name, array, build) for name, array in made.items()}
-    for op in build.ops:
-        operand = run(op, operand, dtype)
-    arrays = [_trimmed(w.all() if isinstance(w, Stack) else w, build) for w in operand.weights]
-    settle(arrays)
+    if (cut := _rest(build)) == Restriction():
+        return make_tensors(build.ops, operand, names, dtype, formats)
+    whole = make_tensors(build.ops, operand, names, dtype)
+    arrays: list[mx.array] = []
+    for name in names:
+        # A copy, since a view would keep what was read around it.
+        arrays.append(mx.contiguous(as_array(_cut(whole.pop(name), cut))))
+        settle(arrays[-1])
     return make_tensors((), Arrays(arrays), names, dtype, formats)
 
 
-def take(build: Build, weights: MutableMapping[str, mx.array]) -> Arrays:
-    """Remove the build's sources from ``weights`` and return their region that is read."""
+def take(build: Build, weights: MutableMapping[str, Any]) -> Arrays:
+    """Remove the build's sources from ``weights`` and return their region that is read.
+
+    The weights of the result may be stored tensors that are still unread; the parts are read.
+    """
     operand = Arrays(
         [weights.pop(name) for name in build.weights],
         {role: [weights.pop(name) for name in names] for role, names in build.parts},
     )
     region = build.region
     if region == Restriction():
-        return operand
+        return _parts_read(operand)
     shape = tuple(operand.weights[0].shape)
     op = build.dequantize
     if op is None:
-        return Arrays([_cut(array, region) for array in operand.weights])
+        # A view of an array would keep the whole array.
+        return Arrays([_copied(_cut(array, region)) for array in operand.weights])
     executor = executor_of(op)
     cut = [executor.region(op, array, region) for array in operand.weights]
-    parts: dict[str, list[mx.array]] = {}
+    parts: dict[str, list[Source]] = {}
     for number in range(len(cut)):
         given = {role: arrays[number] for role, arrays in operand.parts.items()}
         for role, part in executor.restrict(op, given, shape, region).items():
             parts.setdefault(role, []).append(part)
-    return Arrays(cut, parts)
+    return _parts_read(Arrays(cut, parts))
 
 
-def _cut(array: mx.array, region: Restriction) -> mx.array:
+def _parts_read(operand: Arrays) -> Arrays:
+    parts = {role: [as_array(part) for part in parts] for role, parts in operand.parts.items()}
+    return Arrays(operand.weights, parts)
+
+
+def _copied(part: Source) -> Source:
+    return mx.contiguous(part) if isinstance(part, mx.array) else part
+
+
+def _cut(array: Source, region: Restriction) -> Source:
     if region.experts is not None:
         array = array[slice(*region.experts)]
     if region.rows is not None:
@@ -90,17 +110,15 @@ def _cut(array: mx.array, region: Restriction) -> mx.array:
     return array if region.columns is None else array[..., slice(*region.columns)]
 
 
-def _trimmed(array: mx.array, build: Build) -> mx.array:
-    """Cut a target down to the restriction; whole blocks were read around it."""
+def _rest(build: Build) -> Restriction:
+    """Return what to cut of the targets, of which whole blocks were read."""
     wanted, region = build.restriction, build.region
     assert wanted is not None
     rows, columns = region.rows, region.columns
     if any(isinstance(op, Transpose) for op in build.ops):
         rows, columns = columns, rows
     experts = wanted.experts if region.experts is None else None
-    return _cut(
-        array, Restriction(experts, _within(wanted.rows, rows), _within(wanted.columns, columns))
-    )
+    return Restriction(experts, _within(wanted.rows, rows), _within(wanted.columns, columns))
 
 
 def _trimmed_words(name: str, array: mx.array, build: Build) -> mx.array:
@@ -124,8 +142,10 @@ def _trimmed_words(name: str, array: mx.array, build: Build) -> mx.array:
 
 
 def _within(span: Span | None, read: Span | None) -> Span | None:
-    """Return a span relative to the span that was read; None means the whole axis."""
-    return span if span is None or read is None else (span[0] - read[0], span[1] - read[0])
+    """Return a span relative to the span that was read; None means all of it."""
+    if span is None or span == read:
+        return None
+    return span if read is None else (span[0] - read[0], span[1] - read[0])
 
 
 def make_tensors(
@@ -142,11 +162,12 @@ def make_tensors(
     spent.parts.clear()
     packings = [*formats, *[None] * (len(names) - len(formats))]
     if not ops and not any(packings):
-        return dict(zip(names, operand.weights, strict=True))  # Only a new name; still unread.
+        # Only a new name; an array is still unread.
+        return dict(zip(names, map(as_array, operand.weights), strict=True))
     if not _streams(ops, operand, packed=any(packings)):
         for op in ops:
             operand = run(op, operand, dtype)
-        weights = [w.all() if isinstance(w, Stack) else w for w in operand.weights]
+        weights = [as_whole(w) for w in operand.weights]
         operand.weights.clear()
         if not any(packings):
             settle(weights)

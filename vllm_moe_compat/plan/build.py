@@ -31,17 +31,33 @@ class Restriction:
     columns: Span | None = None
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of this part of a tensor ``[…, O, I]``."""
-        lead, rows, columns = list(whole[:-2]), *whole[-2:]
-        if self.experts is not None:
-            lead[0] = _length(self.experts)
-        rows = rows if self.rows is None else _length(self.rows)
-        columns = columns if self.columns is None else _length(self.columns)
-        return (*lead, rows, columns)
+        """Return the shape of this part of a tensor ``[…, O, I]``, or of biases ``[…, O]``.
+
+        The rows of biases are their columns here.
+        """
+        shape = list(whole)
+        for axis, span in ((0, self.experts), (-2, self.rows), (-1, self.columns)):
+            if span is not None:
+                shape[axis] = _length(span)
+        return tuple(shape)
+
+    def of(self, part: Restriction) -> Restriction:
+        """Return ``part``, which is relative to this part, relative to the whole."""
+        return Restriction(
+            _inside(self.experts, part.experts),
+            _inside(self.rows, part.rows),
+            _inside(self.columns, part.columns),
+        )
 
 
 def _length(span: Span) -> int:
     return span[1] - span[0]
+
+
+def _inside(outer: Span | None, inner: Span | None) -> Span | None:
+    if outer is None or inner is None:
+        return inner or outer
+    return (outer[0] + inner[0], outer[0] + inner[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +126,19 @@ class Build:
         )
 
     def restricted(self, to: Restriction) -> Build:
-        """Return the build of a part of the targets ``[…, O, I]``.
+        """Return the build of a part of the targets ``[…, O, I]``, as this build makes them.
 
         Of per-expert sources only the restricted experts remain; of other sources ``region``
         is read. Packed words are cut between groups only; for other columns the targets become
         floats.
         """
+        if self.restriction is not None:
+            to = self.restriction.of(to)
         if self.held is not None and any(n % self.held.group for n in to.columns or ()):
-            return replace(self, held=None).restricted(to)
+            return replace(self, held=None, restriction=None).restricted(to)
         stack = next((op for op in self.ops if isinstance(op, StackExperts)), None)
         if stack is None or to.experts is None:
-            return replace(self, restriction=to)
+            return replace(self, restriction=None if to == Restriction() else to)
         chosen = slice(*to.experts)
         ops = tuple(StackExperts(_length(to.experts)) if op is stack else op for op in self.ops)
         rest = replace(to, experts=None)
@@ -150,8 +168,8 @@ class Build:
             match op:
                 case Transpose():
                     rows, columns = columns, rows
-                case SplitGateUp():
-                    rows = None
+                case SplitGateUp(axis=axis):
+                    rows, columns = (None, columns) if axis == -2 else (rows, None)
                 case Dequantize():
                     rows = _widened(rows, op.rows_per_part)
                     columns = _widened(columns, op.columns_per_part)
@@ -162,32 +180,40 @@ class Build:
         return Restriction(experts, rows, columns)
 
     def bytes_read(self, tensors: Mapping[str, TensorInfo]) -> int:
-        """Return the bytes of the sources' regions that are read."""
-        region = self.region
-        if region == Restriction():
-            return sum(nbytes(tensors[name].dtype, tensors[name].shape) for name in self.sources)
-        stored = tensors[self.weights[0]].shape
-        whole = stored if self.dequantize is None else self.dequantize.logical(stored)
-        share = math.prod(_clipped(region, whole).shape(whole)) / math.prod(whole)
+        """Return the bytes of the sources' regions that are read.
+
+        Parts of fewer axes than their weight have all rows and columns counted.
+        """
+        region, op = self.region, self.dequantize
+        first = tensors[self.weights[0]].shape
+        whole = first if op is None else op.logical(first)
         read = 0
-        for name in self.weights:
-            read += math.ceil(nbytes(tensors[name].dtype, stored) * share)
-        for _, names in self.parts:
-            for name in names:
-                info = tensors[name]
-                follows = len(info.shape) == len(stored) and math.prod(info.shape) > 1
-                size = nbytes(info.dtype, info.shape)
-                read += math.ceil(size * share) if follows else size
+        for name in self.sources:
+            info = tensors[name]
+            shape = list(info.shape)
+            if region.experts is not None and math.prod(shape) > 1 and shape[0] == first[0]:
+                shape[0] = _length(region.experts)
+            if len(shape) == len(first) and math.prod(shape) > 1:
+                rows, columns = (-1, -2) if op is not None and op.exchanged else (-2, -1)
+                if region.rows is not None:
+                    block = 1 if op is None else op.rows_per_part
+                    shape[rows] = _entries(region.rows, whole[-2], shape[rows], block)
+                if region.columns is not None:
+                    block = 1 if op is None else op.columns_per_part
+                    shape[columns] = _entries(region.columns, whole[-1], shape[columns], block)
+            read += nbytes(info.dtype, tuple(shape))
         return read
 
 
-def _clipped(region: Restriction, whole: tuple[int, ...]) -> Restriction:
-    def clip(span: Span | None, size: int) -> Span | None:
-        return None if span is None else (span[0], min(span[1], size))
+def _entries(span: Span, size: int, entries: int, block: int) -> int:
+    """Return how many of an axis's entries belong to a span of the ``size`` rows or columns.
 
-    return Restriction(
-        region.experts, clip(region.rows, whole[-2]), clip(region.columns, whole[-1])
-    )
+    An entry belongs to a block, or all entries to equally many.
+    """
+    first, last = span[0], min(span[1], size)
+    if entries == -(-size // block):
+        return -(-last // block) - first // block
+    return -(-last * entries // size) - first * entries // size
 
 
 def _widened(span: Span | None, block: int) -> Span | None:

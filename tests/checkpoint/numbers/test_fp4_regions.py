@@ -16,10 +16,11 @@ from parity import fp4
 from parity.mlx_families import FAMILIES as MLX_FAMILIES
 from parity.test_without_transformers import checkpoint
 from support.fp4 import cell
-from support.loading import TOKENS, load, read
+from support.loading import TOKENS, load, read, same_bits
 from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers
 from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.execute.build_tensor import make_build
+from vllm_moe_compat.execute.stored_tensors import StoredTensors
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.plan.build import Restriction
 from vllm_moe_compat.plan.planner import make_plan
@@ -67,7 +68,11 @@ def test_a_part_of_a_target_is_that_part(
     for one in builds[:3]:
         formats = [one.held] * len(one.targets) if hold else []
         whole = make_build(one, read(folder), "float32", formats=formats)
-        part = make_build(one.restricted(to), read(folder), "float32", formats=formats)
+        restricted = one.restricted(to)
+        part = make_build(restricted, read(folder), "float32", formats=formats)
+        files = StoredTensors(folder, tensors, gap=0)
+        assert same_bits(make_build(restricted, dict(files), "float32", formats=formats), part)
+        assert files.bytes_read == restricted.bytes_read(tensors)
         assert part.keys() == whole.keys()
         for name, array in whole.items():
             if to.experts is not None:

@@ -54,6 +54,11 @@ class DequantizeFp4(Dequantize):
         """Return ``[…, O, I]`` for the shape of the bytes."""
         return unpacked(stored, turned=self.turned)
 
+    @property
+    def exchanged(self) -> bool:
+        """Whether bytes and scales are turned."""
+        return self.turned
+
     def result(self, given: Operand, target: str) -> Operand:
         """Drop the scales; two columns per byte; the dtype becomes ``target``."""
         (weight,), (scale,) = given.weights, given.parts.get(SCALE, (Spec("", ()),))

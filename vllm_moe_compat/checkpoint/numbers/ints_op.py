@@ -92,6 +92,11 @@ class DequantizeInts(Dequantize):
         return (*lead, height, self.columns)
 
     @property
+    def exchanged(self) -> bool:
+        """Whether words and parts lie along the rows."""
+        return self.storage in (COLUMN_WORDS, AWQ_WORDS)
+
+    @property
     def groups(self) -> int:
         """``G``."""
         return -(-self.columns // self.group)

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.execute.stack import Arrays, Stack
+from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
 
 Parts = Mapping[str, mx.array]
@@ -77,8 +78,8 @@ class Executor(ABC):
         """
         raise NotImplementedError(f"{type(op).__name__} has no global scale")
 
-    def region(self, op: Any, weight: mx.array, region: Restriction) -> mx.array:
-        """Return the region of a stored tensor, given in rows and columns of the floats."""
+    def region(self, op: Any, weight: Source, region: Restriction) -> Source:
+        """Return the region of a tensor, given in rows and columns of the floats; reads nothing."""
         if region.experts is not None:
             weight = weight[slice(*region.experts)]
         if region.rows is not None:
@@ -97,8 +98,12 @@ class Executor(ABC):
 
     @abstractmethod
     def restrict(
-        self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
-    ) -> dict[str, mx.array]:
+        self,
+        op: Dequantize,
+        parts: Mapping[str, Source],
+        shape: tuple[int, ...],
+        region: Restriction,
+    ) -> dict[str, Source]:
         """Return the parts for a region of whole blocks of a weight of ``shape`` as stored."""
 
     @abstractmethod

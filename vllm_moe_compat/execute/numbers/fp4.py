@@ -7,6 +7,8 @@ product of value and scale is exact in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.numbers.fp4_ops import GLOBAL, SCALE, DequantizeFp4
@@ -14,6 +16,7 @@ from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
 from vllm_moe_compat.execute.stack import Arrays
+from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
 
 MLX_GLOBAL = 6.0 * 448.0
@@ -74,13 +77,17 @@ class Fp4Executor(Executor):
         shared = parts[GLOBAL]
         return MLX_GLOBAL / shared if op.divides else shared * MLX_GLOBAL
 
-    def region(self, op: DequantizeFp4, weight: mx.array, region: Restriction) -> mx.array:
+    def region(self, op: DequantizeFp4, weight: Source, region: Restriction) -> Source:
         """Return the bytes of a region of whole groups."""
         return super().region(op, weight, _stored(op, region, 2))
 
     def restrict(
-        self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
-    ) -> dict[str, mx.array]:
+        self,
+        op: Dequantize,
+        parts: Mapping[str, Source],
+        shape: tuple[int, ...],
+        region: Restriction,
+    ) -> dict[str, Source]:
         """Return the scales of a region; global scales are cut to its experts."""
         assert isinstance(op, DequantizeFp4)
         found = {SCALE: super().region(op, parts[SCALE], _stored(op, region, op.group))}

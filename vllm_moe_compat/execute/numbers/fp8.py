@@ -8,7 +8,7 @@ blocks use lookup tables (``fp8_tables``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
@@ -23,6 +23,7 @@ from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.execute import fp8_tables, stack
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
 from vllm_moe_compat.execute.stack import Arrays, Stack
+from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
 
 E4M3_MAX = 448.0
@@ -70,8 +71,12 @@ class Fp8Executor(Executor):
         return made
 
     def restrict(
-        self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
-    ) -> dict[str, mx.array]:
+        self,
+        op: Dequantize,
+        parts: Mapping[str, Source],
+        shape: tuple[int, ...],
+        region: Restriction,
+    ) -> dict[str, Source]:
         """Return the scales of the region's blocks; a single scale for the tensor is kept."""
         scale = parts[SCALE]
         if scale.size == 1:

@@ -10,7 +10,7 @@ Axes: ``N`` experts, ``O`` output rows, ``I`` input columns, ``G`` groups of col
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
@@ -32,6 +32,7 @@ from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.execute.numbers import awq_words
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
 from vllm_moe_compat.execute.stack import Arrays
+from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
 
 
@@ -123,7 +124,7 @@ class IntExecutor(Executor):
             scale, bias = mx.take(scale, starts, axis=-1), mx.take(bias, starts, axis=-1)
         return _words(op, weight), scale, bias
 
-    def region(self, op: DequantizeInts, weight: mx.array, region: Restriction) -> mx.array:
+    def region(self, op: DequantizeInts, weight: Source, region: Restriction) -> Source:
         """Return the region's experts and rows; all columns stay."""
         if region.experts is not None:
             weight = weight[slice(*region.experts)]
@@ -138,8 +139,12 @@ class IntExecutor(Executor):
         return weight[..., first:last, :]
 
     def restrict(
-        self, op: Dequantize, parts: Parts, shape: tuple[int, ...], region: Restriction
-    ) -> dict[str, mx.array]:
+        self,
+        op: Dequantize,
+        parts: Mapping[str, Source],
+        shape: tuple[int, ...],
+        region: Restriction,
+    ) -> dict[str, Source]:
         """Return the region's parts; ``weight_shape`` is that of the whole weight."""
         assert isinstance(op, DequantizeInts)
         found = {role: part for role, part in parts.items() if role != SHAPE}
