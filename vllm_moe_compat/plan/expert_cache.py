@@ -177,7 +177,7 @@ def divide(layers: Sequence[ExpertLayer], per_token: int, setting: CacheSetting)
         InsufficientMemoryError: it is less than the experts of one token take.
     """
     fewest = [min(per_token, layer.experts) for layer in layers]
-    least, full = _bytes(layers, fewest), _bytes(layers, [layer.experts for layer in layers])
+    least, full = _bytes(layers, fewest), full_bytes(layers)
     budget = setting.budget(full)
     if budget < least:
         share = -(-1000 * least // full) / 10
@@ -196,6 +196,16 @@ def divide(layers: Sequence[ExpertLayer], per_token: int, setting: CacheSetting)
             slots[index] += 1
             rest -= layer.expert_bytes
     return CachePlan(tuple(layers), tuple(slots), per_token, _bytes(layers, slots), least, full)
+
+
+def least_bytes(layers: Sequence[ExpertLayer], per_token: int) -> int:
+    """Return the bytes of the smallest cache: the experts of one token in every layer."""
+    return _bytes(layers, [min(per_token, layer.experts) for layer in layers])
+
+
+def full_bytes(layers: Sequence[ExpertLayer]) -> int:
+    """Return the bytes of all experts."""
+    return _bytes(layers, [layer.experts for layer in layers])
 
 
 def _bytes(layers: Sequence[ExpertLayer], slots: Sequence[int]) -> int:

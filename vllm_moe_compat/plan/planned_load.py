@@ -133,8 +133,13 @@ class PlannedLoad:
             faults=tuple(unmapped(folder, layout, config, self.module, reason, serving)),
         )
 
-    def plan_for(self, setting: str) -> Plan | None:
-        """Return the plan for another quantisation setting; None if it does not apply."""
+    def plan_for(self, setting: str, *, complete: bool = False) -> Plan | None:
+        """Return the plan for another quantisation setting; None if it does not apply.
+
+        Args:
+            setting: the quantisation setting.
+            complete: whether it has a build for every tensor, even if the load's plan has not.
+        """
         if self.plan is None or self.row is None or self.layout is None:
             return None
         serving = replace(self.serving, setting=setting)
@@ -152,7 +157,7 @@ class PlannedLoad:
             exact=exact,
             checked=True,
             hold=not split,
-            complete=self.serving.complete,
+            complete=complete or self.serving.complete,
         )
 
 
