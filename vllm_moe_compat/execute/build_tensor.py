@@ -48,8 +48,19 @@ def make_build(
         gives ``….weight``, ``….scales``, in affine formats ``….biases``, and ``….global_scale``
         where the format has one.
     """
+    return run_build(build, take(build, weights), dtype, names=names, formats=formats)
+
+
+def run_build(
+    build: Build,
+    operand: Arrays,
+    dtype: str,
+    *,
+    names: Sequence[str] = (),
+    formats: Sequence[Packing | None] = (),
+) -> dict[str, mx.array]:
+    """Run a build on the region of its sources, as ``take`` returns it; see ``make_build``."""
     names = names or build.targets
-    operand = take(build, weights)
     if build.restriction is None:
         return make_tensors(build.ops, operand, names, dtype, formats)
     if any(isinstance(packing, MlxFormat) for packing in formats):
@@ -71,13 +82,20 @@ def take(build: Build, weights: MutableMapping[str, Any]) -> Arrays:
 
     The weights of the result may be stored tensors that are still unread; the parts are read.
     """
+    operand = take_unread(build, weights)
+    parts = {role: [as_array(part) for part in parts] for role, parts in operand.parts.items()}
+    return Arrays(operand.weights, parts)
+
+
+def take_unread(build: Build, weights: MutableMapping[str, Any]) -> Arrays:
+    """Remove the build's sources from ``weights`` and return their region; nothing is read."""
     operand = Arrays(
         [weights.pop(name) for name in build.weights],
         {role: [weights.pop(name) for name in names] for role, names in build.parts},
     )
     region = build.region
     if region == Restriction():
-        return _parts_read(operand)
+        return operand
     shape = tuple(operand.weights[0].shape)
     op = build.dequantize
     if op is None:
@@ -90,12 +108,7 @@ def take(build: Build, weights: MutableMapping[str, Any]) -> Arrays:
         given = {role: arrays[number] for role, arrays in operand.parts.items()}
         for role, part in executor.restrict(op, given, shape, region).items():
             parts.setdefault(role, []).append(part)
-    return _parts_read(Arrays(cut, parts))
-
-
-def _parts_read(operand: Arrays) -> Arrays:
-    parts = {role: [as_array(part) for part in parts] for role, parts in operand.parts.items()}
-    return Arrays(operand.weights, parts)
+    return Arrays(cut, parts)
 
 
 def _copied(part: Source) -> Source:

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, Union
 import mlx.core as mx
 import numpy as np
 
+from vllm_moe_compat.checkpoint.file_stamps import FileStamp, FileStamps
 from vllm_moe_compat.checkpoint.files import UnreadableError, opened
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.offsets import Location, locate
@@ -42,13 +43,24 @@ Source: TypeAlias = Union[mx.array, "StoredTensor"]
 
 
 class StoredFile:
-    """One open file of a checkpoint, which stays open as long as this object lives."""
+    """One open file of a checkpoint, which stays open as long as this object lives.
 
-    def __init__(self, path: Path, counter: Counter) -> None:
+    Attributes:
+        path: of the file.
+        counter: counts bytes that are read.
+        stamp: size and time of the file when it was opened.
+    """
+
+    def __init__(self, path: Path, counter: Counter, stamp: FileStamp | None = None) -> None:
         """Open the file.
 
+        Args:
+            path: of the file.
+            counter: counts bytes that are read.
+            stamp: what the file was when its header was read, if that is known.
+
         Raises:
-            CheckpointFileError: it cannot be opened.
+            CheckpointFileError: it cannot be opened, or is no longer that file.
         """
         self.path, self.counter = path, counter
         try:
@@ -58,10 +70,42 @@ class StoredFile:
                 f"{path.name}: not readable ({error}), where a file of the checkpoint was "
                 "expected; check the folder, and download the file again if it is gone."
             ) from error
+        status = os.fstat(self._descriptor)
+        self._inode = (status.st_dev, status.st_ino)
+        self.stamp = FileStamp(status.st_size, status.st_mtime_ns)
+        if stamp is not None and stamp != self.stamp:
+            self.stamp = stamp
+            raise self._change(status)
 
     def __del__(self) -> None:
         if (descriptor := self.__dict__.pop("_descriptor", None)) is not None:
             os.close(descriptor)
+
+    def changed(self) -> CheckpointFileError | None:
+        """Return an error if the file was written to, replaced or removed since it was opened.
+
+        Its open handle would still read a file that was replaced. But what the folder holds now
+        is another checkpoint, and whoever replaced it expects that one.
+        """
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return self._change(None)
+        same = (status.st_dev, status.st_ino) == self._inode
+        if same and FileStamp(status.st_size, status.st_mtime_ns) == self.stamp:
+            return None
+        return self._change(status)
+
+    def _change(self, status: os.stat_result | None) -> CheckpointFileError:
+        found = "none"
+        if status is not None:
+            found = f"{FileStamp(status.st_size, status.st_mtime_ns)}"
+            if (status.st_dev, status.st_ino) != self._inode:
+                found += " in another file"
+        return CheckpointFileError(
+            f"{self.path.name}: when it was loaded there was {self.stamp}, and now there is "
+            f"{found}; put the file back as it was, or load the checkpoint again."
+        )
 
     def locations(self) -> dict[str, Location]:
         """Return its tensors.
@@ -289,6 +333,10 @@ class StoredTensors(Mapping[str, StoredTensor]):
     """The tensors of a checkpoint's files, by the names of a plan; nothing is read.
 
     Files are opened when they are first asked for a tensor, and once.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        infos: name → description.
     """
 
     def __init__(
@@ -297,6 +345,7 @@ class StoredTensors(Mapping[str, StoredTensor]):
         tensors: Mapping[str, TensorInfo],
         names: TensorNames | None = None,
         *,
+        stamps: FileStamps | None = None,
         gap: int = GAP,
     ) -> None:
         """Describe the tensors.
@@ -305,10 +354,11 @@ class StoredTensors(Mapping[str, StoredTensor]):
             folder: the checkpoint's folder.
             tensors: name → description with its file, by the names of the plan.
             names: changes between the names in the files and those in the plan.
+            stamps: what the files were when the headers were read, if that is known.
             gap: bytes between two runs that are read rather than skipped.
         """
-        self.folder = folder
-        self._tensors, self._gap = tensors, gap
+        self.folder, self.infos = folder, tensors
+        self._gap, self._stamps = gap, FileStamps() if stamps is None else stamps
         names = names or TensorNames()
         self._origin = {new: old for old, new in names.renamed}
         for copy, source in names.copies:
@@ -322,10 +372,10 @@ class StoredTensors(Mapping[str, StoredTensor]):
         return self._counter.value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.infos)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.infos)
 
     def __getitem__(self, name: str) -> StoredTensor:
         """Return a tensor.
@@ -334,9 +384,10 @@ class StoredTensors(Mapping[str, StoredTensor]):
             KeyError: there is no such tensor.
             CheckpointFileError: its file is not readable, or does not hold it as described.
         """
-        info = self._tensors[name]
+        info = self.infos[name]
         if info.file not in self._files:
-            opened_file = StoredFile(self.folder / info.file, self._counter)
+            stamp = self._stamps.files.get(info.file)
+            opened_file = StoredFile(self.folder / info.file, self._counter, stamp)
             self._files[info.file] = opened_file, opened_file.locations()
         file, locations = self._files[info.file]
         location = locations.get(self._origin.get(name, name))
