@@ -52,6 +52,7 @@ class Request:
         computed: tokens computed before this step.
         output: generated token ids.
         done: tokens computed when the last step ended.
+        failed: it has no answer any more; whatever its rows hold is right.
     """
 
     req_id: str
@@ -61,6 +62,7 @@ class Request:
     computed: int
     output: list[int] = field(default_factory=list)
     done: int = 0
+    failed: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +150,6 @@ class Batch:
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
-        # Requests that start in this step behind a cached prefix.
         self._prefix_hits: set[str] = set()
 
     def update(self, schedule: Schedule) -> set[str]:
@@ -187,6 +188,11 @@ class Batch:
         elif running.blocks is not None:
             for known, added in zip(request.blocks, running.blocks, strict=True):
                 known.extend(added)
+
+    @property
+    def behind_prefix(self) -> list[Request]:
+        """The requests that start in this step behind a cached prefix."""
+        return [self.requests[req_id] for req_id in self._prefix_hits]
 
     def samples(self, req_id: str, scheduled: int) -> bool:
         """Return whether the step computes a request's last known token, and so samples."""

@@ -113,6 +113,7 @@ class ModelRunner:
         self.sampler.forget(set(schedule.finished))
         self.sampler.failed.forget(schedule.finished)
         self._refuse(schedule)
+        self._spread_failures(schedule.page_copies)
         return lost
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
@@ -177,6 +178,11 @@ class ModelRunner:
             reason = f"it drew token {token}, and the model's embeddings have {count} rows"
             self.sampler.failed.fail(self.batch.requests[req_id], reason, taints_pages=True)
 
+    def _spread_failures(self, copies: Sequence[tuple[int, int]] = ()) -> None:
+        """Fail the requests that start behind pages of failed ones."""
+        sizes = self.storage.block_sizes
+        self.sampler.failed.spread(self.batch.behind_prefix, sizes, copies)
+
     @property
     def _draws_without_row(self) -> bool:
         """Whether the head has columns for which the embeddings have no row."""
@@ -222,6 +228,7 @@ class ModelRunner:
                 logger.error("log-probabilities of a prompt cannot be computed", exc_info=error)
                 reason = f"its prompt_logprobs fail ({type(error).__name__}: {error})"
                 self.sampler.failed.fail(request, reason, taints_pages=False)
+        self._spread_failures()
 
     def _save_states(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
         """Write to pages the states that a later step may have to read from there."""

@@ -38,9 +38,11 @@ class MlxScheduler(Scheduler):
         """End the requests, take tainted pages out of the prefix cache, return the answers."""
         running = {req_id for req_id in failures if req_id in self.requests}
         for req_id in running:
-            if failures[req_id].taints_pages:
+            if pages := failures[req_id].pages:
+                # Those that it has now, and those that it had before a preemption.
                 groups = self.kv_cache_manager.get_block_ids(req_id)
-                self.kv_cache_manager.evict_blocks({block for group in groups for block in group})
+                held = {block for group in groups for block in group}
+                self.kv_cache_manager.evict_blocks(held | pages)
         return [
             (
                 request.client_index,

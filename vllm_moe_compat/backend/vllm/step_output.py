@@ -18,12 +18,12 @@ class Failure:
 
     Attributes:
         reason: one sentence.
-        taints_pages: the request's pages may hold NaN or values of other tokens, so that nobody
+        pages: the blocks of the request, if they may hold NaN or values of other tokens; nobody
             may find them in the prefix cache.
     """
 
     reason: str
-    taints_pages: bool = True
+    pages: frozenset[int] = frozenset()
 
 
 @dataclass
