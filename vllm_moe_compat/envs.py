@@ -103,6 +103,15 @@ EXPERT_CACHE = Variable(
     "needs them.",
     kind="size",
 )
+COLLECTIVES = Variable(
+    "VLLM_MOE_COMPAT_COLLECTIVES",
+    "auto",
+    "What MLX's collectives between the ranks of one engine run over: auto (nccl where each rank "
+    "has a CUDA device, jaccl on Metal where MLX has it and MLX_IBV_DEVICES is set, else ring), "
+    "ring (TCP, in every MLX), jaccl (RDMA over Thunderbolt), nccl, mpi. It must be the same on "
+    "all machines.",
+    ("auto", "ring", "jaccl", "nccl", "mpi"),
+)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
@@ -122,6 +131,7 @@ VARIABLES: tuple[Variable, ...] = (
     DTYPE,
     QUANTIZE,
     EXPERT_CACHE,
+    COLLECTIVES,
     SMOKE_MODEL,
     SMOKE_GOLDEN,
 )

@@ -27,6 +27,7 @@ from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.ranks.shard import shard
 from vllm_moe_compat.who_serves import who_serves
 
 
@@ -53,8 +54,12 @@ class ServedModel:
     stamps: FileStamps = field(default_factory=FileStamps)
 
 
-def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
+def load(
+    model: str, revision: str | None, dtype: mx.Dtype, group: mx.distributed.Group | None = None
+) -> ServedModel:
     """Load the checkpoint ``model`` (a folder, or a repository in the local cache).
+
+    With a ``group`` of ranks, this rank keeps its share of the weights.
 
     Raises:
         CompatError: the checkpoint is broken or cannot be represented.
@@ -68,6 +73,8 @@ def load(model: str, revision: str | None, dtype: mx.Dtype) -> ServedModel:
     stamps = file_stamps.take(path.absolute())
     with loading_with(dtype=str(dtype).rpartition(".")[2], at_once=True):
         loaded, _ = utils.load_model(path, lazy=True)
+    if group is not None:
+        shard(loaded, group)
     report = last_report()
     if report is None or report.path != str(path):  # That of another load: this one had no plan.
         limit, reason = None, ""

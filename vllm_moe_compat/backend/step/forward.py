@@ -141,11 +141,12 @@ class Forward:
         logits = logits[:, -1]
         tokens = draw(logits)
         outputs += [logits] if tokens is None else [logits, tokens]
+        if not build_next:
+            mx.eval(outputs)
+            return logits, tokens
         mx.async_eval(outputs)  # type: ignore[no-untyped-call]
         self._running = outputs
-        if not build_next:
-            self.wait()
-        elif tokens is not None and not self._next_token_begins_block(work):
+        if tokens is not None and not self._next_token_begins_block(work):
             self._build_next(work, tokens)
         return logits, tokens
 

@@ -135,6 +135,18 @@ def cpu_offload_gb(vllm_config: VllmConfig) -> float:
     return float(getattr(offload, "cpu_offload_gb", 0))
 
 
+def context_parallel_size(vllm_config: VllmConfig) -> int:
+    """Return the larger size of context parallelism, of prefills and of decoding."""
+    parallel = vllm_config.parallel_config
+    sizes = ("prefill_context_parallel_size", "decode_context_parallel_size")
+    return max(int(getattr(parallel, name, 1)) for name in sizes)
+
+
+def shards_sampling(vllm_config: VllmConfig) -> bool:
+    """Return ``--enable-batch-sharded-sampling``, which 0.27 does not have."""
+    return bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False))
+
+
 class DefaultShare(float):
     """vLLM's default of ``--gpu-memory-utilization``, known not to have been given."""
 

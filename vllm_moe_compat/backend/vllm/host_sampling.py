@@ -254,6 +254,14 @@ class HostSampler:
                 self._failed.fail(self._requests[req_id], reason, taints_pages=taints)
         return tokens
 
+    def replace_last(self, req_id: str, token: int) -> None:
+        """Replace the last token of a request in the batch; its list has the new one already."""
+        row = self.batch.req_id_to_index.get(req_id)
+        if row is not None:
+            last = int(self.batch.num_tokens_no_spec[row]) - 1
+            if last < self.max_model_len:
+                self.batch.token_ids_cpu[row, last] = token
+
     def _without_tokens(self, req_ids: Iterable[str]) -> list[str]:
         """Append a token that nobody sees to requests that failed; return their ids."""
         for req_id in req_ids:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WORKER_CLASS = "vllm_moe_compat.backend.vllm.worker.MlxWorker"
 SCHEDULER = "vllm_moe_compat.backend.vllm.scheduler.MlxScheduler"
+EXECUTOR = "vllm_moe_compat.backend.vllm.executor.MlxExecutor"
 ASYNC_SCHEDULER = "vllm_moe_compat.backend.vllm.scheduler.MlxAsyncScheduler"
 
 
@@ -32,7 +33,8 @@ class MlxPlatform(Platform):
     """The platform class that ``vllm_moe_compat.plugin.platform`` names."""
 
     _enum = PlatformEnum.OOT
-    device_name = "mlx"
+    # A device of torch: vLLM makes one of it for each of its process groups.
+    device_name = "cpu"
     # vLLM's own tensors (sampling) are on the host; everything else is in MLX arrays.
     device_type = "cpu"
     dispatch_key = "CPU"
@@ -152,7 +154,7 @@ class MlxPlatform(Platform):
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = WORKER_CLASS
-        parallel.distributed_executor_backend = "uni"
+        parallel.distributed_executor_backend = "uni" if parallel.world_size == 1 else EXECUTOR
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
 

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_moe_compat.backend.vllm import bridge
+from vllm_moe_compat.backend.vllm import bridge, rank_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,9 +29,10 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     """Yield whether each unsupported setting is set, and its message."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     yield (
-        parallel.world_size > 1 or parallel.data_parallel_size > 1,
-        "more than one worker: it has one device; leave the parallel sizes at 1.",
+        parallel.data_parallel_size > 1,
+        "several engines; leave --data-parallel-size at 1.",
     )
+    yield from rank_refusals.settings(vllm_config)
     yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
     yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
     yield vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."

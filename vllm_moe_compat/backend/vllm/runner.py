@@ -23,9 +23,12 @@ from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.backend.vllm.step_output import StepOutput
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.ranks import same_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+
+    from vllm_moe_compat.backend.vllm.rank_group import RankGroup
 
 
 class PendingOutput(AsyncModelRunnerOutput):
@@ -61,9 +64,13 @@ class ModelRunner:
         sampler: TokenSampler,
         *,
         compiles: bool = False,
+        ranks: RankGroup | None = None,
     ) -> None:
-        """``compiles``: decode passes may be compiled."""
-        self.model, self.storage, self.sampler = model, storage, sampler
+        """``compiles``: decode passes may be compiled; ``ranks`` compute the model together."""
+        self.model, self.storage, self.sampler, self._ranks = model, storage, sampler, ranks
+        # Whether passes are compiled, or built ahead, is decided on each rank: by what its
+        # compiler and its disk do, and by its draws. All have to evaluate the same.
+        compiles = compiles and ranks is None
         # Request id → its last token, drawn by a head with more columns than embeddings.
         self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch()
@@ -151,7 +158,10 @@ class ModelRunner:
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
             build_next = (
-                not self._unsampled and self.sampler.draws_all and not self._draws_without_row
+                self._ranks is None
+                and not self._unsampled
+                and self.sampler.draws_all
+                and not self._draws_without_row
             )
             self._logits, self._drawn = self.forward.decode(
                 work, self.sampler.draw, build_next=build_next
@@ -277,6 +287,8 @@ class ModelRunner:
             logits, self._logits = self._logits, None
             drawn, self._drawn = self._drawn, None
             order, tokens, logprobs = self.sampler.sample(logits, drawn, scheduler_output, grammar)
+            if self._ranks is not None:
+                tokens = self._same_on_all(self._ranks, order, tokens)
         req_ids = order + self._unsampled
         failures = self.sampler.failed.among(req_ids)
         prompts = {}
@@ -294,6 +306,21 @@ class ModelRunner:
             prompt_logprobs_dict=prompts,
             failures=failures,
         )
+
+    def _same_on_all(
+        self, ranks: RankGroup, order: Sequence[str], tokens: Sequence[list[int]]
+    ) -> list[list[int]]:
+        """Replace the tokens drawn here by those of the rank whose output counts."""
+        drawn = dict(zip(order, tokens, strict=True))
+        req_ids = sorted(drawn)
+        own = [drawn[req_id][-1] if drawn[req_id] else same_tokens.NO_TOKEN for req_id in req_ids]
+        for req_id, mine, told in zip(
+            req_ids, own, same_tokens.tell(ranks.group, ranks.source, own), strict=True
+        ):
+            if told != mine:
+                drawn[req_id] = [told]
+                self.sampler.replace_last(self.batch.requests[req_id], told)
+        return [drawn[req_id] for req_id in order]
 
     def _note_tokens_without_row(self, req_ids: Sequence[str]) -> None:
         """Note requests whose last token has no row: they fail if they go on."""

@@ -194,6 +194,11 @@ class TokenSampler:
                 tokens.append([] if request.req_id in self.failed else [token])
         return order, tokens, logprobs
 
+    def replace_last(self, request: Request, token: int) -> None:
+        """Replace the token that was drawn last for a request."""
+        request.output[-1] = token
+        self._host.replace_last(request.req_id, token)
+
     def score_prompt(self, request: Request, start: int, logits: mx.array) -> None:
         """Record the log-probabilities of the prompt tokens after ``start``.
 

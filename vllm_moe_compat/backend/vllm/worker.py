@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import psutil
@@ -22,12 +22,13 @@ from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
-from vllm_moe_compat.backend.vllm import bridge, bridge_kv, kv_specs
+from vllm_moe_compat.backend.vllm import bridge, bridge_kv, executor, kv_specs, rank_group
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
 from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
 from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
+from vllm_moe_compat.backend.vllm.rank_group import RankGroup
 from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.sleep import SleepMode
@@ -56,6 +57,7 @@ class MlxWorker(OutOfStepCalls):
     """The worker class that ``MlxPlatform`` names."""
 
     budget: Budget
+    ranks: RankGroup | None = None
 
     @at_start_up
     def init_device(self) -> None:
@@ -67,6 +69,9 @@ class MlxWorker(OutOfStepCalls):
         self.process.starting()
         kernels.settle()
         self.device = torch.device("cpu")
+        self.ranks = rank_group.join(
+            self.vllm_config, self.rank, self.local_rank, self.distributed_init_method
+        )
         torch.manual_seed(self.model_config.seed)
         mx.random.seed(self.model_config.seed)
         mx.reset_peak_memory()
@@ -86,7 +91,7 @@ class MlxWorker(OutOfStepCalls):
     def _load(self, model: str, revision: str | None) -> loader.ServedModel:
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
         with loading_with(progress=self.load_config.use_tqdm_on_load):
-            return loader.load(model, revision, dtype)
+            return loader.load(model, revision, dtype, self.ranks.group if self.ranks else None)
 
     def _settle(self, served: loader.ServedModel) -> None:
         if chosen := rotary.settle(served.model, self.model_config.max_model_len):
@@ -127,7 +132,9 @@ class MlxWorker(OutOfStepCalls):
         storage = self._allocate(kv_cache_config)
         sampler = TokenSampler(self.vllm_config, token_rows.of_model(self.served.model))
         compiles = not self.model_config.enforce_eager
-        self.runner = ModelRunner(self.served.model, storage, sampler, compiles=compiles)
+        self.runner = ModelRunner(
+            self.served.model, storage, sampler, compiles=compiles, ranks=self.ranks
+        )
         pools = storage.distinct_pools
         need = kv_specs.demand(self.vllm_config, self.served.layers)
         fit = need.sequences(kv_cache_config.num_blocks)
@@ -217,6 +224,10 @@ class MlxWorker(OutOfStepCalls):
         self.model_config.max_model_len = max_model_len
         rotary.settle(self.served.model, max_model_len)
 
+    def settled_settings(self) -> dict[str, Any]:
+        """Return settings that this worker may have changed; see ``executor``."""
+        return executor.settled(self.vllm_config)
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the forward passes of a step; None means that ``sample_tokens`` must follow.
 
@@ -229,6 +240,8 @@ class MlxWorker(OutOfStepCalls):
             if scheduler_output.total_num_scheduled_tokens:
                 self.sleep_mode.refuse_resume()
             return self.runner.take_note(scheduler_output)
+        if self.ranks is not None:
+            self.ranks.heartbeat.step_begins()
         return self.runner.execute_model(scheduler_output)
 
     def sample_tokens(
@@ -246,6 +259,8 @@ class MlxWorker(OutOfStepCalls):
 
     def shutdown(self) -> None:
         """Remove the attention hook and release the memory; idempotent."""
+        if self.ranks is not None:
+            self.ranks.heartbeat.close()
         mx.synchronize()
         resident = psutil.Process().memory_info().rss / 2**20
         runner = self.__dict__.pop("runner", None)
