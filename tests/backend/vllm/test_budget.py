@@ -14,6 +14,7 @@ from vllm_moe_compat import demo
 from vllm_moe_compat.backend.vllm import bridge, budget, kv_specs
 from vllm_moe_compat.backend.vllm.budget import Demands, divide
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.load.memory import device_memory
 
 MIB, GIB = 1 << 20, 1 << 30
 MANY = 1 << 50
@@ -51,6 +52,18 @@ def test_by_default_a_machine_without_more_than_its_reserve_is_refused() -> None
         divide(8 * GIB, 3 * GIB, DEMANDS)
     found = divide(8 * GIB, 3 * GIB, replace(DEMANDS, page_bytes=64 * MIB))
     assert (found.page_bytes, found.spare) == (64 * MIB, 2 * GIB - 64 * MIB)
+
+
+@pytest.mark.parametrize("given", [{}, {"share": 0.5}, {"page_bytes": GIB}], ids=str)
+def test_engines_that_share_a_machine_take_no_more_together(given: dict[str, Any]) -> None:
+    demands = replace(DEMANDS, **given)
+    one, two = divide(24 * GIB, 20 * GIB, demands), divide(24 * GIB, 20 * GIB, demands, engines=2)
+    assert 2 * (two.page_bytes + two.activations + two.spare) == 20 * GIB
+    if "share" in given:  # of the machine, for both; the weights of both are in it
+        assert 2 * (two.page_bytes + two.activations + two.weights) == 12 * GIB
+    elif not given:
+        assert two.page_bytes < one.page_bytes / 2
+    assert two.reason.endswith("2 engines share this machine")
 
 
 def test_no_more_is_taken_than_sequences_can_use() -> None:
@@ -114,7 +127,7 @@ def test_what_starves_the_machine_warns(
     """Measured with the engine's own model, and not allocated."""
     monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
     assert bridge.given_memory_share(mine.vllm_config) is None, "LLM() has a default of its own"
-    total, free = budget.device_memory()
+    total, free = device_memory()
     cache = mine.cache_config
     monkeypatch.setattr(cache, "kv_cache_memory_bytes", free - int(1.5 * GIB))
     budget.measure(mine.vllm_config, mine.served)

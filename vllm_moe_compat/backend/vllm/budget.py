@@ -21,8 +21,9 @@ from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.state_pool import StatePool
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.kv_specs import demand
+from vllm_moe_compat.backend.vllm.local_engines import device_memory_for_all
 from vllm_moe_compat.errors import UnsupportedServingError
-from vllm_moe_compat.load.memory import device_memory, reserve
+from vllm_moe_compat.load.memory import reserve
 from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
         page_bytes=int(cache.kv_cache_memory_bytes or 0),
         share=bridge.given_memory_share(vllm_config),
     )
-    total, free = device_memory()
-    budget = divide(total, free, demands)
+    total, free, engines = device_memory_for_all(vllm_config)
+    budget = divide(total, free, demands, engines)
     if budget.sequences < scheduler.max_num_seqs:
         logger.warning(
             "--max-num-seqs lowered from %d to %d: the states of one sequence take %s and %s are "
@@ -126,24 +127,31 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
             _mib(budget.states),
         )
         scheduler.max_num_seqs = budget.sequences
-    if budget.spare < reserve(total) and (demands.page_bytes or demands.share is not None):
+    keep = reserve(total) // engines
+    if budget.spare < keep and (demands.page_bytes or demands.share is not None):
         logger.warning(
-            "%s leaves %s of this machine's %s free when the pages fill, less than %s: expect "
+            "%s leaves %s of %s %s free when the pages fill, less than %s: expect "
             "swapping or an out-of-memory kill; lower it, or leave it out",
             _asked(demands),
             _mib(budget.spare),
-            _mib(total),
-            _mib(reserve(total)),
+            "this machine's" if engines == 1 else "an engine's",
+            _mib(total // engines),
+            _mib(keep),
         )
     return budget
 
 
-def divide(total: int, free: int, demands: Demands) -> Budget:
+def divide(total: int, free: int, demands: Demands, engines: int = 1) -> Budget:
     """Divide the memory of a machine with ``total`` bytes, of which ``free`` are free now.
+
+    ``engines`` with the same demands share the machine, its reserve, and what is free; the result
+    is one engine's.
 
     Raises:
         UnsupportedServingError: nothing is left for pages.
     """
+    keep = reserve(total) // engines
+    total, free = total // engines, free // engines
     left = free - demands.activations
     bound = "the memory free now"
     if demands.page_bytes:
@@ -156,10 +164,10 @@ def divide(total: int, free: int, demands: Demands) -> Budget:
             left, bound = allowed, "--gpu-memory-utilization"
         room = int(left * STATE_SHARE)
     else:
-        left -= reserve(total)
+        left -= keep
         room = int(left * STATE_SHARE)
     if left <= 0:
-        raise _nothing_left(total, free, demands, demands.activations)
+        raise _nothing_left(total, free, demands, demands.activations, engines)
     sequences = demands.sequences
     if demands.per_sequence and sequences * demands.per_sequence > room:
         sequences = max(1, room // demands.per_sequence)
@@ -169,8 +177,8 @@ def divide(total: int, free: int, demands: Demands) -> Budget:
     else:
         pages, reason = left - states, f"limited by {bound}"
         if demands.share is None:
-            reason = f"all but {_mib(reserve(total))}, which the machine keeps; for more: {MORE}"
-            half = int((left + reserve(total) - states) * DEFAULT_SHARE)
+            reason = f"all but {_mib(keep)}, which the machine keeps; for more: {MORE}"
+            half = int((left + keep - states) * DEFAULT_SHARE)
             if half < pages:
                 pages, reason = half, f"half of the memory free now; for more: {MORE}"
         useful = demands.pages_for(sequences + demands.cached)
@@ -179,7 +187,9 @@ def divide(total: int, free: int, demands: Demands) -> Budget:
             kept = f" and {demands.cached} cached ones" if demands.cached else ""
             reason = f"all that {sequences} sequences of {demands.length} tokens{kept} can use"
     if pages <= 0:
-        raise _nothing_left(total, free, demands, demands.activations + states)
+        raise _nothing_left(total, free, demands, demands.activations + states, engines)
+    if engines > 1:
+        reason += f"; {engines} engines share this machine"
     spare = free - demands.activations - states - pages
     return Budget(demands.weights, demands.activations, states, sequences, pages, spare, reason)
 
@@ -190,7 +200,9 @@ def _asked(demands: Demands) -> str:
     return f"--gpu-memory-utilization {demands.share}"
 
 
-def _nothing_left(total: int, free: int, demands: Demands, working: int) -> UnsupportedServingError:
+def _nothing_left(
+    total: int, free: int, demands: Demands, working: int, engines: int
+) -> UnsupportedServingError:
     remedy = "free memory, change that option, or lower"
     if demands.page_bytes:
         allowed = f"--kv-cache-memory-bytes asks for {_mib(demands.page_bytes)}"
@@ -198,10 +210,12 @@ def _nothing_left(total: int, free: int, demands: Demands, working: int) -> Unsu
         share = int(total * demands.share)
         allowed = f"--gpu-memory-utilization {demands.share} allows {_mib(share)}"
     else:
-        allowed = f"{_mib(reserve(total))} are kept for the machine"
+        allowed = f"{_mib(reserve(total * engines) // engines)} are kept for the machine"
         remedy = f"free memory, set {MORE} to use what is kept, or lower"
+    each = f", an engine's share of {engines}," if engines > 1 else ""
     return UnsupportedServingError(
-        f"No memory is left for the KV cache: of {_mib(total)} ({_mib(free)} free) {allowed}, the "
-        f"weights take {_mib(demands.weights)}, activations and states {_mib(working)}; {remedy} "
+        f"No memory is left for the KV cache: of {_mib(total)}{each} ({_mib(free)} free) "
+        f"{allowed}, the weights take {_mib(demands.weights)}, activations and states "
+        f"{_mib(working)}; {remedy} "
         "--max-num-seqs or --max-num-batched-tokens."
     )

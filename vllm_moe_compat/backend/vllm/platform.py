@@ -16,7 +16,13 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_moe_compat.backend.model.rows import TokenRows
-from vllm_moe_compat.backend.vllm import bridge, refusals, request_checks, token_rows
+from vllm_moe_compat.backend.vllm import (
+    bridge,
+    data_parallel,
+    refusals,
+    request_checks,
+    token_rows,
+)
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.plan.serving import installed_device
 
@@ -149,6 +155,7 @@ class MlxPlatform(Platform):
         refusal = refusals.first(vllm_config)
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")
+        data_parallel.settle(vllm_config)
         cls.apply_config_platform_defaults(vllm_config)
         bridge.mark_default_memory_share(vllm_config)
         parallel = vllm_config.parallel_config

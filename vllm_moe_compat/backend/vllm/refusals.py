@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_moe_compat.backend.vllm import bridge, rank_refusals
+from vllm_moe_compat.backend.vllm import bridge, data_parallel, rank_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,10 +28,7 @@ def first(vllm_config: VllmConfig) -> str | None:
 def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     """Yield whether each unsupported setting is set, and its message."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    yield (
-        parallel.data_parallel_size > 1,
-        "several engines; leave --data-parallel-size at 1.",
-    )
+    yield from data_parallel.refused(vllm_config)
     yield from rank_refusals.settings(vllm_config)
     yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
     yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
