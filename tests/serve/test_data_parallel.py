@@ -28,6 +28,7 @@ WORDS = (
         ({"data_parallel_rank": 1}, "--data-parallel-rank or"),
         ({"data_parallel_external_lb": True, "data_parallel_rank": 0}, "or --data-parallel-ext"),
         ({"enable_expert_parallel": True}, "expert parallelism"),
+        ({"tensor_parallel_size": 2}, "several engines of several ranks"),
         ({"enable_mfu_metrics": True}, "--enable-mfu-metrics"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

@@ -74,9 +74,9 @@ def refused(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         "this machine learn of each other in it.",
     )
     yield (
-        parallel.enable_expert_parallel or parallel.enable_eplb or parallel.enable_elastic_ep,
-        "expert parallelism, which needs an exchange between all engines that MLX does not have; "
-        "leave --enable-expert-parallel, --enable-eplb and --enable-elastic-ep out.",
+        parallel.world_size > 1,
+        "several engines of several ranks; leave --data-parallel-size or --tensor-parallel-size "
+        "at 1.",
     )
     yield (
         vllm_config.observability_config.enable_mfu_metrics,
