@@ -27,7 +27,7 @@ def first(vllm_config: VllmConfig) -> str | None:
 
 def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     """Yield whether each unsupported setting is set, and its message."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    model = vllm_config.model_config
     yield from data_parallel.refused(vllm_config)
     yield from rank_refusals.settings(vllm_config)
     yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
