@@ -19,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.pages import long_attention
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
+from vllm_moe_compat.expert_cache.current_pass import building_only
 
 # Tokens of the two passes that are measured.
 MEASURED_TOKENS = (4, 16)
@@ -51,7 +52,7 @@ def _peak(model: nn.Module, count: int) -> int:
 def _score_heads(model: nn.Module) -> int:
     """Return the most query heads of a layer whose scores become an array."""
     # No caches are recorded: they would hold the graph, and with it the weights, in a cycle.
-    with attention_hook.recording(model, ()) as record:
+    with attention_hook.recording(model, ()) as record, building_only():
         # Not evaluated: only the shapes matter.
         model(mx.zeros((1, 2), dtype=mx.int32), cache=make_prompt_cache(model))
     found = [count for count, size in record.heads if not long_attention.is_fused(size)]

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, StateLayer
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.expert_cache.current_pass import building_only
 from vllm_moe_compat.families.registry import row_for
 
 
@@ -34,7 +35,8 @@ def describe(model: nn.Module) -> list[Layer]:
     for name, (_, cache) in zip(names, caches, strict=True):
         _check_kind(name, cache)
     # Two tokens fill every cache, and are too few for a window to drop one.
-    model(mx.zeros((1, 2), dtype=mx.int32), cache=made)
+    with building_only():
+        model(mx.zeros((1, 2), dtype=mx.int32), cache=made)
     row = row_for(type(model))
     padded = row is not None and row.cache.states_skip_padding
     layers = [
@@ -48,7 +50,8 @@ def describe(model: nn.Module) -> list[Layer]:
         )
     # A third token, as in decoding, shows which caches attention reads unchanged, and whether
     # states keep their size.
-    with attention_hook.recording(model, [cache for _, cache in caches]) as record:
+    recording = attention_hook.recording(model, [cache for _, cache in caches])
+    with recording as record, building_only():
         model(mx.zeros((1, 1), dtype=mx.int32), cache=made)
     attends_itself = record.unchanged() and not any(
         isinstance(layer, AttentionLayer) and layer.planes == 1 for layer in layers

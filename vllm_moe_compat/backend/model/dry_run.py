@@ -23,6 +23,7 @@ from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, nest_cac
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.expert_cache.current_pass import building_only
 
 BLOCK = 16
 # A number of heads that no model has: a mask [B, 1, 1, L] must not fit another axis by accident.
@@ -89,7 +90,8 @@ def _failure(model: nn.Module, layers: Sequence[Layer], rows: int) -> Exception 
             ]
             caches.append(cache)
     try:
-        model(mx.zeros((rows, 1), dtype=mx.int32), cache=nest_caches(layers, caches))
+        with building_only():
+            model(mx.zeros((rows, 1), dtype=mx.int32), cache=nest_caches(layers, caches))
     except UnsupportedServingError:
         raise
     except FAILURES as failure:

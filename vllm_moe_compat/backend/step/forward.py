@@ -12,6 +12,8 @@ and the resident states, so both are restored afterwards; they must look as if n
 built. If the next step asks for exactly that pass (same requests, tokens, blocks, pools and
 states), the graph is evaluated as it is. Otherwise it is discarded before anything is written,
 since a graph that references a pool would force the next write to copy it.
+
+Where experts are read from disk (``expert_reads``), building computes, so nothing is built early.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from vllm_moe_compat.backend.step.compiled_decode import (
     CannotCompileError,
     CompiledDecode,
 )
+from vllm_moe_compat.backend.step.expert_reads import ExpertReads
 from vllm_moe_compat.backend.step.graph import Graph, GraphBuilder
 
 
@@ -68,6 +71,7 @@ class Forward:
         self._batching = batching_of(storage.layers)
         self._pools = storage.distinct_pools
         self._builder = GraphBuilder(model, storage)
+        self.expert_reads = ExpertReads(model)
         self.compiled = CompiledDecode(self._builder, enabled=compiles)
         self._next: _NextPass | None = None
         self._running: list[mx.array] = []
@@ -83,6 +87,11 @@ class Forward:
         """Discard the pass built early; required before any write to pools outside a pass."""
         self.wait()
         self._next = None
+
+    @property
+    def failed_rows(self) -> dict[int, Exception]:
+        """Rows of the last pass for which an expert could not be read, and why."""
+        return self.expert_reads.failed_rows
 
     @property
     def running(self) -> bool:
@@ -103,12 +112,19 @@ class Forward:
             Logits ``[len(rows), T, V]``. Without rows, the model's head is never computed.
         """
         if not self._must_split(work):
-            logits, written = self._begin(work)
-            if len(rows) < len(work.requests):
-                logits = logits[mx.array(np.asarray(rows, dtype=np.uint32))] if rows else logits[:0]
-            mx.eval(written, logits if rows else ())
+            with self.expert_reads.during(work):
+                logits, written = self._begin(work)
+                if len(rows) < len(work.requests):
+                    only = mx.array(np.asarray(rows, dtype=np.uint32))
+                    logits = logits[only] if rows else logits[:0]
+                mx.eval(written, logits if rows else ())
             return logits
-        found = [self(part, [0] if row in rows else []) for row, part in work.split()]
+        found, failed = [], dict[int, Exception]()
+        for row, part in work.split():
+            found.append(self(part, [0] if row in rows else []))
+            for error in self.failed_rows.values():
+                failed[row] = error
+        self.expert_reads.failed_rows = failed
         wanted = [found[row] for row in rows]
         if not wanted:
             return found[0]
@@ -137,16 +153,17 @@ class Forward:
             if tokens is not None:
                 mx.eval(tokens)
             return logits, tokens
-        logits, outputs = self._begin(work)
-        logits = logits[:, -1]
-        tokens = draw(logits)
-        outputs += [logits] if tokens is None else [logits, tokens]
-        if not build_next:
-            mx.eval(outputs)
-            return logits, tokens
-        mx.async_eval(outputs)  # type: ignore[no-untyped-call]
+        with self.expert_reads.during(work):
+            logits, outputs = self._begin(work)
+            logits = logits[:, -1]
+            tokens = draw(logits)
+            outputs += [logits] if tokens is None else [logits, tokens]
+            if not build_next:
+                mx.eval(outputs)
+                return logits, tokens
+            mx.async_eval(outputs)  # type: ignore[no-untyped-call]
         self._running = outputs
-        if tokens is not None and not self._next_token_begins_block(work):
+        if tokens is not None and self._can_build_next(work):
             self._build_next(work, tokens)
         return logits, tokens
 
@@ -173,7 +190,8 @@ class Forward:
         """
         metadata = self._builder.metadata(work)
         states = self._builder.take_states(work)
-        inputs = self.compiled.inputs(metadata) if work.tokens.shape[1] == 1 else None
+        compiles = work.tokens.shape[1] == 1 and not self.expert_reads.may_miss()
+        inputs = self.compiled.inputs(metadata) if compiles else None
         if inputs is None:
             return self._builder.build(tokens, metadata, states, work.lengths)
         on_trial = self.compiled.on_trial(inputs)
@@ -212,10 +230,11 @@ class Forward:
         if graph.states:
             self.storage.states.put_in(work.req_ids, graph.states)
 
-    def _next_token_begins_block(self, work: Pass) -> bool:
-        """Return whether some row's next token needs a block that is not assigned yet."""
+    def _can_build_next(self, work: Pass) -> bool:
+        """Return whether no row's next token needs a new block, and building computes nothing."""
         ends = work.offsets + work.lengths
-        return any(bool((ends % size == 0).any()) for size in self.storage.block_sizes)
+        begins_block = any(bool((ends % size == 0).any()) for size in self.storage.block_sizes)
+        return not begins_block and not self.expert_reads.may_miss()
 
     def _build_next(self, work: Pass, tokens: mx.array) -> None:
         """Build the pass after ``work``, and restore pools and states."""

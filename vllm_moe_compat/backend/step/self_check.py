@@ -40,6 +40,7 @@ def run(forward: Forward) -> None:
 
     Raises:
         UnsupportedServingError: the logits differ, or no token gives finite ones.
+        CompatError: an expert cannot be read.
     """
     if not _agree(forward, TOKENS):
         tokens = _finite_tokens(forward.model)
@@ -62,10 +63,12 @@ def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
     try:
         for part in _prefill(requests):
             forward(part, [])
+            _raise_unread(forward)
         for step in range(STEPS):
             asked = requests if step < STEPS - 1 else requests[:1]
             work: Pass = make_pass([(one, len(one.prompt) - 1 + step, 1) for one in asked])
             paged = forward(work, range(len(asked)))[:, -1]
+            _raise_unread(forward)
             for row, request in enumerate(asked):
                 _compare(forward.model, request, paged[row], own[row][step], step)
                 request.output.append(answers[row])
@@ -76,6 +79,11 @@ def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
             pool.zero(used)
             mx.eval(pool.pages)
     return True
+
+
+def _raise_unread(forward: Forward) -> None:
+    for error in forward.failed_rows.values():
+        raise error
 
 
 def _prefill(requests: list[Request]) -> list[Pass]:

@@ -166,6 +166,7 @@ class ModelRunner:
             self._logits, self._drawn = self.forward.decode(
                 work, self.sampler.draw, build_next=build_next
             )
+            self._fail_rows(work)
         self._save_states(requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
@@ -187,6 +188,13 @@ class ModelRunner:
             token, count = self._drawn_without_row.pop(req_id), self.sampler.rows.embedding
             reason = f"it drew token {token}, and the model's embeddings have {count} rows"
             self.sampler.failed.fail(self.batch.requests[req_id], reason, taints_pages=True)
+
+    def _fail_rows(self, work: Pass) -> None:
+        """Fail the requests for which the pass ``work`` could not read an expert."""
+        for row, error in self.forward.failed_rows.items():
+            request, since = work.requests[row], int(work.offsets[row])
+            self.sampler.failed.fail(request, str(error), taints_pages=True, since=since)
+        self._spread_failures()
 
     def _spread_failures(self, copies: Sequence[tuple[int, int]] = ()) -> None:
         """Fail the requests that start behind pages of failed ones."""
@@ -229,9 +237,12 @@ class ModelRunner:
             if request.params.prompt_logprobs is not None and not request.output
         ]
         logits = self.forward(work, scored)
+        self._fail_rows(work)
         for i, row in enumerate(scored):
             start, count = int(work.offsets[row]), int(work.lengths[row])
             request = work.requests[row]
+            if request.failed:
+                continue
             try:
                 self.sampler.score_prompt(request, start, logits[i, :count])
             except Exception as error:  # noqa: BLE001 - whatever vLLM raises
