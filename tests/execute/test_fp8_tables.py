@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8
 from vllm_moe_compat.dtypes import mlx_dtype
-from vllm_moe_compat.execute import build_tensor, fp8_tables
+from vllm_moe_compat.execute import build_tensor, fp8_pairs, fp8_tables
 from vllm_moe_compat.execute.fp8_tables import bits
 from vllm_moe_compat.execute.numbers import fp8
 from vllm_moe_compat.execute.stack import Arrays
@@ -58,9 +58,30 @@ def test_a_table_gives_the_products_bit_for_bit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp8_tables, "_INDICES", indices)
         patch.setattr(fp8_tables, "_ENTRIES", entries)
-        multiply, kind = fp8._multiply(dtype), mlx_dtype(dtype)
-        found = fp8_tables.product(weight, scale, block, multiply, kind)
+        patch.setattr(fp8_pairs, "_AT_ONCE", indices)
+        found = fp8.by_table(weight, scale, block, dtype)
     assert same(found, product(weight, scale, block, dtype))
+
+
+@pytest.mark.parametrize("scales", [(1e-4, 1e-2), (1e-45, 1e-38), (1e30, 3e38)])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_pairs_are_rounded_to_bfloat16_and_held_in_it_or_in_float32(block, scales):
+    weight, _ = operands((2, 70, 90), block, 5)
+    grid = (2, -(-70 // block[0]), -(-90 // block[1]))
+    scale = mx.array(np.random.default_rng(1).uniform(*scales, grid).astype(np.float32))
+    for allowed in (weight, mx.where(weight % 128 == 127, 0, weight)):
+        exact, found = np.empty((2, 2, 70, 90), np.uint32)
+        half = np.empty((2, 70, 90), np.uint16)
+        for rounded, target in ((False, exact), (True, found), (True, half)):
+            pairs = fp8_pairs.Pairs(np.array(scale), block, 90, rounded=rounded)
+            for expert in range(2):
+                for first in (0, 33):
+                    rows = slice(first, 33 if first == 0 else 70)
+                    pairs.write(expert, first, bits(allowed)[expert, rows], target[expert, rows])
+        wanted = product(allowed, scale, block, "float32")
+        assert np.array_equal(exact, bits(wanted))
+        assert np.array_equal(found, bits(wanted.astype(mx.bfloat16).astype(mx.float32)))
+        assert np.array_equal(half, bits(wanted.astype(mx.bfloat16)))
 
 
 @pytest.mark.parametrize("block", [(128, 128), (96, 64), (1, 512), (512, 512)])

@@ -22,7 +22,7 @@ from vllm_moe_compat.execute.build_tensor import make_build
 from vllm_moe_compat.execute.quantize import PackedBuild
 from vllm_moe_compat.execute.run_plan import tensor_infos
 from vllm_moe_compat.execute.stored_tensors import StoredTensors
-from vllm_moe_compat.expert_cache import source
+from vllm_moe_compat.expert_cache import read_tasks, source
 from vllm_moe_compat.expert_cache.protocol import Spec
 from vllm_moe_compat.expert_cache.source import FileSource
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
@@ -30,6 +30,13 @@ from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Packing
 from vllm_moe_compat.plan.planner import make_plan
+
+
+@pytest.fixture(autouse=True, params=[2**18, 300], ids=["whole", "bands"])
+def _bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices are converted at once, or a few rows at a time."""
+    monkeypatch.setattr(read_tasks, "_BAND", request.param)
+
 
 E, ROWS, COLUMNS = 5, 48, 64
 PATH = "layer.switch_mlp"
@@ -135,10 +142,14 @@ def test_floats(tmp_path: Path, layout: str, kind: str, held: mx.Dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block", [(16, 16), (128, 128), (1, COLUMNS), (5, 7)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_fp8(tmp_path: Path, layout: str, block: tuple[int, int], dtype: str):
+@pytest.mark.parametrize(
+    ("dtype", "held"),
+    [("bfloat16", mx.bfloat16), ("bfloat16", mx.float32), ("float32", mx.float32),
+     ("float16", mx.float16)],
+)  # fmt: skip
+def test_fp8(tmp_path: Path, layout: str, block: tuple[int, int], dtype: str, held: mx.Dtype):
     build, sources, tensors = a_build(layout, block, "")
-    check(stored(tmp_path, sources, tensors), [packed_build(build, dtype=dtype)], held=mx.float32)
+    check(stored(tmp_path, sources, tensors), [packed_build(build, dtype=dtype)], held=held)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,26 +95,3 @@ class Tables:
             self._first, self._made = expert, bits(made)
         found: Bits = self._made[expert - self._first]
         return found
-
-
-def product(
-    weight: mx.array, scale: mx.array, block: tuple[int, int], multiply: Multiply, dtype: mx.Dtype
-) -> mx.array:
-    """Return ``multiply`` of all weights with their scales, evaluated.
-
-    Args:
-        weight: E4M3 bytes, uint8 ``[N, O, I]``.
-        scale: float32 ``[N, o, i]``.
-        block: rows and columns under one scale.
-        multiply: computes the products.
-        dtype: dtype of the products.
-
-    Returns:
-        ``[N, O, I]``.
-    """
-    tables = Tables(scale, block, weight.shape[-1], multiply)
-    out = mx.zeros(weight.shape, dtype=dtype)
-    source, target = bits(weight), bits(out)
-    for expert in range(len(source)):
-        tables.write(expert, 0, source[expert], target[expert])
-    return out

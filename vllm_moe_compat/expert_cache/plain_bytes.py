@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -17,15 +16,13 @@ from vllm_moe_compat.execute.build_tensor import take_unread
 from vllm_moe_compat.execute.quantize import PackedBuild
 from vllm_moe_compat.execute.stored_tensors import Bytes, StoredTensor, StoredTensors
 from vllm_moe_compat.expert_cache.protocol import Spec
+from vllm_moe_compat.expert_cache.read_tasks import Task, bands
 from vllm_moe_compat.plan.build import Restriction
 from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts
 
-Reads: TypeAlias = list[tuple[StoredTensor, Bytes]]
-Values: TypeAlias = "np.ndarray[Any, Any]"
-
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class PlainBytes:
     """One build that only moves bytes.
 
     Attributes:
@@ -42,37 +39,51 @@ class Plain:
     split: SplitGateUp | None
     widened: mx.Dtype | None
 
-    def prepare(
-        self, expert: int, views: Mapping[str, Bytes]
-    ) -> tuple[Reads, Callable[[], None] | None]:
-        """Return what to read and where to, and what is left to do afterwards."""
+    def tasks(self, expert: int, views: Mapping[str, Bytes]) -> list[Task]:
+        """Return what to do for one expert."""
         build = self.packed.build.restricted(Restriction(experts=(expert, expert + 1)))
         operand = take_unread(build, {name: self.stored[name] for name in build.sources})
         (tensor,) = operand.weights
         targets = [views[key] for key in self.keys]
-        split = self.split
-        if self.widened is None and (split is None or not split.interleaved):
-            return list(zip(_halves(tensor, split), targets, strict=True)), None
-        buffer = np.empty(tensor.nbytes, np.uint8)
-        size, shape, kind = tensor.dtype.size, tensor.shape, self.widened
+        if self.split is not None and self.split.interleaved:
+            return [Task([tensor], _moving(tensor, targets, self.widened, self.split.axis))]
+        each = zip(_halves(tensor, self.split), targets, strict=True)
+        if self.widened is None:
+            return [Task([part], _reading(part, target)) for part, target in each]
+        return [Task([part], _moving(part, [target], self.widened)) for part, target in each]
 
-        def finish() -> None:
-            values = buffer.view(f"u{size}").reshape(shape)
-            for found, target in zip(_apart(values, split), targets, strict=True):
-                if kind is None:
-                    target.view(found.dtype).reshape(found.shape)[...] = found
-                elif kind == mx.bfloat16:
-                    wide = target.view(np.uint32).reshape(found.shape)
-                    np.left_shift(found, np.uint32(16), out=wide, dtype=np.uint32)
+
+def _reading(tensor: StoredTensor, target: Bytes) -> Callable[[], None]:
+    return lambda: tensor.read_into(target)
+
+
+def _moving(
+    tensor: StoredTensor, targets: Sequence[Bytes], widened: mx.Dtype | None, axis: int = -2
+) -> Callable[[], None]:
+    """Return what reads a tensor and writes every second row or column into each target."""
+    size, apart = tensor.dtype.size, len(targets)
+
+    def move() -> None:
+        for first, found in bands(tensor):
+            values = found.view(f"u{size}").reshape(-1, tensor.shape[-1])
+            for number, target in enumerate(targets):
+                mine = values[number::apart] if axis == -2 else values[:, number::apart]
+                wide = target.view(f"u{size if widened is None else 4}")
+                begin = first // apart * mine.shape[1] if axis == -2 else 0
+                into = wide[begin : begin + mine.size].reshape(mine.shape)
+                if widened is None:
+                    into[...] = mine
+                elif widened == mx.bfloat16:
+                    np.left_shift(mine, np.uint32(16), out=into, dtype=np.uint32)
                 else:
-                    target.view(np.float32).reshape(found.shape)[...] = found.view(np.float16)
+                    into.view(np.float32)[...] = mine.view(np.float16)
 
-        return [(tensor, buffer)], finish
+    return move
 
 
-def plain(
+def plain_bytes(
     packed: PackedBuild, keys: Sequence[str], stored: StoredTensors, specs: Mapping[str, Spec]
-) -> Plain | None:
+) -> PlainBytes | None:
     """Return the build as moves of bytes; None if something has to be computed."""
     build = packed.build
     ops = [op for op in build.ops if not isinstance(op, StackExperts)]
@@ -87,7 +98,7 @@ def plain(
     widens = source in (mx.bfloat16, mx.float16) and held == mx.float32
     if source != held and not widens:
         return None
-    return Plain(packed, tuple(keys), stored, split, source if widens else None)
+    return PlainBytes(packed, tuple(keys), stored, split, source if widens else None)
 
 
 def _halves(tensor: StoredTensor, split: SplitGateUp | None) -> list[StoredTensor]:
@@ -97,15 +108,3 @@ def _halves(tensor: StoredTensor, split: SplitGateUp | None) -> list[StoredTenso
     if split.axis == -1:
         return [tensor[..., :half], tensor[..., half:]]
     return [tensor[..., :half, :], tensor[..., half:, :]]
-
-
-def _apart(values: Values, split: SplitGateUp | None) -> list[Values]:
-    if split is None:
-        return [values]
-    half = values.shape[split.axis] // 2
-    pairs = [slice(0, None, 2), slice(1, None, 2)]
-    if not split.interleaved:
-        pairs = [slice(0, half), slice(half, None)]
-    if split.axis == -1:
-        return [values[..., pair] for pair in pairs]
-    return [values[..., pair, :] for pair in pairs]

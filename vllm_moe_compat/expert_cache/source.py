@@ -3,10 +3,11 @@
 A container's builds say how all its experts are made. For one expert each is restricted to that
 expert, so only its bytes are read, and what is made of them is bit for bit what a whole load makes.
 
-Reads run on a small pool of threads, arithmetic on the calling thread. Where the stored bytes are
-the held bytes (floats in the slots' dtype, the words of MLX's own formats), they are read straight
-into the slot. Everything else is read into memory of its own, dequantised or packed by the plan's
-operations and copied; only a few experts are ever on that way.
+Reads run on a small pool of threads, MLX on the calling thread. Where the stored bytes are the held
+bytes (floats in the slots' dtype, the words of MLX's own formats), they are read straight into the
+slot (``plain_bytes``); some number forms are dequantised into it (``written``). Everything else is
+read into memory of its own, made by the plan's operations and copied; only a few experts are ever
+on that way.
 
 Nothing tells that bytes are still those of the load but their file's size and time. So after the
 reads the files of a call are looked at, and an expert from a file that changed has failed. An equal
@@ -18,12 +19,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.execute.build_tensor import run_build, take_unread
@@ -37,21 +37,14 @@ from vllm_moe_compat.execute.stored_tensors import (
     StoredTensors,
     bytes_of,
 )
-from vllm_moe_compat.expert_cache.plain_bytes import Plain, plain
+from vllm_moe_compat.expert_cache.plain_bytes import PlainBytes, plain_bytes
 from vllm_moe_compat.expert_cache.protocol import Spec
+from vllm_moe_compat.expert_cache.read_tasks import Task, start
+from vllm_moe_compat.expert_cache.written import Written, written
 from vllm_moe_compat.plan.build import Build, Restriction
 
-THREADS = 8
-"""Reads at once: enough for a disk to be busy; in the page's cache two cores do the copying."""
-_TASK = 2**18
-"""Bytes that are worth a task of their own on the pool."""
 _WAITING = 2**24
-"""Limit for bytes of experts that were read and wait for arithmetic, at least two experts."""
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="read-experts")
+"""Limit for bytes of experts that were read and wait for MLX, at least two experts."""
 
 
 @dataclass(slots=True)
@@ -60,40 +53,22 @@ class _Expert:
 
     Attributes:
         number: its number.
-        reads: what to read, and where to.
-        finish: what to do with it afterwards, on the calling thread.
+        tasks: what to read.
+        finish: what MLX makes of it, on the calling thread.
         waiting: bytes that are held until then.
-        tasks: reads on the pool.
+        turns: of the pool.
     """
 
     number: int
-    reads: list[tuple[StoredTensor, Bytes]] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
     waiting: int = 0
-    tasks: list[Future[None]] = field(default_factory=list)
-
-    def start(self) -> None:
-        """Begin to read."""
-        task: list[tuple[StoredTensor, Bytes]] = []
-        size = 0
-        for tensor, target in self.reads:
-            task.append((tensor, target))
-            size += tensor.nbytes
-            if size >= _TASK:
-                self.tasks.append(_pool().submit(_read, task))
-                task, size = [], 0
-        if task:
-            self.tasks.append(_pool().submit(_read, task))
+    turns: list[Future[None]] = field(default_factory=list)
 
     @property
     def files(self) -> list[StoredFile]:
         """The files that it is read from."""
-        return list(dict.fromkeys(tensor.file for tensor, _ in self.reads))
-
-
-def _read(task: Sequence[tuple[StoredTensor, Bytes]]) -> None:
-    for tensor, target in task:
-        tensor.read_into(target)
+        return list(dict.fromkeys(t.file for task in self.tasks for t in task.tensors))
 
 
 class FileSource:
@@ -126,7 +101,7 @@ class FileSource:
         self.path, self.specs = path, dict(specs)
         self.nbytes = sum(math.prod(spec.shape) * spec.dtype.size for spec in specs.values())
         self._stored = stored
-        self._plain: list[Plain] = []
+        self._direct: list[PlainBytes | Written] = []
         self._made: list[PackedBuild] = []
         counts = set()
         for packed in builds:
@@ -134,11 +109,12 @@ class FileSource:
             counts.add(packed.build.results(stored.infos, "BF16")[0].shape[0])
             for name in packed.build.sources:
                 stored[name]  # A file that is not the described one ends the load, not a request.
-            found = plain(packed, names, stored, self.specs)
-            if found is None:
-                self._made.append(packed)
+            for kind in (plain_bytes, written):
+                if (found := kind(packed, names, stored, self.specs)) is not None:
+                    self._direct.append(found)
+                    break
             else:
-                self._plain.append(found)
+                self._made.append(packed)
         (self.experts,) = counts
 
     def read(
@@ -164,14 +140,14 @@ class FileSource:
                 except CompatError as error:
                     failed[number] = self._named(number, error)
                     continue
-                one.start()
+                one.turns = start(one.tasks)
                 ways.append(one)
                 while len(ways) > 2 and sum(w.waiting for w in ways) > _WAITING:
                     read += self._finish(ways.popleft(), failed)
             while ways:
                 read += self._finish(ways.popleft(), failed)
         finally:
-            wait([task for one in ways for task in one.tasks])
+            wait([turn for one in ways for turn in one.turns])
         for one in read:
             for file in one.files:
                 if file not in checked:
@@ -183,28 +159,30 @@ class FileSource:
     def _prepare(self, number: int, views: Mapping[str, Bytes]) -> _Expert:
         """Return the reads of one expert, and what follows them."""
         one = _Expert(number)
-        for found in self._plain:
-            reads, finish = found.prepare(number, views)
-            one.reads += reads
-            if finish is not None:
-                one.finish.append(finish)
-                one.waiting += sum(tensor.nbytes for tensor, _ in reads)
+        for found in self._direct:
+            one.tasks += found.tasks(number, views)
         for packed in self._made:
             build = packed.build.restricted(Restriction(experts=(number, number + 1)))
             sources = {name: self._stored[name] for name in build.sources}
             operand = take_unread(build, sources)
-            weights = [_allocated(w, one) for w in operand.weights]
-            parts = {
-                role: [_allocated(part, one) for part in each]
-                for role, each in operand.parts.items()
-            }
-            one.finish.append(self._making(packed, build, Arrays(weights, parts), views))
+            buffers = Arrays(
+                [_Buffer(tensor) for tensor in operand.weights],
+                {role: [_Buffer(t) for t in each] for role, each in operand.parts.items()},
+            )
+            everything = [*buffers.weights, *(b for each in buffers.parts.values() for b in each)]
+            one.tasks += [Task([buffer.tensor], buffer.read) for buffer in everything]
+            one.waiting += sum(buffer.tensor.nbytes for buffer in everything)
+            one.finish.append(self._making(packed, build, buffers, views))
         return one
 
     def _making(
-        self, packed: PackedBuild, build: Build, operand: Arrays, views: Mapping[str, Bytes]
+        self, packed: PackedBuild, build: Build, buffers: Arrays, views: Mapping[str, Bytes]
     ) -> Callable[[], None]:
         def make() -> None:
+            operand = Arrays(
+                [buffer.array() for buffer in buffers.weights],
+                {role: [b.array() for b in each] for role, each in buffers.parts.items()},
+            )
             made = run_build(
                 build, operand, packed.dtype, names=packed.names, formats=packed.formats
             )
@@ -218,17 +196,17 @@ class FileSource:
 
     def _finish(self, one: _Expert, failed: dict[int, CompatError]) -> Iterator[_Expert]:
         """Wait for the reads and run what follows; yield the expert unless it failed."""
-        wait(one.tasks)
+        wait(one.turns)
         try:
-            for task in one.tasks:
-                task.result()
+            for turn in one.turns:
+                turn.result()
             for finish in one.finish:
                 finish()
         except CompatError as error:
             failed[one.number] = self._named(one.number, error)
             return
         except (RuntimeError, ValueError, MemoryError) as error:
-            build = self._made[0].build if self._made else self._plain[0].packed.build
+            build = self._made[0].build if self._made else self._direct[0].packed.build
             files = {name: info.file for name, info in self._stored.infos.items()}
             failed[one.number] = self._named(one.number, failure(build, error, files))
             return
@@ -238,9 +216,16 @@ class FileSource:
         return type(error)(f"expert {number} of {self.path}: {error}")
 
 
-def _allocated(source: Any, one: _Expert) -> mx.array:
-    """Return the memory for a part of a file, which is read later."""
-    array = mx.zeros(source.shape, dtype=source.dtype)
-    one.reads.append((source, bytes_of(array)))
-    one.waiting += array.nbytes
-    return array
+class _Buffer:
+    """Memory for a part of a file, which is read on the pool and given to MLX afterwards."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self.tensor = tensor
+        self._bytes = np.empty(tensor.nbytes, np.uint8)
+
+    def read(self) -> None:
+        self.tensor.read_into(self._bytes)
+
+    def array(self) -> mx.array:
+        """Return the values; nothing is evaluated, since MLX's thread answers late."""
+        return mx.array(self._bytes).view(self.tensor.dtype).reshape(self.tensor.shape)

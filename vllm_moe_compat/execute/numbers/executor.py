@@ -7,17 +7,21 @@ of rows at a time. Parts arrive once, for all of ``N``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
+from vllm_moe_compat.execute.fp8_tables import Bits
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
 
 Parts = Mapping[str, mx.array]
+Writer: TypeAlias = Callable[[int, Bits, Bits], None]
+"""Takes the first row, the rows' stored bytes ``[r, I]``, and the memory ``[r, I]`` for the floats,
+as unsigned integers of its width."""
 
 
 class Executor(ABC):
@@ -95,6 +99,37 @@ class Executor(ABC):
             The tensors; None, with ``weight`` untouched, if there is no faster path.
         """
         return None
+
+    def writes(self, op: Any, rows: int, columns: int, dtype: str, held: mx.Dtype) -> bool:
+        """Whether ``writer`` makes one matrix ``[O, I]`` of floats by a faster path.
+
+        Args:
+            op: the dequantising operation.
+            rows: ``O``.
+            columns: ``I``.
+            dtype: dtype that values are rounded to.
+            held: dtype of the memory that they are written to.
+        """
+        return False
+
+    def writer(
+        self,
+        op: Any,
+        shape: tuple[int, int],
+        parts: Mapping[str, tuple[Bits, str]],
+        dtype: str,
+    ) -> Writer:
+        """Return a function that writes rows of one matrix, where ``writes`` says so.
+
+        Any thread may use it, so MLX computes nothing here.
+
+        Args:
+            op: the dequantising operation.
+            shape: ``[O, I]``, as stored in bytes.
+            parts: role → its stored bytes, uint8 ``[nbytes]``, and dtype (safetensors' name).
+            dtype: dtype that values are rounded to.
+        """
+        raise NotImplementedError(f"{type(op).__name__} has no faster path")
 
     @abstractmethod
     def restrict(

@@ -2,15 +2,17 @@
 
 The product ``q * scale`` is computed in float32 and rounded once to the target dtype, so the
 result is bit for bit that of dequantising every expert on its own. On MLX's CPU device large
-blocks use lookup tables (``fp8_tables``).
+blocks use lookup tables (``fp8_tables``, ``fp8_pairs``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_moe_compat.checkpoint.numbers.fp8_ops import (
     SCALE,
@@ -20,8 +22,8 @@ from vllm_moe_compat.checkpoint.numbers.fp8_ops import (
 )
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
-from vllm_moe_compat.execute import fp8_tables, stack
-from vllm_moe_compat.execute.numbers.executor import Executor, Parts
+from vllm_moe_compat.execute import fp8_pairs, fp8_tables, stack
+from vllm_moe_compat.execute.numbers.executor import Executor, Parts, Writer
 from vllm_moe_compat.execute.stack import Arrays, Stack
 from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
@@ -59,7 +61,7 @@ class Fp8Executor(Executor):
         if not fp8_tables.pays(rows, columns, op.block):
             return None
         scale = self.ready(op, parts, (count, rows, columns))[SCALE]
-        tables = fp8_tables.Tables(scale, op.block, columns, _multiply(dtype))
+        tables = _writer(scale, op.block, columns, dtype)
         share = rows // targets
         made = [mx.zeros((count, share, columns), dtype=mlx_dtype(dtype)) for _ in range(targets)]
         views = [fp8_tables.bits(array) for array in made]
@@ -69,6 +71,29 @@ class Fp8Executor(Executor):
                 first = number * share
                 tables.write(expert, first, source[first : first + share], view[expert])
         return made
+
+    def writes(
+        self, op: DequantizeFp8, rows: int, columns: int, dtype: str, held: mx.Dtype
+    ) -> bool:
+        """Whether blocks are large and no float16 is wanted."""
+        kind = mlx_dtype(dtype)
+        if kind not in (mx.float32, mx.bfloat16) or held not in (kind, mx.float32):
+            return False
+        fp8_pairs.prepare()
+        return fp8_tables.pays(rows, columns, op.block)
+
+    def writer(
+        self,
+        op: DequantizeFp8,
+        shape: tuple[int, int],
+        parts: Mapping[str, tuple[fp8_tables.Bits, str]],
+        dtype: str,
+    ) -> Writer:
+        """Write products by pairs of bytes."""
+        scale, grid = fp8_pairs.scales(*parts[SCALE]), scale_grid((1, *shape), op.block)
+        scale = np.broadcast_to(scale, grid) if scale.size == 1 else scale.reshape(grid)
+        pairs = fp8_pairs.Pairs(scale, op.block, shape[1], rounded=dtype == "bfloat16")
+        return partial(pairs.write, 0)
 
     def restrict(
         self,
@@ -120,11 +145,41 @@ def _multiply(dtype: str) -> Callable[[mx.array, mx.array], mx.array]:
     return lambda q, s: (mx.from_fp8(q, dtype=mx.float32) * s).astype(mlx_dtype(dtype))
 
 
+def _writer(
+    scale: mx.array, block: tuple[int, int], columns: int, dtype: str
+) -> fp8_tables.Tables | fp8_pairs.Pairs:
+    """Return what writes products of bytes of ``[…, columns]`` as ``dtype``."""
+    if dtype == "float32":
+        exact = fp8_tables.bits(mx.contiguous(scale)).view(np.float32)
+        return fp8_pairs.Pairs(exact, block, columns)
+    return fp8_tables.Tables(scale, block, columns, _multiply(dtype))
+
+
+def by_table(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
+    """Return all products, evaluated; on the CPU, and not while tensors are made lazily.
+
+    Args:
+        weight: E4M3 bytes, uint8 ``[N, O, I]``.
+        scale: float32 ``[N, o, i]``.
+        block: rows and columns under one scale.
+        dtype: dtype of the products.
+
+    Returns:
+        ``[N, O, I]``.
+    """
+    tables = _writer(scale, block, weight.shape[-1], dtype)
+    out = mx.zeros(weight.shape, dtype=mlx_dtype(dtype))
+    source, target = fp8_tables.bits(weight), fp8_tables.bits(out)
+    for expert in range(len(source)):
+        tables.write(expert, 0, source[expert], target[expert])
+    return out
+
+
 def _product(weight: mx.array, scale: mx.array, block: tuple[int, int], dtype: str) -> mx.array:
     """Return ``[N, O, I]`` times ``[N, o, i]``, computed in float32 and rounded once."""
     count, rows, columns = weight.shape
     if fp8_tables.pays(rows, columns, block):
-        return fp8_tables.product(weight, scale, block, _multiply(dtype), mlx_dtype(dtype))
+        return by_table(weight, scale, block, dtype)
     exact = mx.from_fp8(weight, dtype=mx.float32)
     if rows % block[0] or columns % block[1]:
         scale = mx.repeat(scale, block[1], axis=2)[:, :, :columns]
