@@ -6,7 +6,7 @@ a context variable carries them, separately for each thread and task.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -33,6 +33,8 @@ class LoadOptions:
             ``lazy=True``, since the caller needs all of them.
         progress: whether long loads show a progress bar.
         record: whether ``last_report`` returns the report of the load.
+        settle: changes classes and dtypes of a module's layers into those that serve; applied to
+            experts that stay on disk.
         arrange: called with the named builds before tensors are made, to make a part of the
             model's tensors only; the plan is then complete.
     """
@@ -43,6 +45,7 @@ class LoadOptions:
     at_once: bool = False
     progress: bool = True
     record: bool = True
+    settle: Callable[[Any], None] | None = None
     arrange: Arrange | None = None
 
 
@@ -62,7 +65,11 @@ def serving_here() -> Serving:
     options = load_options()
     device = "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu"
     found = serving(device, options.dtype, exact=options.executor is not None)
-    return replace(found, complete=options.arrange is not None)
+    return replace(
+        found,
+        complete=options.arrange is not None,
+        experts_apart=found.experts_apart and options.executor is None,
+    )
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vllm_moe_compat.plan.expert_cache import CachePlan
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -33,6 +35,7 @@ class LoadReport:
         held_packed: number of weights that stay packed as they are stored.
         packed_as: MLX's formats of these weights.
         lazy: whether the tensors were left unread, to be made when they are first used.
+        expert_cache: the slots of each layer with experts; None if all experts were loaded.
     """
 
     path: str | None
@@ -57,6 +60,7 @@ class LoadReport:
     held_packed: int = 0
     packed_as: tuple[str, ...] = ()
     lazy: bool = False
+    expert_cache: CachePlan | None = None
 
     def __str__(self) -> str:
         done = []

@@ -19,6 +19,7 @@ from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families.global_scale import take_global_scales
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load.context import LoadContext
+from vllm_moe_compat.load.experts_on_disk import Arrangement
 from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.progress import bar
 from vllm_moe_compat.load.report import LoadReport
@@ -74,10 +75,11 @@ def run_load(
     if works:
         mx.reset_peak_memory()
     executor = load_options().executor
+    arrangement = None if load is None else Arrangement(load)
     dtype: str | None
     # A checkpoint without dequantised weights keeps its dtype unless one was set.
     kept = serving.dtype if plan.dequantized else serving.kept_dtype
-    if load is not None and serving.complete and not plan.complete:
+    if load is not None and load.plan.complete and not plan.complete:
         raise LayoutError(
             f"{load.model_dir}: other code changed the tensors before they reached {row.module}, "
             "so no part of them can be made by itself, where the files' tensors were expected; "
@@ -107,7 +109,7 @@ def run_load(
             corrects=executor is None,
         )
         with bar(0 if executor else len(weights)) as done:
-            make = executor or partial(load_quantized, arrange=load_options().arrange)
+            make = executor or partial(load_quantized, arrange=arrangement)
             sanitized, policy = make(quantized, weights, sanitize, model, done)
         if policy.formats:
             # ``load_model`` uses this dict to quantise its modules.
@@ -142,6 +144,7 @@ def run_load(
         saved=bytes_saved(sanitized, policy),
         lazy=load is not None and load.lazy,
         peak=mx.get_peak_memory() - before if works else 0,
+        expert_cache=None if arrangement is None else arrangement.cache,
         max_length=None if load is None else load.planned.max_length,
         max_length_reason="" if load is None else load.planned.max_length_reason,
     )

@@ -179,7 +179,7 @@ def _plan(
             exact=serving.exact,
             checked=True,
             hold=not quantizes,
-            complete=serving.complete,
+            complete=serving.complete or (serving.experts_apart and bool(layout.experts)),
         )
         return plan, []
     except LayoutError as error:

@@ -157,7 +157,7 @@ class PlannedLoad:
             exact=exact,
             checked=True,
             hold=not split,
-            complete=complete or self.serving.complete,
+            complete=complete or self.plan.complete,
         )
 
 

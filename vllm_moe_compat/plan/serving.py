@@ -11,9 +11,8 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 
-from vllm_moe_compat.envs import DTYPE, EXPERT_CACHE, QUANTIZE
-from vllm_moe_compat.errors import SettingError
-from vllm_moe_compat.plan.expert_cache import OFF, CacheSetting
+from vllm_moe_compat.envs import DTYPE, QUANTIZE
+from vllm_moe_compat.plan.expert_cache import CacheSetting
 
 NONE = "none"
 """The value of ``VLLM_MOE_COMPAT_QUANTIZE`` that quantises nothing."""
@@ -30,6 +29,7 @@ class Serving:
         exact: whether products in bfloat16 are too coarse.
         kept_dtype: dtype of checkpoints without dequantised weights; None for their own.
         complete: whether a part of the model's tensors is made; see ``planner.Plan``.
+        experts_apart: whether experts stay on disk, so that each can be made by itself.
     """
 
     dtype: str
@@ -38,6 +38,7 @@ class Serving:
     exact: bool = False
     kept_dtype: str | None = None
     complete: bool = False
+    experts_apart: bool = False
 
 
 def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Serving:
@@ -54,26 +55,17 @@ def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Se
     Raises:
         SettingError: the value of an environment variable is not valid.
     """
-    _refuse_expert_cache()
     chosen = DTYPE.read()
     requested = dtype if chosen == "auto" else chosen
     target = requested or ("float32" if device == "cpu" else "bfloat16")
     return Serving(
-        target, requested or "bfloat16", QUANTIZE.read(), exact or target != "bfloat16", dtype
+        target,
+        requested or "bfloat16",
+        QUANTIZE.read(),
+        exact or target != "bfloat16",
+        dtype,
+        experts_apart=CacheSetting.read() is not None,
     )
-
-
-def _refuse_expert_cache() -> None:
-    """Refuse a cache of experts: no load makes one yet.
-
-    Raises:
-        SettingError: ``VLLM_MOE_COMPAT_EXPERT_CACHE`` is not ``off``.
-    """
-    if CacheSetting.read() is not None:
-        raise SettingError(
-            f"{EXPERT_CACHE.name} is {EXPERT_CACHE.read()!r}, and this version keeps all experts "
-            f"in memory; unset it, or set it to {OFF}."
-        )
 
 
 def installed_device() -> str:

@@ -23,6 +23,7 @@ from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.checkpoint import file_stamps
 from vllm_moe_compat.checkpoint.file_stamps import FileStamps
+from vllm_moe_compat.expert_cache.install import containers
 from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
@@ -71,7 +72,8 @@ def load(
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
     stamps = file_stamps.take(path.absolute())
-    with loading_with(dtype=str(dtype).rpartition(".")[2], at_once=True):
+    options = {"dtype": str(dtype).rpartition(".")[2], "at_once": True}
+    with loading_with(**options, settle=lambda experts: _settle(experts, dtype)):
         loaded, _ = utils.load_model(path, lazy=True)
     if group is not None:
         shard(loaded, group)
@@ -83,11 +85,9 @@ def load(
     # Both calls only build graphs. The first one refuses a model before its weights are read,
     # the second one sees the final dtypes.
     dry_run(loaded, describe(loaded))
-    kept = keep_scales(loaded, dtype)
-    _cast(loaded, dtype, kept)
+    kept, widened = _settle(loaded, dtype)
     if kept:
-        logger.info("%d scales and biases of packed weights stay float32, to be exact", len(kept))
-    widened = widen_experts(loaded)
+        logger.info("%d scales and biases of packed weights stay float32, to be exact", kept)
     # Values that mlx-lm left lazy have been read since.
     file_stamps.check(
         stamps, "something is writing to the checkpoint, so wait until that has ended"
@@ -95,6 +95,7 @@ def load(
     give_back()
     result = dry_run(loaded, describe(loaded))
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
+    weights += sum(experts.nbytes for experts in containers(loaded))
     logger.info(
         "the embedded MLX platform serves, since %s: loaded %s on %s, %s, %.1f MiB of weights%s, "
         "%s%s",
@@ -124,6 +125,17 @@ def _single_sequence(result: DryRun) -> str:
     if not result.failure:
         return ""
     return f", one sequence at a time, since its code fails on several ({result.failure})"
+
+
+def _settle(model: nn.Module, dtype: mx.Dtype) -> tuple[int, int]:
+    """Give layers the classes and dtypes that serve, and evaluate all parameters.
+
+    Returns:
+        The number of scales that stay float32, and the bytes added by widening experts.
+    """
+    kept = keep_scales(model, dtype)
+    _cast(model, dtype, kept)
+    return len(kept), widen_experts(model)
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype, kept: Collection[str]) -> None:
