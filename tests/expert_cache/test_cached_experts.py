@@ -12,6 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from support.memory_experts import KINDS, cache_experts, cached, container
+from vllm_moe_compat.backend.model.exact_scales import keep_scales
+from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.errors import CheckpointFileError, LayoutError
 from vllm_moe_compat.expert_cache.cached_experts import CachedExperts
 from vllm_moe_compat.expert_cache.current_pass import building_only, current_pass
@@ -48,6 +50,26 @@ def test_every_kind_and_share_computes_the_same_bits(kind: str) -> None:
             x, indices = inputs(resident, rows, tokens, seed), chosen(rows, tokens, seed)
             assert same(experts(x, indices), resident(x, indices)), (slots, rows, tokens)
         assert source.asked
+
+
+@pytest.mark.parametrize("kind", ["glu, biases", "mlp", "4 bits", "8 bits, biases"])
+def test_narrow_activations_meet_float32_experts_as_in_the_resident_model(kind: str) -> None:
+    """On the CPU, floats are widened; scales that bfloat16 cannot represent stay float32."""
+    resident = container(kind, EXPERTS)
+    if KINDS[kind][2] is None:
+        resident.set_dtype(mx.bfloat16)
+        assert widen_experts(resident)
+    else:
+        assert keep_scales(resident, mx.bfloat16)
+    for slots in SHARES:
+        experts, source = cached(resident, slots)
+        assert mx.float32 in {spec.dtype for spec in source.specs.values()}
+        for seed, (rows, tokens) in enumerate(BATCHES):
+            x = inputs(resident, rows, tokens, seed).astype(mx.bfloat16)
+            indices = chosen(rows, tokens, seed)
+            out = experts(x, indices)
+            assert same(out, resident(x, indices)), (slots, rows, tokens)
+            assert out.dtype == mx.bfloat16
 
 
 def test_tokens_may_come_flattened() -> None:
