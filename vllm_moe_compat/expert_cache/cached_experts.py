@@ -51,12 +51,12 @@ class _Choice:
 
     Attributes:
         experts: int64 ``[N, k]``.
-        real: which tokens are no padding, bool ``[N]``.
+        real: which tokens are no padding, bool ``[N]``; None if all are.
         current: takes note of rows that cannot be computed; None where nobody does.
     """
 
     experts: Ints
-    real: npt.NDArray[np.bool_]
+    real: npt.NDArray[np.bool_] | None
     current: CurrentPass | None
 
     def fail(self, failed: dict[int, CompatError]) -> None:
@@ -68,7 +68,9 @@ class _Choice:
         for expert, error in failed.items():
             if self.current is None:
                 raise error
-            needs = (self.experts == expert).any(axis=-1) & self.real
+            needs = (self.experts == expert).any(axis=-1)
+            if self.real is not None:
+                needs &= self.real
             self.current.fail(np.flatnonzero(needs), error)
 
 
@@ -167,7 +169,10 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
             return self._call(x, self._rows_of(indices))
         self._pending.evaluate(indices)
         choice = _choice(np.array(indices))
-        wanted, uses = np.unique(choice.experts[choice.real], return_counts=True)
+        needed = choice.experts if choice.real is None else choice.experts[choice.real]
+        tokens_of = np.bincount(needed.reshape(-1), minlength=self.experts)
+        wanted = np.flatnonzero(tokens_of)
+        uses = tokens_of[wanted]
         with self._planned(wanted, uses) as groups:
             if len(groups) == 1:
                 result = self._at_once(x, indices.shape, choice, groups[0])
@@ -184,11 +189,13 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         """Compute all pairs in one call of upstream's code, which is not evaluated."""
         choice.fail(self._fetch(group))
         slot_of = self._policy.slot_of
-        held = slot_of[slot_of >= 0]
-        if not len(held):
-            return None
-        # Padding, and what could not be read, takes any expert.
-        rows = np.where(slot_of < 0, held[0], slot_of)[choice.experts]
+        rows = slot_of[choice.experts]
+        if (rows < 0).any():
+            held = slot_of[slot_of >= 0]
+            if not len(held):
+                return None
+            # Padding, and what could not be read, takes any expert.
+            rows[rows < 0] = held[0]
         result = self._call(x, mx.array(rows.astype(np.uint32)).reshape(shape))
         self._pending.set(result)
         return result
@@ -206,7 +213,10 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
             slot_of = np.full(self.experts, -1)
             slot_of[group.experts] = group.slots
             slot_of[list(failed)] = -1
-            rows = np.where(choice.real[:, None], slot_of[choice.experts], -1).reshape(-1)
+            rows = slot_of[choice.experts]
+            if choice.real is not None:
+                rows[~choice.real] = -1
+            rows = rows.reshape(-1)
             pairs = np.flatnonzero(rows >= 0)
             if not len(pairs):
                 continue
@@ -233,7 +243,7 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         finally:
             for expert in self._unread:
                 self._policy.forget(expert)
-        if (self._policy.slot_of >= 0).all():
+        if self.slots == self.experts and (self._policy.slot_of >= 0).all():
             self._rows_of = _translation(self._policy.slot_of)
 
     def _fetch(self, group: Group) -> dict[int, CompatError]:
@@ -259,7 +269,7 @@ def _choice(indices: npt.NDArray[Any]) -> _Choice:
     experts = indices.reshape(-1, indices.shape[-1]).astype(np.int64)
     current = running_pass()
     if current is None or current.real.size != len(experts):  # Called on part of the batch.
-        return _Choice(experts, np.ones(len(experts), bool), None)
+        return _Choice(experts, None, None)
     return _Choice(experts, current.real.reshape(-1), current)
 
 

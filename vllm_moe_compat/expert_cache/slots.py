@@ -134,16 +134,12 @@ class Slots:
         failed = dict(source.read(list(staged), staged.__getitem__))
         for name, spec in self._specs.items():
             layer, key = self._homes[name]
-            # The update is in place only while the layer does not refer to the array.
-            array = layer.pop(key)
-            try:
-                for expert, slot in placed:
-                    if expert not in failed:
-                        value = mx.array(staged[expert].pop(name)).view(spec.dtype)
-                        array[slot] = value.reshape(spec.shape)
-                mx.eval(array)
-            finally:
-                layer[key] = array
+            array = layer[key]
+            for expert, slot in placed:
+                if expert not in failed:
+                    value = mx.array(staged[expert].pop(name)).view(spec.dtype)
+                    array[slot] = value.reshape(spec.shape)
+            mx.eval(array)
         return failed
 
 
