@@ -78,6 +78,9 @@ def _moved(op: Op, weights: list[mx.array], dtype: str) -> list[mx.array] | None
             shape = list(first.shape)
             shape[axis] *= 2
             return [mx.stack(weights, axis=axis + 1).reshape(shape)]
+        case op_types.AsWords(grouped):
+            octets = mx.flatten(first, -2) if grouped else first
+            return [mx.contiguous(octets).view(mx.uint32)]
         case op_types.Add(number):
             kind = mx.float32 if dtype == "float32" else first.dtype
             return [(first.astype(mx.float32) + number).astype(kind)]

@@ -254,6 +254,19 @@ class StoredTensor:
             raise ValueError(f"{self.name} {self.shape} cannot become {shape}")
         return self._with(tuple((0, n) for n in wanted), tuple(wanted))
 
+    def with_merged_ends(self) -> StoredTensor:
+        """Return the tensor with its last two axes as one; reads nothing.
+
+        Raises:
+            ValueError: a part of the last axis was cut off.
+        """
+        *lead, (start, stop), last = self._spans
+        *whole, _, width = self._whole
+        if last != (0, width):
+            raise ValueError(f"{self.name} is cut in its last axis")
+        merged = (*whole, self._whole[-2] * width)
+        return self._with((*lead, (start * width, stop * width)), merged)
+
     def _with(self, spans: tuple[tuple[int, int], ...], whole: tuple[int, ...]) -> StoredTensor:
         part = object.__new__(StoredTensor)
         part.file, part.name, part.kind = self.file, self.name, self.kind

@@ -18,7 +18,7 @@ from vllm_moe_compat.execute.stored_tensors import Bytes, StoredTensor, StoredTe
 from vllm_moe_compat.expert_cache.protocol import Spec
 from vllm_moe_compat.expert_cache.read_tasks import Task, bands
 from vllm_moe_compat.plan.build import Restriction
-from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts
+from vllm_moe_compat.plan.ops import AsWords, SplitGateUp, StackExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class PlainBytes:
         stored: the files.
         split: how gate and up are apart; None for one target.
         widened: dtype of the stored floats, if the slots are float32 and these are not.
+        grouped: whether the last two axes are one in memory.
     """
 
     packed: PackedBuild
@@ -38,12 +39,15 @@ class PlainBytes:
     stored: StoredTensors
     split: SplitGateUp | None
     widened: mx.Dtype | None
+    grouped: bool = False
 
     def tasks(self, expert: int, views: Mapping[str, Bytes]) -> list[Task]:
         """Return what to do for one expert."""
         build = self.packed.build.restricted(Restriction(experts=(expert, expert + 1)))
         operand = take_unread(build, {name: self.stored[name] for name in build.sources})
         (tensor,) = operand.weights
+        if self.grouped:
+            tensor = tensor.with_merged_ends()
         targets = [views[key] for key in self.keys]
         if self.split is not None and self.split.interleaved:
             return [Task([tensor], _moving(tensor, targets, self.widened, self.split.axis))]
@@ -90,11 +94,16 @@ def plain_bytes(
     split = None
     if ops and isinstance(ops[-1], SplitGateUp):
         split, ops = ops[-1], ops[:-1]
-    cut = build.restriction is not None and split is not None
+    words = None
+    if ops and isinstance(ops[-1], AsWords):
+        words, ops = ops[-1], ops[:-1]
+    cut = build.restriction is not None and (split is not None or words is not None)
     if ops or cut or any(packed.formats):
         return None
     (source,) = {stored[name].dtype for name in build.weights}
     (held,) = {specs[key].dtype for key in keys}
+    if words is not None:
+        return PlainBytes(packed, tuple(keys), stored, split, None, words.grouped)
     widens = source in (mx.bfloat16, mx.float16) and held == mx.float32
     if source != held and not widens:
         return None

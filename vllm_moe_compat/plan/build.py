@@ -16,7 +16,7 @@ from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.checkpoint.operations import Dequantize, MlxFormat, Op, Operand, Spec
 from vllm_moe_compat.dtypes import nbytes
-from vllm_moe_compat.plan.ops import SplitGateUp, StackExperts, Transpose
+from vllm_moe_compat.plan.ops import AsWords, SplitGateUp, StackExperts, Transpose
 
 Span: TypeAlias = tuple[int, int]
 """``(start, stop)`` along one axis."""
@@ -175,6 +175,8 @@ class Build:
                     columns = _widened(columns, op.columns_per_part)
                 case StackExperts():
                     experts = None
+                case AsWords(grouped=grouped):
+                    rows, columns = None if grouped else rows, None
                 case _:
                     return Restriction()
         return Restriction(experts, rows, columns)

@@ -217,3 +217,30 @@ class SplitLatent(Op):
     def words(self) -> str:
         """``split kv_b_proj into embed_q and unembed_out``."""
         return "split kv_b_proj into embed_q and unembed_out"
+
+
+@dataclass(frozen=True, slots=True)
+class AsWords(Op):
+    """Packed bytes become the words of MLX, ``uint32 […, O, I/4]``; no bit changes.
+
+    Attributes:
+        grouped: whether bytes are stored in groups, ``[…, O, G, b]``, and not ``[…, O, I]``.
+    """
+
+    grouped: bool = False
+
+    def result(self, given: Operand, target: str) -> Operand:
+        """Count four bytes as one."""
+        (weight,) = given.weights
+        *lead, last = weight.shape
+        if self.grouped:
+            *lead, groups = lead
+            last *= groups
+        if weight.dtype not in ("U8", "I8", "F8_E4M3") or last % 4 or given.parts:
+            raise ValueError(f"{given} is not packed in words")
+        return Operand((Spec("U32", (*lead, last // 4)),))
+
+    @property
+    def words(self) -> str:
+        """``read as words``."""
+        return "read as words"

@@ -27,6 +27,7 @@ from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families.row import Moe, Row
 from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.check_experts import check_experts, is_stored_transposed
+from vllm_moe_compat.plan.kept import kept_blocks, kept_numbers
 from vllm_moe_compat.plan.norms import norms
 from vllm_moe_compat.plan.ops import (
     SplitGateUp,
@@ -120,7 +121,9 @@ def make_plan(
         ignored = tuple(sorted(layout.ignored))
         builds: list[Build] = []
         if complete:
-            builds.extend(_unchanged(layout, numbers.unused))
+            builds.extend(kept_numbers(layout, row))
+            done = {name for build in builds for name in build.sources}
+            builds.extend(_unchanged(layout, done.union(numbers.unused)))
         return Plan(
             row.module,
             layout.words,
@@ -162,6 +165,7 @@ def make_plan(
     builds.extend(Build(name, (name,), (), (op,)) for name, op in shifts)
     drops = (row.ignored if returns_early else row.dropped_here).of(config).select(layout.ignored)
     if complete:
+        builds.extend(kept_blocks(layout, row))
         done = {name for build in builds for name in build.sources}
         builds.extend(_unchanged(layout, done.union(numbers.unused, widen)))
     # Layer by layer. Sorting is stable, so the order within a layer stays.
