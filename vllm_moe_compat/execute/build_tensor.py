@@ -74,7 +74,11 @@ def run_build(
         # A copy, since a view would keep what was read around it.
         arrays.append(mx.contiguous(as_array(_cut(whole.pop(name), cut))))
         settle(arrays[-1])
-    return make_tensors((), Arrays(arrays), names, dtype, formats)
+    each: dict[str, mx.array] = {}
+    for number, name in enumerate(names):
+        operand = Arrays([arrays.pop(0)])
+        each |= make_tensors((), operand, [name], dtype, formats[number : number + 1])
+    return each
 
 
 def take(build: Build, weights: MutableMapping[str, Any]) -> Arrays:

@@ -30,11 +30,13 @@ import mlx.core as mx
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.execute.build_tensor import make_build, make_tensors
+from vllm_moe_compat.execute.cut_build import make_cut
 from vllm_moe_compat.execute.quantization_policy import QuantizationPolicy, can_hold, decide
 from vllm_moe_compat.execute.run_plan import failure, widen_and_drop
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.families.global_scale import take_global_scale
 from vllm_moe_compat.plan.build import Build
+from vllm_moe_compat.plan.cut import Cut
 from vllm_moe_compat.plan.packing import Packing, Requantize
 from vllm_moe_compat.plan.planner import Plan
 from vllm_moe_compat.plan.quantization import commonest_held, is_listed
@@ -79,12 +81,14 @@ class PackedBuild:
         names: the targets' names in the result of ``sanitize``.
         formats: the format of each target; None for floats.
         dtype: dtype of dequantised values; empty for a tensor that is only packed.
+        cuts: the part of each target to make; None, or no entry, for all of it.
     """
 
     build: Build
     names: tuple[str, ...]
     formats: tuple[Packing | None, ...]
     dtype: str = ""
+    cuts: tuple[Cut | None, ...] = ()
 
 
 @dataclass(slots=True)
@@ -96,7 +100,8 @@ class SanitizedLoad:
         builds: the tensors to make.
         finished: tensors that need no build, as ``sanitize`` returned them; lazy.
         policy: the format of each module.
-        sources: name → source of ``builds`` that have operations.
+        sources: name → source of ``builds`` that have operations; an array, or a stored tensor
+            if ``arrange`` has put it there.
         floats: name → float tensor that a build only packs.
     """
 
@@ -104,7 +109,7 @@ class SanitizedLoad:
     builds: list[PackedBuild]
     finished: dict[str, mx.array]
     policy: QuantizationPolicy
-    sources: dict[str, mx.array]
+    sources: dict[str, Any]
     floats: dict[str, mx.array]
 
     def make(self, packed: PackedBuild) -> dict[str, mx.array]:
@@ -118,6 +123,17 @@ class SanitizedLoad:
             if packed.names[0] in self.floats:
                 operand = Arrays([self.floats.pop(packed.names[0])])
                 return make_tensors((), operand, packed.names, "", packed.formats)
+            if any(packed.cuts):
+                shapes = [spec.shape for spec in packed.build.results(self.load.tensors, "BF16")]
+                return make_cut(
+                    packed.build,
+                    packed.cuts,
+                    shapes,
+                    self.sources,
+                    packed.dtype,
+                    names=packed.names,
+                    formats=packed.formats,
+                )
             return make_build(
                 packed.build,
                 self.sources,

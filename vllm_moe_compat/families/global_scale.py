@@ -20,7 +20,7 @@ from inspect import signature
 from typing import Any
 
 ENDING = ".global_scale"
-_MLX_GLOBAL = 6.0 * 448.0
+MLX_GLOBAL = 6.0 * 448.0
 
 
 def take_global_scales(model: Any, names: Collection[str]) -> None:
@@ -45,6 +45,11 @@ def take_global_scale(module: Any) -> None:
 
     if type(module) in (nn.Linear, SwitchLinear):
         module.__class__ = _classes()[type(module)]
+
+
+def takes_global_scale(kind: type) -> bool:
+    """Whether a class of layers is one that ``take_global_scale`` gives."""
+    return kind in _classes().values()
 
 
 @cache
@@ -73,7 +78,7 @@ def _classes() -> dict[type, type]:
                 bits=self.bits,
                 mode=self.mode,
             )
-            y = (y * (self["global_scale"] / _MLX_GLOBAL)).astype(x.dtype)
+            y = (y * (self["global_scale"] / MLX_GLOBAL)).astype(x.dtype)
             return y + self["bias"] if "bias" in self else y
 
     class LinearWithScale(nn.Linear):  # type: ignore[misc]
@@ -91,7 +96,7 @@ def _classes() -> dict[type, type]:
             if not (mode == "nvfp4" if global_scale is None else global_scale):
                 return super().to_quantized(group_size, bits, mode, quantize_input)
             layer = QuantizedLinearWithScale.from_linear(self, group_size, bits, mode)
-            layer.global_scale = mx.array(_MLX_GLOBAL, dtype=mx.float32)
+            layer.global_scale = mx.array(MLX_GLOBAL, dtype=mx.float32)
             return layer
 
     class QuantizedExpertsWithScale(QuantizedSwitchLinear):  # type: ignore[misc]
@@ -112,7 +117,7 @@ def _classes() -> dict[type, type]:
                 mode=self.mode,
                 sorted_indices=sorted_indices,
             )
-            factor = (self["global_scale"] / _MLX_GLOBAL)[indices]
+            factor = (self["global_scale"] / MLX_GLOBAL)[indices]
             y = (y * factor[..., None, None]).astype(x.dtype)
             return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
@@ -133,7 +138,7 @@ def _classes() -> dict[type, type]:
                 layer = super().to_quantized(group_size, bits, mode, global_scale=True)
             else:
                 layer = super().to_quantized(group_size, bits, mode)
-                layer.global_scale = mx.full(self.weight.shape[:1], _MLX_GLOBAL)
+                layer.global_scale = mx.full(self.weight.shape[:1], MLX_GLOBAL)
             layer.__class__ = QuantizedExpertsWithScale
             return layer
 

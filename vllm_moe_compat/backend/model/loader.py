@@ -29,6 +29,7 @@ from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.ranks.shard import shard
+from vllm_moe_compat.ranks.share import Share
 from vllm_moe_compat.who_serves import who_serves
 
 
@@ -60,7 +61,7 @@ def load(
 ) -> ServedModel:
     """Load the checkpoint ``model`` (a folder, or a repository in the local cache).
 
-    With a ``group`` of ranks, this rank keeps its share of the weights.
+    With a ``group`` of ranks, this rank reads and keeps its share of the weights.
 
     Raises:
         CompatError: the checkpoint is broken or cannot be represented.
@@ -72,11 +73,12 @@ def load(
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
     stamps = file_stamps.take(path.absolute())
-    options = {"dtype": str(dtype).rpartition(".")[2], "at_once": True}
+    share = None if group is None else Share(path, group)
+    options = {"dtype": str(dtype).rpartition(".")[2], "at_once": True, "arrange": share}
     with loading_with(**options, settle=lambda experts: _settle(experts, dtype)):
         loaded, _ = utils.load_model(path, lazy=True)
-    if group is not None:
-        shard(loaded, group)
+    if share is not None and not share.done:
+        shard(loaded, share.group)  # No plan is made for the module: its tensors are unread.
     report = last_report()
     if report is None or report.path != str(path):  # That of another load: this one had no plan.
         limit, reason = None, ""
