@@ -16,7 +16,7 @@ import mlx.core as mx
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.execute.build_tensor import make_build
 from vllm_moe_compat.execute.laziness import settle
-from vllm_moe_compat.plan.build import Build, Restriction
+from vllm_moe_compat.plan.build import Build, Restriction, Span
 from vllm_moe_compat.plan.cut import Cut
 from vllm_moe_compat.plan.ops import SplitGateUp
 from vllm_moe_compat.plan.packing import Packing
@@ -31,24 +31,44 @@ def cut_of(name: str, cuts: Mapping[str, Cut]) -> Cut | None:
     return cuts.get(f"{module}.weight" if kind in PARTS_OF_PACKED else name)
 
 
-def restrictions(build: Build, cut: Cut, shape: Sequence[int]) -> list[Restriction] | None:
-    """Return the restrictions of a build that give a cut of its targets.
+def restricted(
+    build: Build, cuts: Sequence[Cut | None], shapes: Sequence[Sequence[int]]
+) -> list[Build] | None:
+    """Return the builds that make a rank's part of the targets, and read no more.
+
+    Combined gate and up become a build each: a restriction of both together reads all rows.
 
     Args:
         build: the build.
-        cut: the same for all of its targets.
-        shape: shape of a target, as the build makes it.
+        cuts: of each target; None for a whole one.
+        shapes: of each target, as the build makes it.
 
     Returns:
-        One for each span; None if the build has to be made whole.
+        One build for all targets, or one for each; None if they have to be made whole first.
     """
-    ends = cut.scaled(shape[cut.axis])
-    if cut.factor != 1.0 or len(shape) < 2 or ends is None:
+    first = cuts[0]
+    if first is None or any(cut != first for cut in cuts) or first.factor != 1.0:
         return None
-    axes = {len(shape) - 2: "rows", len(shape) - 1: "columns"} | (
-        {0: "experts"} if len(shape) == 3 else {}
-    )
-    return [Restriction(**{axes[cut.axis]: span}) for span in ends]
+    shape, ends = shapes[0], first.scaled(shapes[0][first.axis])
+    if ends is None or len(ends) != 1 or len(shape) < 2:
+        return None
+    both = build.held is not None and build.held.global_scale
+    by_rows = first.axis == len(shape) - 2
+    if by_rows and not both and build.ops and build.ops[-1] == SplitGateUp():
+        (start, stop), size = ends[0], shape[-2]
+        return [
+            replace(build, target=name, others=(), ops=build.ops[:-1]).restricted(
+                Restriction(rows=(start + number * size, stop + number * size))
+            )
+            for number, name in enumerate(build.targets)
+        ]
+    return [build.restricted(_restriction(first, ends[0], len(shape)))]
+
+
+def _restriction(cut: Cut, span: Span, axes: int) -> Restriction:
+    if cut.axis == axes - 1:
+        return Restriction(columns=span)
+    return Restriction(rows=span) if cut.axis == axes - 2 else Restriction(experts=span)
 
 
 def make_cut(
@@ -61,13 +81,15 @@ def make_cut(
     names: Sequence[str],
     formats: Sequence[Packing | None],
 ) -> dict[str, mx.array]:
-    """Run a build for a part of its targets; its sources are removed from ``weights``.
+    """Run a build that cannot be restricted at once, for a part of its targets.
+
+    A target in several spans is made span by span, and joined.
 
     Args:
         build: of a plan for these tensors.
         cuts: of each target; None for a whole one.
         shapes: of each target, as the build makes it.
-        weights: name → array, mostly unread, or stored tensor.
+        weights: name → array, mostly unread, or stored tensor; the sources are removed.
         dtype: dtype of dequantised weights.
         names: names of the results.
         formats: packed format of each result; None for floats.
@@ -75,60 +97,28 @@ def make_cut(
     Returns:
         See ``make_build``.
     """
-    first = cuts[0]
-    same = first is not None and all(cut == first for cut in cuts)
-    spans = restrictions(build, first, shapes[0]) if same and first is not None else None
-    if spans is None:
-        made = make_build(build, weights, dtype, names=names, formats=formats)
-        by_name = {name: cut for name, cut in zip(names, cuts, strict=True) if cut is not None}
-        for name in list(made):
-            if (cut := cut_of(name, by_name)) is not None:
-                made[name] = part_of(name, made.pop(name), cut)
+    first, made = cuts[0], {}
+    if first is not None and len(first.spans) > 1:
+        parts = [replace(first, spans=(span,)) for span in first.spans]
+        builds = [restricted(build, [p] * len(cuts), shapes) for p in parts]
+        if all(cut == first for cut in cuts) and all(b is not None and len(b) == 1 for b in builds):
+            sources = {name: weights.pop(name) for name in build.sources}
+            made_parts = [
+                make_build(one, dict(sources), dtype, names=names, formats=formats)
+                for several in builds
+                for one in several or ()
+            ]
+            for name in list(made_parts[0]):
+                made[name] = mx.concatenate([p.pop(name) for p in made_parts], axis=first.axis)
                 settle([made[name]])
-        return made
-    assert first is not None
-    sources = {name: weights.pop(name) for name in build.sources}
-    made = {}
-    for number, (one, offset) in enumerate(_apart(build, shapes[0], first)):
-        chosen = slice(None) if len(one.targets) == len(names) else slice(number, number + 1)
-        parts = [
-            make_build(
-                one.restricted(_moved(span, offset)),
-                dict(sources),
-                dtype,
-                names=names[chosen],
-                formats=formats[chosen],
-            )
-            for span in spans
-        ]
-        for name in list(parts[0]):
-            several = [part.pop(name) for part in parts]
-            made[name] = several[0] if len(several) == 1 else mx.concatenate(several, first.axis)
+            return made
+    made = make_build(build, weights, dtype, names=names, formats=formats)
+    by_name = {name: cut for name, cut in zip(names, cuts, strict=True) if cut is not None}
+    for name in list(made):
+        if (cut := cut_of(name, by_name)) is not None:
+            made[name] = part_of(name, made.pop(name), cut)
             settle([made[name]])
     return made
-
-
-def _apart(build: Build, shape: Sequence[int], cut: Cut) -> list[tuple[Build, int]]:
-    """Return the builds that make the targets, each with the number of rows before its own.
-
-    Of combined gate and up, the rows of each are read by themselves: a restriction of both
-    together would read all rows.
-    """
-    last = build.ops[-1] if build.ops else None
-    by_rows = cut.axis == len(shape) - 2
-    both = build.held is not None and build.held.global_scale
-    if not by_rows or both or last != SplitGateUp():
-        return [(build, 0)]
-    return [
-        (replace(build, target=name, others=(), ops=build.ops[:-1]), number * shape[-2])
-        for number, name in enumerate(build.targets)
-    ]
-
-
-def _moved(part: Restriction, offset: int) -> Restriction:
-    if part.rows is None or not offset:
-        return part
-    return replace(part, rows=(part.rows[0] + offset, part.rows[1] + offset))
 
 
 def part_of(name: str, array: mx.array, cut: Cut) -> mx.array:

@@ -95,6 +95,12 @@ def install(
             f"{stored.folder}: {type(model).__module__} has no experts of the kind that a cache "
             "can hold (SwitchGLU or SwitchMLP); set VLLM_MOE_COMPAT_EXPERT_CACHE=off."
         )
+    if cut := next((one.path for one in found if any(any(b.cuts) for b in one.builds)), None):
+        raise UnsupportedCheckpointError(
+            f"{stored.folder}: {cut} has values that each rank makes from whole tensors, such as "
+            "a bias, and no single expert of them can be read; set "
+            "VLLM_MOE_COMPAT_EXPERT_CACHE=off, or use tensor_parallel_size 1."
+        )
     plan = divide([one.layer for one in found], per_token, setting)
     pending = Pending()
     modules = dict(model.named_modules())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.checkpoint.operations import MlxFormat
-from vllm_moe_compat.execute.cut_build import between, cut_of
+from vllm_moe_compat.execute.cut_build import between, cut_of, restricted
 from vllm_moe_compat.execute.quantize import PackedBuild, SanitizedLoad
 from vllm_moe_compat.execute.stored_tensors import GAP, StoredTensors
 from vllm_moe_compat.log import logger
@@ -84,17 +84,38 @@ def cut_load(
     """
     load = sanitized.load
     stored = StoredTensors(folder, load.tensors, load.plan.names, gap=gap)
-    for name in sanitized.sources:
-        sanitized.sources[name] = stored[name]
-    sanitized.builds = [_cut(build, cuts) for build in sanitized.builds]
+    sanitized.sources = Unread({name: stored[name] for name in sanitized.sources})
+    sanitized.builds = [one for packed in sanitized.builds for one in _cut(packed, sanitized, cuts)]
     for tensors in (sanitized.finished, sanitized.floats):
         for name in list(tensors):
             tensors[name] = take(name, tensors.pop(name), cuts)
     return stored
 
 
-def _cut(packed: PackedBuild, cuts: Mapping[str, Cut]) -> PackedBuild:
-    return replace(packed, cuts=tuple(cut_of(name, cuts) for name in packed.names))
+class Unread(dict[str, Any]):
+    """Stored tensors that builds take. They hold no values, so several builds may take one."""
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Return a tensor, which stays."""
+        return self.get(name, *default) if default else self[name]
+
+
+def _cut(
+    packed: PackedBuild, sanitized: SanitizedLoad, cuts: Mapping[str, Cut]
+) -> list[PackedBuild]:
+    mine = tuple(cut_of(name, cuts) for name in packed.names)
+    if not any(mine) or packed.names[0] in sanitized.floats:
+        return [packed]
+    shapes = [spec.shape for spec in packed.build.results(sanitized.load.tensors, "BF16")]
+    builds = restricted(packed.build, mine, shapes)
+    if builds is None:
+        return [replace(packed, cuts=mine)]
+    if len(builds) == 1:
+        return [replace(packed, build=builds[0])]
+    return [
+        replace(packed, build=build, names=(name,), formats=(form,))
+        for build, name, form in zip(builds, packed.names, packed.formats, strict=True)
+    ]
 
 
 def _check_groups(sanitized: SanitizedLoad, cuts: Mapping[str, Cut]) -> None:
