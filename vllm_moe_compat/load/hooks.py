@@ -11,6 +11,7 @@ import copy
 import importlib
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm_moe_compat.checkpoint.adapters import adapter_alone
 from vllm_moe_compat.checkpoint.files import refuse
 from vllm_moe_compat.checkpoint.headers import weight_files
 from vllm_moe_compat.dtypes import STORED_NAMES
+from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.families.row import Row
@@ -27,12 +29,14 @@ from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import estimate
+from vllm_moe_compat.plan.expert_cache import OFF, CacheSetting, divide
+from vllm_moe_compat.plan.expert_layers import planned_experts
 from vllm_moe_compat.plan.make import make, name_module
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planned_load import read_headers_of
 from vllm_moe_compat.plan.present_part import present_part
 from vllm_moe_compat.plan.quantization import mark_dequantized
-from vllm_moe_compat.plan.serving import NONE
+from vllm_moe_compat.plan.serving import NONE, installed_device
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -145,7 +149,23 @@ def _check_memory(load: context.LoadContext) -> None:
         STORED_NAMES[serving.packed_dtype],
         spare,
     )
-    memory.check(load.model_dir, needs, serving.setting)
+    try:
+        experts = planned_experts(load.planned, serving.setting, installed_device())
+    except CompatError:  # They cannot stay on disk, and nobody asked for it.
+        memory.check(load.model_dir, needs, serving.setting)
+        return
+    cache = CacheSetting.read()
+    kept = needs
+    if cache is not None:
+        slots = divide(experts.layers, experts.per_token, cache)
+        kept = experts.cached(needs, serving.setting, slots)
+    memory.check(
+        load.model_dir,
+        kept,
+        serving.setting,
+        OFF if cache is None else cache.words,
+        partial(experts.largest_cache, needs, serving.setting),
+    )
 
 
 def sanitize_hook(

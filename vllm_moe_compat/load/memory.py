@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
 from vllm_moe_compat.errors import InsufficientMemoryError
 from vllm_moe_compat.load import cgroups, claims
 from vllm_moe_compat.load.report import size
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.estimate import Estimate
+from vllm_moe_compat.plan.expert_cache import OFF, CacheSetting
 
 # What the rest of the machine needs: the larger of these bytes and this share of the total.
 RESERVED_BYTES = 2 << 30
@@ -79,24 +81,35 @@ def give_back() -> None:
         trim(0)
 
 
-def check(path: object, needs: Estimate, setting: str) -> None:
+def check(
+    path: object,
+    needs: Estimate,
+    setting: str,
+    cache: str = OFF,
+    cache_within: Callable[[int], CacheSetting | None] = lambda limit: None,
+) -> None:
     """Refuse a load that exceeds the total memory; warn if it leaves the machine too little.
 
     Args:
         path: the checkpoint, for the message.
         needs: memory that loading takes, by quantisation setting.
         setting: the quantisation setting in force.
+        cache: the setting of the expert cache in force.
+        cache_within: returns the largest cache with which the load takes so many bytes at most,
+            or None where there is no such cache.
 
     Raises:
         InsufficientMemoryError: the weights alone are larger than the total memory.
     """
     total, free = device_memory()
     final, peak = needs.final[setting], needs.peak[setting]
+    given = f"{QUANTIZE.name}={setting}"
+    given += f" and {EXPERT_CACHE.name}={cache}" if cache != OFF else ""
     if final > total:
         raise InsufficientMemoryError(
-            f"{path}: the weights take {size(final)} ({size(peak)} while loading) with "
-            f"{QUANTIZE.name}={setting}, more than the {size(total)} that this machine has; "
-            f"{_advice(needs, total, setting)}."
+            f"{path}: the weights take {size(final)} ({size(peak)} while loading) with {given}, "
+            f"more than the {size(total)} that this machine has; "
+            f"{_advice(needs, total, setting, cache_within(total))}."
         )
     # A small load does not warn of a machine that is nearly full anyway.
     keep = min(reserve(total), free // 2)
@@ -107,21 +120,25 @@ def check(path: object, needs: Estimate, setting: str) -> None:
     else:
         expected, limit = f"less than {size(keep)} are left to the machine", free - keep
     logger.warning(
-        "%s: loading takes %s with %s=%s, and %s of %s are free: %s; close other programs, or %s",
+        "%s: loading takes %s with %s, and %s of %s are free: %s; close other programs, or %s",
         path,
         size(peak),
-        QUANTIZE.name,
-        setting,
+        given,
         size(free),
         size(total),
         expected,
-        _advice(needs, limit, setting),
+        _advice(needs, limit, setting, cache_within(limit)),
     )
 
 
-def _advice(needs: Estimate, limit: int, setting: str) -> str:
+def _advice(needs: Estimate, limit: int, setting: str, cache: CacheSetting | None) -> str:
     smaller = [s for s in needs.fitting(limit) if needs.peak[s] < needs.peak[setting]]
+    ways = []
     if smaller:
-        return f"set {QUANTIZE.name}={smaller[0]}, which takes {size(needs.peak[smaller[0]])}"
+        ways.append(f"{QUANTIZE.name}={smaller[0]}, which takes {size(needs.peak[smaller[0]])}")
+    if cache is not None:
+        ways.append(f"{EXPERT_CACHE.name}={cache.words}, which leaves the other experts on disk")
+    if ways:
+        return f"set {', or '.join(ways)}"
     least = min(needs.peak, key=needs.peak.__getitem__)
     return f"use a smaller model, since even {least} takes {size(needs.peak[least])}"

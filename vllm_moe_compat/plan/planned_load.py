@@ -133,12 +133,12 @@ class PlannedLoad:
             faults=tuple(unmapped(folder, layout, config, self.module, reason, serving)),
         )
 
-    def plan_for(self, setting: str, *, complete: bool = False) -> Plan | None:
+    def plan_for(self, setting: str, *, complete: bool | None = None) -> Plan | None:
         """Return the plan for another quantisation setting; None if it does not apply.
 
         Args:
             setting: the quantisation setting.
-            complete: whether it has a build for every tensor, even if the load's plan has not.
+            complete: whether it has a build for every tensor; None for as the load's plan has.
         """
         if self.plan is None or self.row is None or self.layout is None:
             return None
@@ -157,7 +157,7 @@ class PlannedLoad:
             exact=exact,
             checked=True,
             hold=not split,
-            complete=complete or self.plan.complete,
+            complete=self.plan.complete if complete is None else complete,
         )
 
 

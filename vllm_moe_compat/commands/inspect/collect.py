@@ -274,8 +274,11 @@ def _describe_mapped(
         )
     known = modules.mlx_lm().folder is None or bool(modules.find(contents.config).path)
     put_in = [words for _, words in planned.fixes]
+    alone = planned.plan
+    if alone.complete and (plan := planned.plan_for(planned.serving.setting, complete=False)):
+        alone = replace(plan, names=alone.names)
     outcome.stock = stock(
-        planned.plan,
+        alone,
         layout,
         row,
         contents.config,

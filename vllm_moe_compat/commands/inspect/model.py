@@ -234,6 +234,56 @@ class CacheKind:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheOption:
+    """The memory that one value of ``VLLM_MOE_COMPAT_EXPERT_CACHE`` needs.
+
+    Attributes:
+        setting: the value.
+        held: size of the experts in memory.
+        slots: experts of a layer in memory; the smallest number, if layers differ.
+        weights: size of the loaded weights, these experts included.
+        loading: peak during the load.
+        fits: whether the peak fits into the machine's memory.
+        fits_now: whether it fits into the free memory.
+    """
+
+    setting: str
+    held: int
+    slots: int
+    weights: int
+    loading: int
+    fits: bool
+    fits_now: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCache:
+    """The caches of experts that are possible with the quantisation setting in force.
+
+    Attributes:
+        quantize: that setting.
+        layers: number of layers with routed experts.
+        experts: their number in a layer; the largest, if layers differ.
+        per_token: experts of a layer that one token needs.
+        full: size of all experts, in the form in which they are computed.
+        least: size of the smallest cache.
+        least_setting: the value of ``VLLM_MOE_COMPAT_EXPERT_CACHE`` for it.
+        options: some values, the largest first.
+        reason: why experts cannot stay on disk; empty if they can.
+    """
+
+    quantize: str
+    layers: int
+    experts: int
+    per_token: int
+    full: int
+    least: int
+    least_setting: str
+    options: list[CacheOption]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Memory for weights and caches.
 
@@ -245,6 +295,7 @@ class Memory:
         machine_total: memory of this machine.
         machine_free: memory that is free now.
         machine_note: the source of both.
+        expert_cache: what keeping experts on disk saves; None for a model without any.
     """
 
     dtype: str
@@ -254,6 +305,7 @@ class Memory:
     machine_total: int
     machine_free: int
     machine_note: str
+    expert_cache: ExpertCache | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,11 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "quantized-already": ("error", "`VLLM_MOE_COMPAT_QUANTIZE` does not apply to this checkpoint"),
     "quantize-unmapped": ("error", "the module has no row, and `VLLM_MOE_COMPAT_QUANTIZE` is set"),
     "length-limited": ("warning", "the module ignores a setting that matters in long sequences"),
+    "expert-cache": (
+        "error",
+        "`VLLM_MOE_COMPAT_EXPERT_CACHE` is set, and is too small for a token, or the experts "
+        "cannot be read one by one",
+    ),
     "memory": ("warning", "with the current setting, loading exceeds this machine's memory"),
 }
 _LONGEST = 1500

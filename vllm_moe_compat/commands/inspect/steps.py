@@ -40,7 +40,7 @@ def steps(
     if ours:
         found.append(_step("drop what the module has no use for", ours))
     groups: dict[str, list[Build]] = {}
-    for build in plan.builds:
+    for build in (b for b in plan.builds if b.ops or b.targets != b.weights):
         groups.setdefault(_action(build), []).append(build)
     for action, builds in groups.items():
         found.append(_step(action, [target for build in builds for target in build.targets]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_moe_compat.commands.inspect.model import CacheKind, Extra, Inspection, Memory
-from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.commands.inspect.model import CacheKind, ExpertCache, Extra, Inspection, Memory
+from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
 from vllm_moe_compat.load.report import size
 
 
@@ -125,11 +125,38 @@ def _memory(memory: Memory) -> Iterator[Section]:
     machine = f"{amount(memory.machine_total)}, {amount(memory.machine_free)} free"
     pairs = [("weights", memory.dtype), ("machine", f"{machine} ({memory.machine_note})")]
     yield Section("Memory", pairs, needs)
+    if memory.expert_cache is not None:
+        yield _expert_cache(memory.expert_cache)
     kinds = Table(
         ("layers", "kind", "1,000 tokens", "a sequence"),
         [(f"{kind.layers:,}", kind.kind, _tokens(kind), _state(kind)) for kind in memory.cache],
     )
     yield Section("Cache", [("assumed", memory.cache_note)], kinds if memory.cache else None)
+
+
+def _expert_cache(cache: ExpertCache) -> Section:
+    if cache.reason:
+        return Section("Experts on disk", [("cannot", cache.reason)])
+    of = f"{cache.per_token:,} of {cache.experts:,} experts in each of {cache.layers:,} layers"
+    quantised = f" with {QUANTIZE.name}={cache.quantize}" if cache.quantize != "none" else ""
+    pairs = [
+        ("a token needs", of),
+        ("all experts", f"{amount(cache.full)}{quantised}"),
+        ("smallest cache", f"{amount(cache.least)}: {EXPERT_CACHE.name}={cache.least_setting}"),
+    ]
+    rows: list[tuple[str, ...]] = [
+        (
+            option.setting,
+            amount(option.held),
+            f"{option.slots:,}",
+            amount(option.weights),
+            amount(option.loading),
+            _fits(option.fits, option.fits_now),
+        )
+        for option in cache.options
+    ]
+    columns = (EXPERT_CACHE.name, "experts held", "of a layer", "weights", "loading", "fits")
+    return Section("Experts on disk", pairs, Table(columns, rows))
 
 
 def _fits(ever: bool | None, now: bool | None) -> str:
