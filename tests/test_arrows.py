@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": BELOW_LOAD,
     "load": BELOW_LOAD | {"expert_cache", "ranks"},
     "rewrite": BELOW_LOAD,
-    "probes": BELOW_LOAD | {"load", "rewrite"},
+    "probes": BELOW_LOAD | {"expert_cache", "load", "rewrite"},
     "backend": BELOW_LOAD | {"expert_cache", "ranks", "load", "who_serves"},
     ".": BASE | {"load", "probes"},
     "plugin": BASE | {"envs", "who_serves", "load", "backend"},

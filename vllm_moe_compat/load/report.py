@@ -63,8 +63,14 @@ class LoadReport:
     expert_cache: CachePlan | None = None
 
     def __str__(self) -> str:
+        if (cache := self.expert_cache) is None or cache.all_resident:
+            return self._made
+        return f"{self._made}; {experts_held(cache)}"
+
+    @property
+    def _made(self) -> str:
         done = []
-        if self.layers:
+        if self.layers and (self.expert_cache is None or self.expert_cache.all_resident):
             done.append(f"stacked {self.experts} experts x {self.layers} layers")
         if self.held_packed:
             done.append(f"kept {self.held_packed:,} weights packed as {', '.join(self.packed_as)}")
@@ -109,6 +115,26 @@ def remember(report: LoadReport) -> None:
     """Store the report for ``last_report``."""
     global _last
     _last = report
+
+
+def experts_held(cache: CachePlan) -> str:
+    """Say which experts a cache holds: slots, experts, layers, share and bytes."""
+    fewest, most = min(cache.slots), max(cache.slots)
+    slots = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return (
+        f"keeps {slots} of {max(layer.experts for layer in cache.layers)} experts in each of "
+        f"{len(cache.layers)} layers in memory ({size(cache.nbytes)} of {size(cache.full)}, "
+        f"{cache.share:.0%}; the least is {size(cache.least)}), and the others on disk"
+    )
+
+
+def expert_use(hits: int, misses: int, nbytes: int, seconds: float) -> str:
+    """Say how the experts that were used were found."""
+    share = 100 * hits / max(1, hits + misses)
+    return (
+        f"expert cache: {share:.1f}% of {hits + misses:,} uses in memory, {size(nbytes)} read "
+        f"from disk, {seconds:.1f} s waited"
+    )
 
 
 def size(count: int) -> str:

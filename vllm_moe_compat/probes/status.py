@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vllm_moe_compat.expert_cache.counters import Counters, counters, layers
 from vllm_moe_compat.families import registry
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.load import hook_status, patching
@@ -20,7 +21,7 @@ from vllm_moe_compat.load.hook_status import (
     ClassHook,
     HookStatus,
 )
-from vllm_moe_compat.load.report import LoadReport, last_report
+from vllm_moe_compat.load.report import LoadReport, expert_use, last_report
 from vllm_moe_compat.probes import evidence
 from vllm_moe_compat.probes.evidence import BROKEN, Examined, WorkaroundStatus
 from vllm_moe_compat.probes.results import Probe
@@ -81,6 +82,8 @@ class Status:
         packages: the same with the tested ranges, and the required packages that are missing.
         load: the report of the last load, or None before the first.
         loader: the hook of ``mlx_lm.utils.load_config``, through which every load goes.
+        expert_cache: what the experts that are not all in memory have counted in this process,
+            over all layers; None before they are used.
     """
 
     rows: tuple[RowStatus, ...]
@@ -89,6 +92,7 @@ class Status:
     packages: tuple[PackageStatus, ...] = ()
     load: LoadReport | None = None
     loader: HookStatus | None = None
+    expert_cache: Counters | None = None
 
     @property
     def headline(self) -> str:
@@ -115,6 +119,9 @@ class Status:
             ]
         if self.load is not None:
             lines.append(f"  last load: {self.load}")
+        if (use := self.expert_cache) is not None:
+            words = expert_use(use.hits, use.misses, use.bytes_read, use.seconds_waited)
+            lines.append(f"  {words}")
         return "\n".join(lines)
 
 
@@ -140,7 +147,8 @@ def status_of(examined: Mapping[str, Examined]) -> Status:
         _row(hook, examined.get(hook.module), registry.TRANSFORMS_BY_MODULE[hook.module])
         for hook in hooks.classes
     )
-    return Status(rows, hooks.installed, versions(), packages(), last_report(), hooks.loader)
+    cache = counters() if layers() else None
+    return Status(rows, hooks.installed, versions(), packages(), last_report(), hooks.loader, cache)
 
 
 def _row(hook: ClassHook, found: Examined | None, row: Row) -> RowStatus:

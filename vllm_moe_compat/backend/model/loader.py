@@ -28,6 +28,7 @@ from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.plan.expert_cache import CachePlan
 from vllm_moe_compat.ranks.shard import shard
 from vllm_moe_compat.ranks.share import Share
 from vllm_moe_compat.who_serves import who_serves
@@ -45,6 +46,7 @@ class ServedModel:
         max_length: tokens up to which the model is right; None for any.
         max_length_reason: what it computes beyond that.
         stamps: of the files that it was loaded from.
+        expert_cache: the slots of each layer with experts; None if all experts are in memory.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class ServedModel:
     max_length: int | None = None
     max_length_reason: str = ""
     stamps: FileStamps = field(default_factory=FileStamps)
+    expert_cache: CachePlan | None = None
 
 
 def load(
@@ -81,9 +84,10 @@ def load(
         shard(loaded, share.group)  # No plan is made for the module: its tensors are unread.
     report = last_report()
     if report is None or report.path != str(path):  # That of another load: this one had no plan.
-        limit, reason = None, ""
+        limit, reason, cache = None, "", None
     else:
         limit, reason = report.max_length, report.max_length_reason
+        cache = report.expert_cache
     # Both calls only build graphs. The first one refuses a model before its weights are read,
     # the second one sees the final dtypes.
     dry_run(loaded, describe(loaded))
@@ -110,7 +114,7 @@ def load(
         _layer_counts(result.layers),
         _single_sequence(result),
     )
-    return ServedModel(loaded, result.layers, weights, widened, limit, reason, stamps)
+    return ServedModel(loaded, result.layers, weights, widened, limit, reason, stamps, cache)
 
 
 def _layer_counts(layers: Sequence[Layer]) -> str:

@@ -23,6 +23,7 @@ from vllm_moe_compat.backend.vllm import (
     request_checks,
     token_rows,
 )
+from vllm_moe_compat.backend.vllm.front_end_stats import log_expert_cache
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.plan.serving import installed_device
 
@@ -152,6 +153,7 @@ class MlxPlatform(Platform):
         if "mlx.core" in sys.modules:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         bridge.remember_facts_of_engines(_facts_of_engine)
+        log_expert_cache(vllm_config)
         refusal = refusals.first(vllm_config)
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")

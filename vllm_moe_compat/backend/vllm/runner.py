@@ -19,6 +19,7 @@ from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.forward import Forward
 from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm import request_checks
+from vllm_moe_compat.backend.vllm.expert_cache_stats import expert_counts
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.backend.vllm.step_output import StepOutput
@@ -316,6 +317,7 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs_dict=prompts,
             failures=failures,
+            expert_counts=expert_counts(),
         )
 
     def _same_on_all(

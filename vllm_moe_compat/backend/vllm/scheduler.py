@@ -1,5 +1,7 @@
 """vLLM's schedulers, which also end requests that the model runner reports as failed.
 
+They pass the counts of the expert cache on as well (``expert_cache_stats``).
+
 Everything else is vLLM's. A failed request ends like an aborted one, its pages are freed, and
 its answer has the finish reason ``error``, with the sentence as stop reason. vLLM's server turns
 that into status 500, or an error event in a stream.
@@ -13,18 +15,27 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import RequestStatus
 
+from vllm_moe_compat.backend.vllm.expert_cache_stats import CountsSinceLastStep, put_in
+from vllm_moe_compat.backend.vllm.front_end_stats import is_logged
 from vllm_moe_compat.backend.vllm.step_output import Failure
 
 
 class MlxScheduler(Scheduler):
-    """Ends failed requests."""
+    """Ends failed requests, and reports the counts of the expert cache."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's ``Scheduler``."""
+        super().__init__(*args, **kwargs)
+        self._expert_counts = CountsSinceLastStep()
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         """Apply the output of a step; failed requests end before it and get no token of it."""
+        self._expert_counts.add(getattr(model_runner_output, "expert_counts", {}))
         failures: Mapping[str, Failure] = getattr(model_runner_output, "failures", {})
         ended = self._end(failures) if failures else []
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
@@ -33,6 +44,13 @@ class MlxScheduler(Scheduler):
         for client, output in ended:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add what the expert cache has counted to vLLM's statistics."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and is_logged(self.vllm_config):
+            put_in(stats, self._expert_counts.take())
+        return stats
 
     def _end(self, failures: Mapping[str, Failure]) -> list[tuple[int, EngineCoreOutput]]:
         """End the requests, take tainted pages out of the prefix cache, return the answers."""

@@ -25,6 +25,7 @@ from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import bridge, bridge_kv, executor, kv_specs, rank_group
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
+from vllm_moe_compat.backend.vllm.expert_reads import warn_of_reads
 from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
 from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
@@ -85,6 +86,7 @@ class MlxWorker(OutOfStepCalls):
         """
         self.served = self._load(self.model_config.model, self.model_config.revision)
         limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
+        warn_of_reads(self.served.expert_cache, self.scheduler_config.max_num_seqs)
         self._settle(self.served)
         kv_specs.align_pages(self.vllm_config, self.served.layers)
 
