@@ -114,7 +114,7 @@ def install(
             for name in packed.names:
                 sanitized.floats.pop(name, None)
         specs = {
-            name: SlotSpec(tuple(array.shape[1:]), array.dtype)
+            name: SlotSpec(tuple(array.shape[1:]), array.dtype, _rounded(one.container, name))
             for name, array in tree_flatten(one.container.parameters())
             if _is_of_expert(one.container, name)
         }
@@ -221,3 +221,10 @@ def _expert_count(container: nn.Module) -> int:
 def _is_of_expert(container: nn.Module, name: str) -> bool:
     """Whether a parameter is one of a layer of experts, and so has an axis of experts."""
     return isinstance(container[name.partition(".")[0]], SwitchLinear | QuantizedSwitchLinear)
+
+
+def _rounded(container: nn.Module, name: str) -> mx.Dtype | None:
+    """Return the dtype that a weight was widened from for the device's sake."""
+    layer, _, key = name.partition(".")
+    found: mx.Dtype | None = getattr(container[layer], "narrow", None) if key == "weight" else None
+    return found

@@ -104,6 +104,8 @@ def plain_bytes(
     (held,) = {specs[key].dtype for key in keys}
     if words is not None:
         return PlainBytes(packed, tuple(keys), stored, split, None, words.grouped)
+    if not all(specs[key].is_rounded(source) for key in keys):
+        return None
     widens = source in (mx.bfloat16, mx.float16) and held == mx.float32
     if source != held and not widens:
         return None

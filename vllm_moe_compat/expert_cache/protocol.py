@@ -21,10 +21,16 @@ class Spec(NamedTuple):
     Attributes:
         shape: without the axis of experts.
         dtype: of the values in memory.
+        rounded: dtype to which the values are rounded before; None for no other one.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
+    rounded: mx.Dtype | None = None
+
+    def is_rounded(self, dtype: mx.Dtype | None) -> bool:
+        """Return whether values of ``dtype`` need no other rounding than to ``dtype``."""
+        return self.rounded is None or (dtype is not None and self.rounded == dtype)
 
 
 class ExpertSource(Protocol):

@@ -189,7 +189,8 @@ class FileSource:
             for name, array in made.items():
                 key = name.removeprefix(f"{self.path}.")
                 spec = self.specs[key]
-                held = mx.contiguous(array.astype(spec.dtype).reshape(spec.shape))
+                rounded = array.astype(spec.rounded or spec.dtype)
+                held = mx.contiguous(rounded.astype(spec.dtype).reshape(spec.shape))
                 views[key][:] = bytes_of(held)
 
         return make

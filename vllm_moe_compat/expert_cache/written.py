@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from vllm_moe_compat.checkpoint.operations import Dequantize
@@ -92,6 +93,9 @@ def written(
         return None
     *_, rows, columns = op.logical(stored.infos[build.weights[0]].shape)
     (held,) = {specs[key].dtype for key in keys}
+    narrow = getattr(mx, packed.dtype) if packed.dtype else None
+    if not all(specs[key].is_rounded(narrow) for key in keys):
+        return None
     if not executor_of(op).writes(op, rows, columns, packed.dtype, held):
         return None
     return Written(packed, op, tuple(keys), specs, stored)

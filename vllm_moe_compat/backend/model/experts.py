@@ -25,7 +25,13 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 
 class WidenedSwitchLinear(SwitchLinear):
-    """``SwitchLinear`` with a float32 weight ``[E, O, I]`` for narrower activations."""
+    """``SwitchLinear`` with a float32 weight ``[E, O, I]`` for narrower activations.
+
+    Attributes:
+        narrow: the dtype whose values the weight has.
+    """
+
+    narrow: mx.Dtype
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Multiply in float32; return the result in the dtype of ``x``."""
@@ -41,12 +47,14 @@ def widen_experts(model: nn.Module) -> int:
     for module in _switch_linears(model):
         weight = module.weight
         if weight.dtype in (mx.bfloat16, mx.float16):
+            narrow = weight.dtype
             module.weight = weight.astype(mx.float32)
             mx.eval(module.weight)
             added += weight.nbytes
             del weight
             # Only the product differs, not the parameters, so the module is kept.
             module.__class__ = WidenedSwitchLinear
+            module.narrow = narrow
     return added
 
 
