@@ -37,6 +37,7 @@ from vllm_moe_compat.plan.planned_load import read_headers_of
 from vllm_moe_compat.plan.present_part import present_part
 from vllm_moe_compat.plan.quantization import mark_dequantized
 from vllm_moe_compat.plan.serving import NONE, installed_device
+from vllm_moe_compat.ranks.expected import ranks_that_share
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -148,6 +149,7 @@ def _check_memory(load: context.LoadContext) -> None:
         STORED_NAMES[serving.dtype],
         STORED_NAMES[serving.packed_dtype],
         spare,
+        ranks_that_share(layout.tensors, load_options().ranks, load.planned.module),
     )
     try:
         experts = planned_experts(load.planned, serving.setting, installed_device())

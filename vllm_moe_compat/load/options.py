@@ -37,6 +37,7 @@ class LoadOptions:
             experts that stay on disk.
         arrange: called with the named builds before tensors are made, to make a part of the
             model's tensors only; the plan is then complete.
+        ranks: the number of ranks that divide the model's layers; ``arrange`` does it.
     """
 
     dtype: str | None = None
@@ -47,6 +48,7 @@ class LoadOptions:
     record: bool = True
     settle: Callable[[Any], None] | None = None
     arrange: Arrange | None = None
+    ranks: int = 1
 
 
 _current: ContextVar[LoadOptions] = ContextVar("vllm_moe_compat_load_options")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from vllm_moe_compat import dtypes
@@ -69,6 +69,7 @@ def estimate(
     dtype: str,
     packed_dtype: str = "BF16",
     spare: Mapping[str, Collection[str]] | None = None,
+    ranks_of: Callable[[str], int] = lambda name: 1,
 ) -> Estimate:
     """Estimate a load for every quantisation setting.
 
@@ -78,6 +79,7 @@ def estimate(
         dtype: dtype of dequantised weights (safetensors' name).
         packed_dtype: dtype of the scales of quantised weights (safetensors' name).
         spare: setting → names of tensors that it does not quantise.
+        ranks_of: name of a tensor → number of ranks that divide it; see ``ranks.expected``.
     """
     spare = spare or {}
     gone = set(plan.drops).union(*(build.sources for build in plan.builds))
@@ -87,25 +89,31 @@ def estimate(
         for name, spec in zip(build.targets, build.results(tensors, dtype), strict=True)
     ]
     # The checks have ensured that all weights of a build are equal in dtype and shape.
-    largest = max((nbytes(tensors[b.weights[0]]) for b in plan.builds), default=0)
+    largest = max(
+        (nbytes(tensors[b.weights[0]]) // ranks_of(b.target) for b in plan.builds), default=0
+    )
     left = [(n, n, Spec(i.dtype, i.shape)) for n, i in tensors.items() if n not in gone]
 
     held = {name: build.held for build in plan.builds if build.held for name in build.targets}
     final = {
         NONE: sum(
-            held_bytes(spec, held[name]) if name in held else nbytes(spec)
+            (held_bytes(spec, held[name]) if name in held else nbytes(spec)) // ranks_of(name)
             for name, _, spec in (*specs, *left)
         )
     }
     peak = {NONE: final[NONE] + largest + WORKING_BYTES}
-    whole = max([largest, *(nbytes(spec) for n, _, spec in left if _packs(n, spec))])
+    others = (nbytes(spec) // ranks_of(n) for n, _, spec in left if _packs(n, spec))
+    whole = max([largest, *others])
     float_bytes = 4 if packed_dtype == "F32" else 2
     for setting, packing in QUANTIZE_SETTINGS.items():
         names = spare.get(setting, ())
         final[setting] = sum(
-            packed_bytes(spec, packing, float_bytes)
-            if _packs(name, spec) and packing.fits(spec.shape) and source not in names
-            else nbytes(spec)
+            (
+                packed_bytes(spec, packing, float_bytes)
+                if _packs(name, spec) and packing.fits(spec.shape) and source not in names
+                else nbytes(spec)
+            )
+            // ranks_of(name)
             for name, source, spec in (*specs, *left)
         )
         peak[setting] = final[setting] + whole + WORKING_BYTES

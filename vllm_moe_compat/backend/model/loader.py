@@ -78,6 +78,7 @@ def load(
     stamps = file_stamps.take(path.absolute())
     share = None if group is None else Share(path, group)
     options = {"dtype": str(dtype).rpartition(".")[2], "at_once": True, "arrange": share}
+    options["ranks"] = 1 if group is None else group.size()
     with loading_with(**options, settle=lambda experts: _settle(experts, dtype)):
         loaded, _ = utils.load_model(path, lazy=True)
     if share is not None and not share.done:
