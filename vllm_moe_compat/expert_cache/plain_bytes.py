@@ -51,13 +51,14 @@ class PlainBytes:
         targets = [views[key] for key in self.keys]
         if self.split is not None and self.split.interleaved:
             return [Task([tensor], _moving(tensor, targets, self.widened, self.split.axis))]
-        each = zip(_halves(tensor, self.split), targets, strict=True)
+        each = zip(halves(tensor, self.split), targets, strict=True)
         if self.widened is None:
-            return [Task([part], _reading(part, target)) for part, target in each]
+            return [Task([part], reading(part, target)) for part, target in each]
         return [Task([part], _moving(part, [target], self.widened)) for part, target in each]
 
 
-def _reading(tensor: StoredTensor, target: Bytes) -> Callable[[], None]:
+def reading(tensor: StoredTensor, target: Bytes) -> Callable[[], None]:
+    """Return what reads a tensor into its place."""
     return lambda: tensor.read_into(target)
 
 
@@ -112,7 +113,8 @@ def plain_bytes(
     return PlainBytes(packed, tuple(keys), stored, split, source if widens else None)
 
 
-def _halves(tensor: StoredTensor, split: SplitGateUp | None) -> list[StoredTensor]:
+def halves(tensor: StoredTensor, split: SplitGateUp | None) -> list[StoredTensor]:
+    """Return gate and up, one after the other in a tensor; or the tensor, if nothing is split."""
     if split is None:
         return [tensor]
     half = tensor.shape[split.axis] // 2

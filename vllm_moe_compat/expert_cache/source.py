@@ -5,9 +5,9 @@ expert, so only its bytes are read, and what is made of them is bit for bit what
 
 Reads run on a small pool of threads, MLX on the calling thread. Where the stored bytes are the held
 bytes (floats in the slots' dtype, the words of MLX's own formats), they are read straight into the
-slot (``plain_bytes``); some number forms are dequantised into it (``written``). Everything else is
-read into memory of its own, made by the plan's operations and copied; only a few experts are ever
-on that way.
+slot (``plain_bytes``), and so is FP4 (``held_bytes``); FP8 is dequantised into it (``written``).
+Everything else is read into memory of its own, made by the plan's operations and copied; only a few
+experts are ever on that way.
 
 Nothing tells that bytes are still those of the load but their file's size and time. So after the
 reads the files of a call are looked at, and an expert from a file that changed has failed. An equal
@@ -37,6 +37,7 @@ from vllm_moe_compat.execute.stored_tensors import (
     StoredTensors,
     bytes_of,
 )
+from vllm_moe_compat.expert_cache.held_bytes import HeldBytes, held_bytes
 from vllm_moe_compat.expert_cache.plain_bytes import PlainBytes, plain_bytes
 from vllm_moe_compat.expert_cache.protocol import Spec
 from vllm_moe_compat.expert_cache.read_tasks import Task, start
@@ -54,14 +55,14 @@ class _Expert:
     Attributes:
         number: its number.
         tasks: what to read.
-        finish: what MLX makes of it, on the calling thread.
+        finish: what MLX makes of it, on the calling thread: memory and the array to copy there.
         waiting: bytes that are held until then.
         turns: of the pool.
     """
 
     number: int
     tasks: list[Task] = field(default_factory=list)
-    finish: list[Callable[[], None]] = field(default_factory=list)
+    finish: list[Callable[[], list[tuple[Bytes, mx.array]]]] = field(default_factory=list)
     waiting: int = 0
     turns: list[Future[None]] = field(default_factory=list)
 
@@ -101,7 +102,7 @@ class FileSource:
         self.path, self.specs = path, dict(specs)
         self.nbytes = sum(math.prod(spec.shape) * spec.dtype.size for spec in specs.values())
         self._stored = stored
-        self._direct: list[PlainBytes | Written] = []
+        self._direct: list[PlainBytes | HeldBytes | Written] = []
         self._made: list[PackedBuild] = []
         counts = set()
         for packed in builds:
@@ -109,7 +110,7 @@ class FileSource:
             counts.add(packed.build.results(stored.infos, "BF16")[0].shape[0])
             for name in packed.build.sources:
                 stored[name]  # A file that is not the described one ends the load, not a request.
-            for kind in (plain_bytes, written):
+            for kind in (plain_bytes, held_bytes, written):
                 if (found := kind(packed, names, stored, self.specs)) is not None:
                     self._direct.append(found)
                     break
@@ -177,8 +178,8 @@ class FileSource:
 
     def _making(
         self, packed: PackedBuild, build: Build, buffers: Arrays, views: Mapping[str, Bytes]
-    ) -> Callable[[], None]:
-        def make() -> None:
+    ) -> Callable[[], list[tuple[Bytes, mx.array]]]:
+        def make() -> list[tuple[Bytes, mx.array]]:
             operand = Arrays(
                 [buffer.array() for buffer in buffers.weights],
                 {role: [b.array() for b in each] for role, each in buffers.parts.items()},
@@ -186,12 +187,14 @@ class FileSource:
             made = run_build(
                 build, operand, packed.dtype, names=packed.names, formats=packed.formats
             )
+            placed = []
             for name, array in made.items():
                 key = name.removeprefix(f"{self.path}.")
                 spec = self.specs[key]
                 rounded = array.astype(spec.rounded or spec.dtype)
                 held = mx.contiguous(rounded.astype(spec.dtype).reshape(spec.shape))
-                views[key][:] = bytes_of(held)
+                placed.append((views[key], held))
+            return placed
 
         return make
 
@@ -201,8 +204,11 @@ class FileSource:
         try:
             for turn in one.turns:
                 turn.result()
-            for finish in one.finish:
-                finish()
+            # What is left to evaluate is evaluated together, since MLX's thread answers late.
+            placed = [pair for finish in one.finish for pair in finish()]
+            mx.eval([array for _, array in placed])
+            for target, array in placed:
+                target[:] = bytes_of(array)
         except CompatError as error:
             failed[one.number] = self._named(one.number, error)
             return
@@ -228,5 +234,5 @@ class _Buffer:
         self.tensor.read_into(self._bytes)
 
     def array(self) -> mx.array:
-        """Return the values; nothing is evaluated, since MLX's thread answers late."""
+        """Return the values; nothing is evaluated."""
         return mx.array(self._bytes).view(self.tensor.dtype).reshape(self.tensor.shape)

@@ -131,6 +131,24 @@ class Executor(ABC):
         """
         raise NotImplementedError(f"{type(op).__name__} has no faster path")
 
+    def holds_bytes(self, op: Any) -> bool:
+        """Whether words and scales of ``op.held`` are the stored bytes, row by row."""
+        return False
+
+    def held_parts(self, operand: Arrays) -> tuple[Any, Any, Any]:
+        """Return the tensors of words, scales and global scale, None if there is no such."""
+        raise NotImplementedError("no bytes are held as they are stored")
+
+    def held_scale(self, op: Any, stored: Bits, kind: str) -> Bits:
+        """Return MLX's global scales, float32 ``[k]``, of one matrix, or of gate and up.
+
+        Args:
+            op: the dequantising operation.
+            stored: the stored bytes, uint8.
+            kind: their dtype (safetensors' name).
+        """
+        raise NotImplementedError("no bytes are held as they are stored")
+
     @abstractmethod
     def restrict(
         self,

@@ -8,12 +8,16 @@ product of value and scale is exact in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_moe_compat.checkpoint.numbers.fp4_ops import GLOBAL, SCALE, DequantizeFp4
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
+from vllm_moe_compat.execute import fp8_pairs
+from vllm_moe_compat.execute.fp8_tables import Bits
 from vllm_moe_compat.execute.numbers.executor import Executor, Parts
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.execute.stored_tensors import Source
@@ -80,6 +84,21 @@ class Fp4Executor(Executor):
     def region(self, op: DequantizeFp4, weight: Source, region: Restriction) -> Source:
         """Return the bytes of a region of whole groups."""
         return super().region(op, weight, _stored(op, region, 2))
+
+    def holds_bytes(self, op: DequantizeFp4) -> bool:
+        """Whether rows are stored as rows."""
+        return not op.turned
+
+    def held_parts(self, operand: Arrays) -> tuple[Any, Any, Any]:
+        """Return bytes, scales and global scale."""
+        parts = operand.only()
+        return operand.weights[0], parts[SCALE], parts.get(GLOBAL)
+
+    def held_scale(self, op: DequantizeFp4, stored: Bits, kind: str) -> Bits:
+        """Return ``global_scale`` by numpy."""
+        shared, factor = fp8_pairs.scales(stored, kind), np.float32(MLX_GLOBAL)
+        found: Bits = factor / shared if op.divides else shared * factor
+        return found
 
     def restrict(
         self,
