@@ -39,6 +39,11 @@ class Arrangement:
         from vllm_moe_compat.execute.stored_tensors import StoredTensors
         from vllm_moe_compat.expert_cache.install import install
 
-        stored = StoredTensors(self._load.model_dir, planned.headers.tensors, self._load.plan.names)
+        stored = StoredTensors(
+            self._load.model_dir,
+            planned.headers.tensors,
+            self._load.plan.names,
+            stamps=self._load.stamps,
+        )
         per_token = experts_per_token(self._load.config, planned.module)
         self.cache = install(sanitized, model, stored, setting, per_token, self._options.settle)
