@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from support.memory_experts import KINDS, cache_experts, cached, container
 from vllm_moe_compat.backend.model.exact_scales import keep_scales
 from vllm_moe_compat.backend.model.experts import widen_experts
-from vllm_moe_compat.errors import CheckpointFileError, LayoutError
+from vllm_moe_compat.errors import CheckpointFileError, LayoutError, SettingError
 from vllm_moe_compat.expert_cache.cached_experts import CachedExperts
 from vllm_moe_compat.expert_cache.current_pass import building_only, current_pass
 
@@ -275,6 +275,27 @@ def test_an_interrupted_read_leaves_no_expert_behind(
         with pytest.raises(KeyboardInterrupt):
             experts(x, indices)
     assert same(experts(x, indices), resident(x, indices))
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_transformed_functions_are_refused_until_all_experts_are_resident(slots: int) -> None:
+    resident = container("glu", EXPERTS)
+    experts, _ = cached(resident, slots)
+    x, indices = inputs(resident, 2, 9, 0), chosen(2, 9, 0)
+    with pytest.raises(SettingError, match=r"mx\.compile and mx\.vmap do not allow"):
+        mx.compile(lambda x, indices: experts(x, indices))(x, indices)
+    with pytest.raises(SettingError, match=r"mx\.compile and mx\.vmap do not allow"):
+        mx.vmap(lambda x, indices: experts(x, indices))(x, indices)
+    with pytest.raises(SettingError, match="no gradient"):
+        mx.eval(mx.grad(lambda x: experts(x, indices).sum())(x))
+    assert same(experts(x, indices), resident(x, indices))
+
+    experts, _ = cached(resident, EXPERTS)
+    experts.fill()
+    found, expected = (
+        mx.grad(lambda x, part=part: part(x, indices).sum())(x) for part in (experts, resident)
+    )
+    assert same(found, expected)
 
 
 def test_a_source_that_lacks_a_parameter_is_refused() -> None:

@@ -41,6 +41,7 @@ from vllm_moe_compat.expert_cache.current_pass import (
 from vllm_moe_compat.expert_cache.policy import Group, Policy
 from vllm_moe_compat.expert_cache.protocol import ExpertSource
 from vllm_moe_compat.expert_cache.slots import Pending, Slots
+from vllm_moe_compat.expert_cache.transformations import forward_only, refuse_tracing
 
 Ints = npt.NDArray[np.int64]
 
@@ -162,12 +163,15 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
 
         Raises:
             CompatError: an expert cannot be read, and no ``current_pass`` takes note of it.
+            SettingError: the call is part of a function that MLX transforms.
         """
         if is_building_only():
             return self._call(x, mx.zeros_like(indices))
         if self._rows_of is not None:
             return self._call(x, self._rows_of(indices))
-        self._pending.evaluate(indices)
+        with refuse_tracing():
+            self._pending.evaluate(indices)
+        x = forward_only(x)
         choice = _choice(np.array(indices))
         needed = choice.experts if choice.real is None else choice.experts[choice.real]
         tokens_of = np.bincount(needed.reshape(-1), minlength=self.experts)
