@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -99,8 +99,10 @@ def cached(
     resident: nn.Module, slots: int, *, layer: str = "experts", **options: Any
 ) -> tuple[CachedExperts, MemorySource]:
     """Return a copy of ``resident`` with ``slots``, of which none is filled yet."""
-    source = MemorySource(resident)
-    return CachedExperts(deepcopy(resident), source, slots, layer=layer, **options), source
+    source, taken = MemorySource(resident), copy(resident)
+    for name, part in resident.items():
+        taken[name] = copy(part)
+    return CachedExperts(taken, source, slots, layer=layer, **options), source
 
 
 def cache_experts(model: nn.Module, slots: int) -> dict[str, MemorySource]:
