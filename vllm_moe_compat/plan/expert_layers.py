@@ -7,7 +7,7 @@ where a module has a format of its own; then its own count decides.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from vllm_moe_compat.checkpoint.operations import Spec
@@ -110,23 +110,34 @@ class _Size:
         self.dtype = STORED_NAMES[serving.dtype]
         self._packing = QUANTIZE_SETTINGS.get(setting)
         self._spare: Collection[str] = planned.spared(setting) if self._packing else ()
-        self._scale_bytes = 4 if STORED_NAMES[serving.packed_dtype] == "F32" else 2
+        self._packed_dtype = STORED_NAMES[serving.packed_dtype]
+        self._scale_bytes = 4 if self._packed_dtype == "F32" else 2
         self._kept = STORED_NAMES[serving.kept_dtype] if serving.kept_dtype else None
         self._is_cpu = device == "cpu"
 
     def of(self, build: Build, name: str, spec: Spec) -> tuple[int, int]:
         packing = self._packing
-        if build.held is not None:
-            size = held_bytes(spec, build.held)
-            return size, size
         is_weight = name.endswith(".weight") and spec.dtype in FLOATS
+        if build.held is not None:
+            parts = build.held.tensors(spec.shape)
+            return held_bytes(spec, build.held), self._served(parts)
         spared = build.weights[0] in self._spare
         if packing and is_weight and packing.fits(spec.shape) and not spared:
-            size = packed_bytes(spec, packing, self._scale_bytes)
-            return size, size
-        if spec.dtype not in FLOATS:
-            return nbytes(spec), nbytes(spec)
-        dtype = self._kept or spec.dtype
+            counted = packed_bytes(spec, packing, self._scale_bytes)
+            values = spec if build.dequantize is None else Spec(self._packed_dtype, spec.shape)
+            return counted, self._served(packing.tensors(values))
         if self._is_cpu and is_weight:
-            dtype = "F32"
-        return nbytes(spec), nbytes(Spec(dtype, spec.shape))
+            return nbytes(spec), nbytes(Spec("F32", spec.shape))
+        return nbytes(spec), self._served({name.rpartition(".")[2]: spec})
+
+    def _served(self, parts: Mapping[str, Spec]) -> int:
+        """Return the bytes of a module's tensors after they were cast to the serving dtype."""
+        total = 0
+        for role, part in parts.items():
+            dtype = part.dtype
+            if self._kept and dtype in FLOATS and role != "global_scale":
+                # Scales that the serving dtype cannot represent stay exact, in float32.
+                is_exact = dtype == self._kept or role not in ("scales", "biases")
+                dtype = self._kept if is_exact else "F32"
+            total += nbytes(Spec(dtype, part.shape))
+        return total
