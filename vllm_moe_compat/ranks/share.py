@@ -67,6 +67,10 @@ class Share:
             kinds = ", ".join(dict.fromkeys(self.cutting.whole.values()))
             logger.info("%s: whole on every rank: %s", self.folder, kinds)
 
+    def cut(self, model: Any) -> None:
+        """Cut a model whose load has no plan."""
+        self.cutting = shard(model, self.group)
+
 
 def cut_load(
     sanitized: SanitizedLoad, cuts: Mapping[str, Cut], folder: Path, gap: int = GAP

@@ -20,6 +20,7 @@ from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.pages import long_attention
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.expert_cache.current_pass import building_only
+from vllm_moe_compat.ranks import pipeline
 
 # Tokens of the two passes that are measured.
 MEASURED_TOKENS = (4, 16)
@@ -45,7 +46,7 @@ def _peak(model: nn.Module, count: int) -> int:
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     model(mx.zeros((1, count), dtype=mx.int32), cache=caches)
-    mx.eval([cache.state for cache in caches])
+    mx.eval([cache.state for cache in caches], pipeline.given(model))
     return int(mx.get_peak_memory()) - int(before)
 
 

@@ -19,6 +19,7 @@ from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer, StateLay
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.expert_cache.current_pass import building_only
 from vllm_moe_compat.families.registry import row_for
+from vllm_moe_compat.ranks.pipeline import is_stage
 
 
 def describe(model: nn.Module) -> list[Layer]:
@@ -43,7 +44,7 @@ def describe(model: nn.Module) -> list[Layer]:
         _describe_one(index, slot, name, cache, padded)
         for index, (name, (slot, cache)) in enumerate(zip(names, caches, strict=True))
     ]
-    if not any(isinstance(layer, AttentionLayer) for layer in layers):
+    if not is_stage(model) and not any(isinstance(layer, AttentionLayer) for layer in layers):
         raise _refusal(
             f"{type(model).__module__}",
             "none of its layers stores keys and values, which vLLM's pages consist of",

@@ -8,7 +8,7 @@ cast to the serving dtype and the layers are described.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.expert_cache import CachePlan
-from vllm_moe_compat.ranks.shard import shard
+from vllm_moe_compat.ranks import pipeline
+from vllm_moe_compat.ranks.layer_range import Range
 from vllm_moe_compat.ranks.share import Share
 from vllm_moe_compat.who_serves import who_serves
 
@@ -60,11 +61,16 @@ class ServedModel:
 
 
 def load(
-    model: str, revision: str | None, dtype: mx.Dtype, group: mx.distributed.Group | None = None
+    model: str,
+    revision: str | None,
+    dtype: mx.Dtype,
+    group: mx.distributed.Group | None = None,
+    stage: Callable[[int], tuple[int, int]] | None = None,
 ) -> ServedModel:
     """Load the checkpoint ``model`` (a folder, or a repository in the local cache).
 
-    With a ``group`` of ranks, this rank reads and keeps its share of the weights.
+    With a ``group`` of ranks, this rank reads and keeps its share of the weights: of each layer,
+    or, with a ``stage``, the layers whose range it returns for their number.
 
     Raises:
         CompatError: the checkpoint is broken or cannot be represented.
@@ -76,13 +82,15 @@ def load(
     if not path.exists():
         path = Path(utils._download(model, revision=revision))
     stamps = file_stamps.take(path.absolute())
-    share = None if group is None else Share(path, group)
+    share: Share | Range | None = None
+    if group is not None:
+        share = Share(path, group) if stage is None else Range(stage, pipeline.Neighbours(group))
     options = {"dtype": str(dtype).rpartition(".")[2], "at_once": True, "arrange": share}
     options["ranks"] = 1 if group is None else group.size()
     with loading_with(**options, settle=lambda experts: _settle(experts, dtype)):
         loaded, _ = utils.load_model(path, lazy=True)
     if share is not None and not share.done:
-        shard(loaded, share.group)  # No plan is made for the module: its tensors are unread.
+        share.cut(loaded)  # No plan is made for the module: its tensors are unread.
     report = last_report()
     if report is None or report.path != str(path):  # That of another load: this one had no plan.
         limit, reason, cache = None, "", None
@@ -101,6 +109,7 @@ def load(
     )
     give_back()
     result = dry_run(loaded, describe(loaded))
+    pipeline.check_dtype(loaded)
     weights = sum(array.nbytes for _, array in tree_flatten(loaded.parameters()))
     weights += sum(experts.nbytes for experts in containers(loaded))
     logger.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 from vllm_moe_compat.backend.pages.state_pool import State
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Pass
+from vllm_moe_compat.ranks import pipeline
 
 
 @dataclass(slots=True)
@@ -28,16 +29,18 @@ class Graph:
         logits: ``[B, T, V]``.
         pages: arrays of all pools after the pass.
         states: resident states of its requests after the pass, per layer.
+        given: what the pass gives to the next rank of a pipeline.
     """
 
     logits: mx.array
     pages: list[mx.array]
     states: list[State]
+    given: list[mx.array] = field(default_factory=list)
 
     @property
     def written(self) -> list[mx.array]:
         """All arrays that the pass writes."""
-        return self.pages + [part for state in self.states for part in state]
+        return self.pages + self.given + [part for state in self.states for part in state]
 
 
 class GraphBuilder:
@@ -110,4 +113,5 @@ class GraphBuilder:
         nested = nest_caches(storage.layers, caches) if self._nested else caches
         logits: mx.array = self.model(tokens, cache=nested)
         pages = [pool.pages for pool in self._pools]
-        return Graph(logits, pages, state_caches.new_states(with_state))
+        written = state_caches.new_states(with_state)
+        return Graph(logits, pages, written, pipeline.given(self.model))

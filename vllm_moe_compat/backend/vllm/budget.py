@@ -12,12 +12,12 @@ of another. The start-up line shows all parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_moe_compat.backend.model import activations
-from vllm_moe_compat.backend.pages.layers import StateLayer
+from vllm_moe_compat.backend.pages.layers import Layer, StateLayer
 from vllm_moe_compat.backend.pages.state_pool import StatePool
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.kv_specs import demand
@@ -92,8 +92,12 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
+def measure(
+    vllm_config: VllmConfig, served: ServedModel, all_layers: Sequence[Layer] | None = None
+) -> Budget:
     """Compute the budget; lower ``max_num_seqs`` if the states would not fit.
+
+    ``all_layers`` are those of all stages of a pipeline, of which ``served`` is one.
 
     Raises:
         UnsupportedServingError: nothing is left for pages.
@@ -111,7 +115,7 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> Budget:
         sequences=scheduler.max_num_seqs,
         length=longest,
         cached=CACHED_SEQUENCES if cache.enable_prefix_caching else 0,
-        pages_for=lambda count: demand(vllm_config, served.layers).bytes_for(count),
+        pages_for=lambda count: demand(vllm_config, all_layers or served.layers).bytes_for(count),
         page_bytes=int(cache.kv_cache_memory_bytes or 0),
         share=bridge.given_memory_share(vllm_config),
     )

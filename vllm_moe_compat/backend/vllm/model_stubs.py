@@ -38,7 +38,18 @@ class MlxCausalLM(nn.Module):
         """Part of vLLM's text generation protocol."""
         raise NotImplementedError
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    supports_pp = True
+
+    def make_empty_intermediate_tensors(self, *_: Any, **__: Any) -> Any:
+        """Part of vLLM's pipeline protocol; results of layers go through MLX's group."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+    ) -> torch.Tensor:
         """Part of vLLM's text generation protocol."""
         raise NotImplementedError
 

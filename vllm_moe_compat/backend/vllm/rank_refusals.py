@@ -48,8 +48,9 @@ def settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         "--enable-eplb and --enable-elastic-ep out.",
     )
     yield (
-        parallel.pipeline_parallel_size > 1,
-        "pipeline parallelism; leave --pipeline-parallel-size at 1.",
+        parallel.pipeline_parallel_size > 1 and parallel.tensor_parallel_size > 1,
+        "tensor and pipeline parallelism together: MLX's ring of ranks cannot be divided; leave "
+        "one of the sizes at 1.",
     )
     yield (
         bridge.context_parallel_size(vllm_config) > 1,

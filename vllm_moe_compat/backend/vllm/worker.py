@@ -22,7 +22,14 @@ from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
-from vllm_moe_compat.backend.vllm import bridge, bridge_kv, executor, kv_specs, rank_group
+from vllm_moe_compat.backend.vllm import (
+    bridge,
+    bridge_kv,
+    executor,
+    kv_specs,
+    rank_group,
+    stages,
+)
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
 from vllm_moe_compat.backend.vllm.expert_reads import warn_of_reads
@@ -88,12 +95,19 @@ class MlxWorker(OutOfStepCalls):
         limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
         warn_of_reads(self.served.expert_cache, self.scheduler_config.max_num_seqs)
         self._settle(self.served)
-        kv_specs.align_pages(self.vllm_config, self.served.layers)
+        self.all_layers = stages.all_layers(self.served.layers, self.ranks)
+        kv_specs.align_pages(self.vllm_config, self.all_layers.layers)
 
     def _load(self, model: str, revision: str | None) -> loader.ServedModel:
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
         with loading_with(progress=self.load_config.use_tqdm_on_load):
-            return loader.load(model, revision, dtype, self.ranks.group if self.ranks else None)
+            return loader.load(
+                model,
+                revision,
+                dtype,
+                self.ranks.group if self.ranks else None,
+                stages.range_of(self.vllm_config),
+            )
 
     def _settle(self, served: loader.ServedModel) -> None:
         if chosen := rotary.settle(served.model, self.model_config.max_model_len):
@@ -106,8 +120,8 @@ class MlxWorker(OutOfStepCalls):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Return vLLM's KV cache spec of each layer by its name."""
-        found = kv_specs.specs(self.vllm_config, self.served.layers)
-        return {_layer_name(index): spec for index, spec in found.items()}
+        found = kv_specs.specs(self.vllm_config, self.all_layers.layers)
+        return {_layer_name(index): found[index] for index in self.all_layers.own}
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """Return the layout with layers outermost: the pages of a layer are one array."""
@@ -120,7 +134,7 @@ class MlxWorker(OutOfStepCalls):
         Raises:
             UnsupportedServingError: nothing is left.
         """
-        self.budget = measure(self.vllm_config, self.served)
+        self.budget = measure(self.vllm_config, self.served, self.all_layers.layers)
         return self.budget.page_bytes
 
     @at_start_up
@@ -138,7 +152,7 @@ class MlxWorker(OutOfStepCalls):
             self.served.model, storage, sampler, compiles=compiles, ranks=self.ranks
         )
         pools = storage.distinct_pools
-        need = kv_specs.demand(self.vllm_config, self.served.layers)
+        need = kv_specs.demand(self.vllm_config, self.all_layers.layers)
         fit = need.sequences(kv_cache_config.num_blocks)
         logger.info(
             "%s tokens fit, in %.1f sequences of %d: %d pages of %d tokens, %.1f MiB held in %d "
@@ -162,14 +176,14 @@ class MlxWorker(OutOfStepCalls):
         for number, group in enumerate(plan.kv_cache_groups):
             block_sizes.append(group.kv_cache_spec.block_size)
             for name in group.layer_names:
-                index = _layer_index(name)
+                index = self.all_layers.own.index(_layer_index(name))
                 groups[index] = number
                 page_bytes[index] = bridge_kv.layer_spec(group.kv_cache_spec, name).page_size_bytes
         self._check_pages(block_sizes, groups, page_bytes)
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
         pools: dict[int, PagePool] = {}
         for names in bridge_kv.layers_by_region(plan):
-            indices = [_layer_index(name) for name in names]
+            indices = [self.all_layers.own.index(_layer_index(name)) for name in names]
             pool = PagePool(plan.num_blocks, page_bytes[indices[0]], dtype)
             pool.allocate()
             pools |= dict.fromkeys(indices, pool)
