@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from support import models
+from support.layer_ranges import Hand
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.ranks import pipeline
 
@@ -19,26 +19,6 @@ DAILY = ("qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "llama4")
 # Layers hand on keys and values too, or some have no cache.
 REFUSED = ("gemma4_text", "gemma4_text, k = v", "gemma4_text, shared keys", "nemotron_h")
 FULL = [kind for kind in models.MODULE_PATHS if kind not in (*DAILY, *REFUSED)]
-
-
-@dataclass
-class Hand:
-    """The transport between ranges that are computed one after the other, in one process."""
-
-    taken: mx.array | None = None
-    given: list[mx.array] = field(default_factory=list)
-
-    def receive(self, like: mx.array) -> mx.array:
-        assert self.taken is not None
-        assert (self.taken.shape, self.taken.dtype) == (like.shape, like.dtype)
-        return self.taken
-
-    def give(self, result: mx.array) -> mx.array:
-        self.given.append(result)
-        return result
-
-    def tell(self, result: mx.array) -> mx.array:
-        return result
 
 
 def cut(kind: str, ends: Sequence[int]) -> list[Any]:
