@@ -1,7 +1,7 @@
 """Settings of vLLM about several ranks that the embedded backend does not support.
 
-Tensor and pipeline parallelism are what it has; the rest is refused at start-up by name, since ignoring it would
-divide the work in another way than was asked for.
+Tensor and pipeline parallelism are what it has; the rest is refused at start-up by name, since
+ignoring it would divide the work in another way than was asked for.
 """
 
 from __future__ import annotations
