@@ -32,7 +32,7 @@ from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS, Packing
 from vllm_moe_compat.plan.planner import make_plan
 
 
-@pytest.fixture(autouse=True, params=[2**18, 300], ids=["whole", "bands"])
+@pytest.fixture(params=[2**18, 300], ids=["whole", "bands"])
 def _bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices are converted at once, or a few rows at a time."""
     monkeypatch.setattr(read_tasks, "_BAND", request.param)
@@ -129,6 +129,7 @@ def a_build(layout: str, block: tuple[int, int] | None, kind: str) -> tuple[Buil
     return build, sources, tensors
 
 
+@pytest.mark.usefixtures("_bands")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("kind", "held"),
@@ -140,6 +141,7 @@ def test_floats(tmp_path: Path, layout: str, kind: str, held: mx.Dtype):
     check(stored(tmp_path, sources, tensors), [packed_build(build)], held=held)
 
 
+@pytest.mark.usefixtures("_bands")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block", [(16, 16), (128, 128), (1, COLUMNS), (5, 7)])
 @pytest.mark.parametrize(
@@ -163,6 +165,7 @@ def test_what_is_cached_is_quantised_as_the_load_would(
     check(stored(tmp_path, sources, tensors), [packed_build(build, formats)])
 
 
+@pytest.mark.usefixtures("_bands")
 @pytest.mark.parametrize("interleaved", [None, False, True])
 @pytest.mark.parametrize("combined", [False, True])
 @pytest.mark.parametrize("held", [mx.bfloat16, mx.float32])

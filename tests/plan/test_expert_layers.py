@@ -12,10 +12,13 @@ import pytest
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
 import vllm_moe_compat
+from parity.mlx_families import FAMILIES as MLX_FAMILIES
+from parity.test_without_transformers import checkpoint
 from support.checkpoints import Fp8, Sizes, build
 from support.loading import load, parameters
 from vllm_moe_compat.checkpoint.file_stamps import FileStamps
 from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.errors import UnsupportedCheckpointError
 from vllm_moe_compat.plan.expert_layers import planned_experts
 from vllm_moe_compat.plan.make import make
 from vllm_moe_compat.plan.planned_load import Headers, PlannedLoad, read_headers_of
@@ -97,3 +100,26 @@ def test_in_every_family_all_experts_are_found(name):
     found = planned_experts(planned, "none", "gpu")
     assert found.estimated == sum(4 * math.prod(tensors[n].shape) for n in names)
     assert len(found.layers) == len(planned.layout.experts)
+
+
+def test_packed_experts_that_a_module_makes_together_are_refused_by_name():
+    (family,) = (found for found in MLX_FAMILIES if found.module == "muse_spark")
+    released = checkpoint(family, "published")
+    tensors: dict[str, TensorInfo] = {}
+    for name, value in released.tensors.items():
+        shape = tuple(value.shape)
+        tensors[name] = TensorInfo("F32", shape)
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            count, rows, columns = shape
+            tensors[name] = TensorInfo("U8", (count, rows, columns // 2))
+            grid = (count, rows, columns // 16)
+            tensors[f"{name}_weight_scale"] = TensorInfo("F8_E4M3", grid)
+            shared = (count, 2) if "gate_up" in name else (count,)
+            tensors[f"{name}_weight_scale_2"] = TensorInfo("F32", shared)
+    described = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    config = released.config | {"quantization_config": described}
+    headers = Headers(Path(), tensors, None, FileStamps(), (), extern=False)
+    planned = make(headers, config, serving("gpu", None))
+    planned.refuse()
+    with pytest.raises(UnsupportedCheckpointError, match=r"from .*gate_up_proj.* all together"):
+        planned_experts(planned, "none", "gpu")

@@ -17,6 +17,7 @@ from vllm_moe_compat.plan.build import Build
 from vllm_moe_compat.plan.estimate import Estimate, held_bytes, nbytes, packed_bytes
 from vllm_moe_compat.plan.expert_cache import CachePlan, CacheSetting, ExpertLayer, least_bytes
 from vllm_moe_compat.plan.experts_per_token import experts_per_token
+from vllm_moe_compat.plan.kept import together
 from vllm_moe_compat.plan.packing import QUANTIZE_SETTINGS
 from vllm_moe_compat.plan.planned_load import PlannedLoad
 
@@ -75,6 +76,11 @@ def planned_experts(planned: PlannedLoad, setting: str, device: str) -> PlannedE
     if plan is None or row is None or row.moe is None:
         raise UnsupportedCheckpointError(
             f"the registry has no row for the experts of {planned.module}, so that they cannot be "
+            "read one by one"
+        )
+    if alone := together(plan.builds, layout):
+        raise UnsupportedCheckpointError(
+            f"{row.module} makes its experts from {alone} all together, so that they cannot be "
             "read one by one"
         )
     per_token = experts_per_token(planned.config, planned.module)

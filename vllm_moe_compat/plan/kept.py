@@ -8,10 +8,11 @@ builds make is what ``sanitize`` makes, and ``sanitize`` passes it through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vllm_moe_compat.checkpoint.experts import PROJECTIONS, ExpertBlock
 from vllm_moe_compat.checkpoint.layout import Layout
+from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.checkpoint.operations import Op
 from vllm_moe_compat.families.row import Moe, Row
 from vllm_moe_compat.plan.build import Build
@@ -69,6 +70,22 @@ def kept_numbers(layout: Layout, row: Row) -> Iterator[Build]:
             yield Build(f"{target}.weight", words, (), (stack, AsWords()))
             scales = tuple(one.parts[0][1] for one in each)
             yield Build(f"{target}.scales", scales, (), (stack,))
+
+
+def together(builds: Iterable[Build], layout: Layout) -> str:
+    """Return packed experts that only ``sanitize`` makes, for all experts of a layer together.
+
+    Args:
+        builds: of a complete plan.
+        layout: the checkpoint's layout.
+
+    Returns:
+        Their names, for messages; empty if every expert has builds of its own.
+    """
+    packed = {n for block in layout.experts for n in (*block.packed, *block.names())}
+    packed &= {*layout.numbers.tensors, *(n for n in packed if n.endswith((_BLOCKS, _SCALES)))}
+    left = [b.target for b in builds if not b.ops and b.target in packed]
+    return fold(left) if left else ""
 
 
 def _root(moe: Moe, block: ExpertBlock) -> str:
