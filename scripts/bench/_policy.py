@@ -4,7 +4,8 @@ Each policy runs over the same traces of one layer with 256 experts, 8 per token
 of 1, 4 and 16 requests, alone and with a prompt of 256 tokens every 24 passes. The candidates are
 the package's own ``Policy`` with other half-lives (``lru`` near 0, ``lfu`` without end) and other
 shares of the slots that a prefill may take, and first in, first out. ``once`` counts an expert
-once per pass, however many tokens chose it.
+once per pass, however many tokens chose it. With ``--model``, the routing is a checkpoint's own
+(``_routing``).
 
 ``groups`` is the mean number of groups in which a prefill computes its experts. Recorded routing
 is a file of ``scripts/bench/offload --traces``.
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from _expert_traces import ROUTINGS, Pass, fewest, first_in_first_out, make
+from _routing import record
 
 from vllm_moe_compat.expert_cache.policy import FLOWING, HALF_LIFE, Policy
 
@@ -147,15 +149,24 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--traces", type=Path, help="recorded routing instead of made-up routing")
+    parser.add_argument("--model", type=Path, help="a checkpoint whose routing is recorded")
+    parser.add_argument("--text", type=Path, help="a file whose text --model reads")
+    parser.add_argument("--pieces", type=int, default=8, help="pieces of the text (default 8)")
     parser.add_argument(
         "--shares", default="0.5,0.25,0.125,0.0625", help="slots over experts (default %(default)s)"
     )
     args = parser.parse_args()
-    traces, experts = recorded(args.traces) if args.traces else (made_up(), 256)
+    foreseen: dict[str, Any] = {}
+    if args.model:
+        traces, experts, foreseen = record(args.model, args.text, args.pieces)
+    else:
+        traces, experts = recorded(args.traces) if args.traces else (made_up(), 256)
     rows = []
     for share in map(float, args.shares.split(",")):
         rows += compare(traces, share, experts)
-    print(json.dumps({"rows": rows}) if args.json else table(rows))
+    print(json.dumps({"rows": rows, **foreseen}) if args.json else table(rows))
+    if foreseen and not args.json:
+        print("\n" + ", ".join(f"{name} {value}" for name, value in foreseen.items()))
     return 0
 
 
