@@ -23,7 +23,7 @@ class Slots:
     """
 
     count: int
-    half_life: float = 16
+    half_life: float = 64
     flowing: float = 0.5
     last: dict[int, float] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)

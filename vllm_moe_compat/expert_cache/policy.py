@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-HALF_LIFE = 16
+HALF_LIFE = 64
 """Passes after which a use counts half."""
 
 FLOWING = 0.5
