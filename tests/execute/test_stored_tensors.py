@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from support.loading import same_bits
 from support.stored import bits, stored, write
 from vllm_moe_compat.checkpoint.headers import TensorInfo, read_headers
+from vllm_moe_compat.checkpoint.numbers.fp8_ops import DequantizeFp8
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.errors import CheckpointFileError
-from vllm_moe_compat.execute import stored_tensors
+from vllm_moe_compat.execute import stack, stored_tensors
+from vllm_moe_compat.execute.build_tensor import make_build
 from vllm_moe_compat.execute.stored_tensors import StoredTensors, as_array, bytes_of
+from vllm_moe_compat.plan.build import Build, Restriction
+from vllm_moe_compat.plan.ops import StackExperts
 from vllm_moe_compat.plan.tensor_names import TensorNames
 
 KINDS = ["BF16", "F16", "F32", "F8_E4M3", "I8", "U8", "I32", "U32", "I64", "BOOL"]
@@ -195,3 +199,34 @@ def test_what_is_no_header_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(CheckpointFileError, match=f"{FILE}: not a readable safetensors file"):
         StoredTensors(tmp_path, {"t": TensorInfo("U8", (4,), FILE)})["t"]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["combined", "per expert"])
+def test_sources_are_read_a_few_experts_at_a_time(tmp_path, monkeypatch, stacked):
+    """Beside the result there is never more than a few experts as they are stored."""
+    monkeypatch.setattr(stack, "TEMPORARY_BYTES", 2**16)
+    count, rows, columns = 64, 128, 128
+    whole = mx.random.randint(0, 100, (count, rows, columns)).astype(mx.uint8)
+    scale = mx.ones((count, 16, 16))
+    arrays = {"w": whole, "s": scale}
+    if stacked:
+        arrays = {f"{n}{e}": array[e] for n, array in arrays.items() for e in range(count)}
+    infos = {
+        name: TensorInfo("F8_E4M3" if name[0] == "w" else "F32", array.shape)
+        for name, array in arrays.items()
+    }
+    files = stored(tmp_path, arrays, infos)
+    del arrays, whole, scale
+    names = {part: tuple(name for name in infos if name[0] == part) for part in "ws"}
+    ops = (*((StackExperts(count),) if stacked else ()), DequantizeFp8((8, 8)))
+    build = Build("out", names["w"], (("scale", names["s"]),), ops)
+    share = build.restricted(Restriction(rows=(0, rows // 2)))
+    for part, wanted in ((share, count * rows * columns), (build, 2 * count * rows * columns)):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        (made,) = make_build(part, dict(files), "bfloat16").values()
+        assert made.nbytes == wanted
+        scales = count * 16 * 16 * 4
+        assert mx.get_peak_memory() - before < wanted + 2 * scales + 2**19
+        del made

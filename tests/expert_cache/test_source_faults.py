@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,23 @@ def test_an_expert_that_contradicts_its_plan_has_failed_by_name(tmp_path: Path):
     assert list(failed) == [2]
     with pytest.raises(LayoutError, match=rf"expert 2 of {PATH}: .*weight_shape of \[8, 33\]"):
         raise failed[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_reads_with_threads_of_its_own(tmp_path: Path):
+    found = checkpoint(tmp_path, fp8=False)
+    assert found.read([0], Slots()) == {}
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(write, b"%d" % len(found.read([1], Slots())))
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answers:
+        ready, _, _ = select.select([answers], [], [], 60)
+        answer = answers.read() if ready else b"no answer"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert answer == b"0"

@@ -423,6 +423,16 @@ def as_array(source: Any) -> mx.array:
     return source.read() if isinstance(source, StoredTensor) else source
 
 
+def copied_bytes(array: mx.array) -> Bytes:
+    """Return the bytes of an evaluated array ``uint8 [nbytes]``, a copy only if there is no view.
+
+    Another device than the CPU may have memory of its own.
+    """
+    unsigned = array.view(_UNSIGNED[array.dtype.size])
+    mx.eval(unsigned)
+    return np.asarray(unsigned).reshape(-1).view(np.uint8)
+
+
 def bytes_of(array: mx.array) -> Bytes:
     """Return a writable view ``uint8 [nbytes]`` of an array's memory; the array is evaluated.
 

@@ -9,6 +9,7 @@ processor's cache, and new memory would cost more than the arithmetic.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,3 +89,7 @@ def _run(turn: Sequence[Task]) -> None:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="read-experts")
+
+
+# A forked process has none of the threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -35,7 +35,7 @@ from vllm_moe_compat.execute.stored_tensors import (
     StoredFile,
     StoredTensor,
     StoredTensors,
-    bytes_of,
+    copied_bytes,
 )
 from vllm_moe_compat.expert_cache.held_bytes import HeldBytes, held_bytes
 from vllm_moe_compat.expert_cache.plain_bytes import PlainBytes, plain_bytes
@@ -208,7 +208,7 @@ class FileSource:
             placed = [pair for finish in one.finish for pair in finish()]
             mx.eval([array for _, array in placed])
             for target, array in placed:
-                target[:] = bytes_of(array)
+                target[:] = copied_bytes(array)
         except CompatError as error:
             failed[one.number] = self._named(one.number, error)
             return
