@@ -28,6 +28,7 @@ from vllm_moe_compat.load.options import load_options, serving_here
 from vllm_moe_compat.load.report import remember
 from vllm_moe_compat.load.sanitize import run_load
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.plan.check_expert_cache import with_cache_checked
 from vllm_moe_compat.plan.estimate import estimate
 from vllm_moe_compat.plan.expert_cache import OFF, CacheSetting, divide
 from vllm_moe_compat.plan.expert_layers import planned_experts
@@ -86,7 +87,7 @@ def load_config_hook(
         except ImportError:
             return config  # mlx-lm reports the missing module.
         if reason := ensure(planned.row):
-            planned = planned.unpatched(reason)
+            planned = with_cache_checked(planned.unpatched(reason))
     if planned.translated:
         keys = ", ".join(planned.translated)
         logger.info("%s: translated config.json keys for mlx-lm: %s", model_dir, keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vllm_moe_compat.envs import EXPERT_CACHE
 from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpointError
@@ -13,6 +14,13 @@ from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.serving import installed_device
 
 ID = "expert-cache"
+
+
+def with_cache_checked(planned: PlannedLoad) -> PlannedLoad:
+    """Return the load, refused if its experts cannot stay on disk as the setting says."""
+    if planned.faults or not (faults := tuple(check_expert_cache(planned))):
+        return planned
+    return replace(planned, plan=None, faults=faults)
 
 
 def check_expert_cache(planned: PlannedLoad) -> Iterator[Fault]:

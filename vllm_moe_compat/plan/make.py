@@ -25,7 +25,7 @@ from vllm_moe_compat.errors import (
 from vllm_moe_compat.families import modules, registry
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
-from vllm_moe_compat.plan.check_expert_cache import check_expert_cache
+from vllm_moe_compat.plan.check_expert_cache import with_cache_checked
 from vllm_moe_compat.plan.check_experts import check_experts
 from vllm_moe_compat.plan.check_packed import check_packed
 from vllm_moe_compat.plan.check_unreadable import check_unreadable
@@ -104,7 +104,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
             faults += stays_packed(headers.folder, layout, serving)
             _settle_quantization(settled.config, layout, plan, serving)
     faults.sort(key=lambda fault: fault.error is not CheckpointFileError)
-    load = PlannedLoad(
+    planned = PlannedLoad(
         original=config,
         config=settled.config,
         settings=settled.settings,
@@ -123,9 +123,7 @@ def make(headers: Headers, config: Mapping[str, Any], serving: Serving) -> Plann
         max_length_reason=settled.max_length_reason,
         warnings=tuple(warnings),
     )
-    if not faults and (faults := list(check_expert_cache(load))):
-        return replace(load, plan=None, faults=tuple(faults))
-    return load
+    return with_cache_checked(planned)
 
 
 def make_from_tensors(
