@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+import vllm_moe_compat
+from support.checkpoints import Fp8, Sizes, build
+from support.loading import load
 from vllm_moe_compat.errors import InsufficientMemoryError
 from vllm_moe_compat.load import cgroups, memory
+from vllm_moe_compat.load.report import last_report
+from vllm_moe_compat.plan import estimate
 from vllm_moe_compat.plan.estimate import Estimate
 
 GIB = 1 << 30
@@ -106,3 +114,57 @@ def test_weights_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyP
     needs = Estimate(read=0, final={"none": 5 * GIB}, peak={"none": 6 * GIB})
     with pytest.raises(InsufficientMemoryError, match="more than the"):
         memory.check("model", needs, "none")
+
+
+# --- with a cache of experts -------------------------------------------------
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda: (total, free))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with 12 MiB of experts in bfloat16, and little else."""
+    sizes = Sizes(hidden=256, intermediate=128, experts=32, layers=2)
+    return build("per-expert", Fp8(), sizes=sizes).write(tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture
+def moe(written: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("VLLM_MOE_COMPAT_DTYPE", "bfloat16")
+    monkeypatch.setattr(estimate, "WORKING_BYTES", 1 << 20)
+    with vllm_moe_compat.applied():
+        yield written
+    mx.clear_cache()
+
+
+def test_a_load_without_room_is_told_the_largest_cache_that_fits(
+    moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 8 << 20, 1 << 30)
+    with pytest.raises(InsufficientMemoryError) as error:
+        load(moe)
+    said = re.search(r"or VLLM_MOE_COMPAT_EXPERT_CACHE=(\d+MiB), which leaves", str(error.value))
+    assert said is not None
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", said[1])
+    load(moe)
+    report = last_report()
+    assert report is not None
+    assert report.expert_cache is not None
+    assert report.expert_cache.nbytes < 8 << 20
+
+
+def test_a_load_that_leaves_too_little_is_told_of_a_cache(
+    moe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
+    machine(monkeypatch, 1 << 30, 16 << 20)
+    with caplog.at_level(logging.WARNING, "vllm_moe_compat"):
+        load(moe)
+    assert re.search(r"set .*VLLM_MOE_COMPAT_EXPERT_CACHE=\d+MiB, which leaves", caplog.text)
+    caplog.clear()
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "25%")
+    with caplog.at_level(logging.WARNING, "vllm_moe_compat"):
+        load(moe)
+    assert not caplog.text

@@ -71,6 +71,7 @@ def serving_here() -> Serving:
         found,
         complete=options.arrange is not None,
         experts_apart=found.experts_apart and options.executor is None,
+        ranks=options.ranks,
     )
 
 

@@ -61,6 +61,8 @@ class PlannedExperts:
 def planned_experts(planned: PlannedLoad, setting: str, device: str) -> PlannedExperts:
     """Return the routed experts of a planned load, in the order of the layers.
 
+    Of several ranks, it is the share of one: a part of every layer, or as much in whole layers.
+
     Args:
         planned: a load without faults.
         setting: a quantisation setting that applies to the checkpoint.
@@ -105,7 +107,9 @@ def planned_experts(planned: PlannedLoad, setting: str, device: str) -> PlannedE
             layer = replace(layer, nbytes=layer.nbytes + held)
         read = sum(nbytes(tensors[name]) for name in build.sources)
         layers[path] = replace(layer, stored=layer.stored + read)
-    return PlannedExperts(tuple(layers.values()), per_token, estimated)
+    ranks = planned.serving.ranks
+    each = (replace(x, nbytes=x.nbytes // ranks, stored=x.stored // ranks) for x in layers.values())
+    return PlannedExperts(tuple(each), per_token, estimated // ranks)
 
 
 class _Size:

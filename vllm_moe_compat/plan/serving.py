@@ -30,6 +30,7 @@ class Serving:
         kept_dtype: dtype of checkpoints without dequantised weights; None for their own.
         complete: whether a part of the model's tensors is made; see ``planner.Plan``.
         experts_apart: whether experts stay on disk, so that each can be made by itself.
+        ranks: that divide the model's weights.
     """
 
     dtype: str
@@ -39,6 +40,7 @@ class Serving:
     kept_dtype: str | None = None
     complete: bool = False
     experts_apart: bool = False
+    ranks: int = 1
 
 
 def serving(device: str, dtype: str | None = None, *, exact: bool = False) -> Serving:

@@ -19,8 +19,9 @@ from vllm_moe_compat.commands.inspect import as_json, markdown, text
 from vllm_moe_compat.commands.inspect.collect import inspect
 from vllm_moe_compat.commands.inspect.model import ExpertCache, Inspection
 from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
-from vllm_moe_compat.errors import CompatError
+from vllm_moe_compat.errors import CompatError, UnsupportedCheckpointError
 from vllm_moe_compat.expert_cache.install import containers
+from vllm_moe_compat.families import registry
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.plan.expert_cache import divide, parse
 from vllm_moe_compat.plan.expert_layers import planned_experts
@@ -165,3 +166,29 @@ def test_what_serves_has_the_planned_bytes(form, setting, dtype, tmp_path, monke
     assert served is not None
     assert (served.slots, served.nbytes) == (cache.slots, cache.nbytes)
     assert (served.full, served.least) == (cache.full, cache.least)
+
+
+@pytest.mark.parametrize("missing", ["row", "hook"])
+def test_experts_that_the_plan_does_not_reach_are_refused(missing: str, tmp_path, monkeypatch):
+    import mlx_lm.models.qwen3_moe as module
+
+    path = write(tmp_path)
+    monkeypatch.setenv(EXPERT_CACHE.name, "50%")
+    vllm_moe_compat.revert()
+    if missing == "row":
+        rows = registry.TRANSFORMS_BY_MODULE
+        monkeypatch.setattr(
+            registry,
+            "TRANSFORMS_BY_MODULE",
+            {name: row for name, row in rows.items() if name != module.__name__},
+        )
+        found = inspect(str(path))
+        assert (found.verdict, found.exit_code) == ("refuses", 1)
+        assert [f.id for f in found.findings if f.severity == "error"] == ["expert-cache"]
+    else:
+        monkeypatch.setattr(module.Model, "sanitize", "none")
+    with (
+        vllm_moe_compat.applied(),
+        pytest.raises(UnsupportedCheckpointError, match="EXPERT_CACHE is 50%, and the registry"),
+    ):
+        load(path)
