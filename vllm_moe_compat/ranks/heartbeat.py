@@ -5,12 +5,12 @@ evaluation that needs it, where Python cannot interrupt them. So a thread of eac
 lets run, watches the others over TCP. Rank 0 listens, the others connect, and each sends a line a
 second:
 
-    beat BEGUN    it lives, and has begun so many steps
+    beat PLACES   it lives, and has come to so many places where it waits for the others
     bye           it ends in good order
     lost REASON   rank 0 has lost a rank, and tells the others why they end
 
 A rank is lost if its connection closes without a ``bye``, if it says nothing for ``SILENCE``
-seconds, or if it begins no step for ``STALL`` seconds while another rank waits in one. Rank 0
+seconds, or if it comes to no new place for ``STALL`` seconds while another rank waits there. Rank 0
 then logs one sentence with its name, and every rank ends its process: the state of a step that
 only some ranks computed is of no use.
 """
@@ -36,7 +36,7 @@ BEAT = 1.0
 SILENCE = 30.0
 """Seconds without a line after which a rank counts as lost."""
 STALL = 90.0
-"""Seconds without a new step after which a rank that others wait for counts as lost."""
+"""Seconds without progress after which a rank that others wait for counts as lost."""
 CONNECT = 60.0
 """Seconds for the other ranks to connect to rank 0."""
 GRACE = 3.0
@@ -51,7 +51,7 @@ class _Peer:
     name: str
     connection: socket.socket
     heard: float
-    begun: int = 0
+    places: int = 0
     progressed: float = 0.0
     rest: bytes = b""
     gone: bool = False
@@ -89,7 +89,7 @@ class Heartbeat:
         self._place, self._silence, self._stall, self._end = place, silence, stall, end
         self._names = exchange(f"rank {place.rank} (process {os.getpid()} on {place.host})")
         self._selector = selectors.DefaultSelector()
-        self._begun = 0
+        self._places = 0
         self._closing = threading.Event()
         if place.rank == 0:
             self._peers = self._accept(exchange)
@@ -102,9 +102,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="moe-compat-ranks", daemon=True)
         self._thread.start()
 
-    def step_begins(self) -> None:
-        """Note that this rank begins a step."""
-        self._begun += 1
+    def progress(self) -> None:
+        """Note that this rank has come to the next place where it may wait for the others."""
+        self._places += 1
 
     def close(self) -> None:
         """Tell the others that this rank ends in good order, and stop watching; idempotent."""
@@ -165,7 +165,7 @@ class Heartbeat:
             closing = self._closing.is_set()
             now = time.monotonic()
             if closing or now - spoken >= BEAT:
-                self._say("bye" if closing else f"beat {self._begun}")
+                self._say("bye" if closing else f"beat {self._places}")
                 spoken = now
             if closing:
                 break
@@ -202,8 +202,8 @@ class Heartbeat:
             for line in lines:
                 word, _, value = line.decode(errors="replace").partition(" ")
                 if word == "beat":
-                    if int(value) > peer.begun:
-                        peer.begun, peer.progressed = int(value), peer.heard
+                    if int(value) > peer.places:
+                        peer.places, peer.progressed = int(value), peer.heard
                 elif word == "bye":
                     peer.gone = True
                 elif word == "lost":
@@ -225,7 +225,7 @@ class Heartbeat:
                     f"{peer.name} has said nothing for {self._silence:.0f} seconds: it is stopped, "
                     "its machine swaps, or cannot be reached"
                 )
-            if peer.begun >= self._begun:
+            if peer.places >= self._places:
                 peer.progressed = now
             elif now - peer.progressed > self._stall:
                 return f"{peer.name} has hung for {self._stall:.0f} seconds"

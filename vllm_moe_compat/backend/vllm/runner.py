@@ -326,6 +326,7 @@ class ModelRunner:
         """Replace the tokens drawn here by those of the rank whose output counts."""
         drawn = dict(zip(order, tokens, strict=True))
         req_ids = sorted(drawn)
+        ranks.heartbeat.progress()
         own = [drawn[req_id][-1] if drawn[req_id] else same_tokens.NO_TOKEN for req_id in req_ids]
         for req_id, mine, told in zip(
             req_ids, own, same_tokens.tell(ranks.group, ranks.source, own), strict=True

@@ -257,7 +257,7 @@ class MlxWorker(OutOfStepCalls):
                 self.sleep_mode.refuse_resume()
             return self.runner.take_note(scheduler_output)
         if self.ranks is not None:
-            self.ranks.heartbeat.step_begins()
+            self.ranks.heartbeat.progress()
         return self.runner.execute_model(scheduler_output)
 
     def sample_tokens(
