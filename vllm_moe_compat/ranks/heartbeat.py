@@ -24,7 +24,8 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vllm_moe_compat.errors import UnsupportedServingError
@@ -41,6 +42,14 @@ CONNECT = 60.0
 """Seconds for the other ranks to connect to rank 0."""
 GRACE = 3.0
 """Seconds between the sentence about a lost rank and the end of the process, for an orderly end."""
+
+
+NOTICE = 2.0
+"""Seconds to notice a lost rank after MLX raised an error."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank is dead, stopped, unreachable or hangs."""
 
 
 @dataclass(slots=True)
@@ -90,7 +99,8 @@ class Heartbeat:
         self._names = exchange(f"rank {place.rank} (process {os.getpid()} on {place.host})")
         self._selector = selectors.DefaultSelector()
         self._places = 0
-        self._closing = threading.Event()
+        self._closing, self._lost = threading.Event(), threading.Event()
+        self._reason = ""
         if place.rank == 0:
             self._peers = self._accept(exchange)
         else:
@@ -105,6 +115,20 @@ class Heartbeat:
     def progress(self) -> None:
         """Note that this rank has come to the next place where it may wait for the others."""
         self._places += 1
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name the lost rank where MLX raises an error of its own: it says that a peer is lost.
+
+        Raises:
+            LostRankError: in place of an error of MLX, if a rank is lost now or soon.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._lost.wait(NOTICE):
+                raise LostRankError(self._reason) from error
+            raise
 
     def close(self) -> None:
         """Tell the others that this rank ends in good order, and stop watching; idempotent."""
@@ -232,8 +256,10 @@ class Heartbeat:
         return ""
 
     def _lose(self, reason: str) -> None:
+        self._reason = reason.removeprefix("=")
+        self._lost.set()
         if reason.startswith("="):  # Rank 0 has logged it.
-            logger.info("rank %d ends, since %s", self._place.rank, reason[1:])
+            logger.info("rank %d ends, since %s", self._place.rank, self._reason)
         else:
             logger.error("%s: the engine ends, since no rank can go on without it", reason)
             if self._place.rank == 0:

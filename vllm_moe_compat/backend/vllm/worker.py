@@ -8,7 +8,7 @@ runs the steps, ``budget`` measures the memory, ``out_of_step`` answers all othe
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,15 +256,18 @@ class MlxWorker(OutOfStepCalls):
             if scheduler_output.total_num_scheduled_tokens:
                 self.sleep_mode.refuse_resume()
             return self.runner.take_note(scheduler_output)
-        if self.ranks is not None:
-            self.ranks.heartbeat.progress()
-        return self.runner.execute_model(scheduler_output)
+        if self.ranks is None:
+            return self.runner.execute_model(scheduler_output)
+        self.ranks.heartbeat.progress()
+        with self.ranks.heartbeat.naming():
+            return self.runner.execute_model(scheduler_output)
 
     def sample_tokens(
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingOutput:
         """Return the tokens of the last step, or an output that waits for them."""
-        return self.runner.sample_tokens(grammar_output)
+        with self.ranks.heartbeat.naming() if self.ranks else nullcontext():
+            return self.runner.sample_tokens(grammar_output)
 
     def occupancy(self) -> dict[str, int]:
         """Return the number of requests and resident states; 0 when the server is idle."""
