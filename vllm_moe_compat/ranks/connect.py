@@ -48,6 +48,11 @@ class Place:
     local_size: int
     host: str
 
+    @property
+    def has_own_device(self) -> bool:
+        """Whether each rank of this machine computes on a CUDA device of its own."""
+        return bool(mx.cuda.is_available()) and mx.device_count(mx.gpu) >= self.local_size
+
 
 def connect(place: Place, exchange: Exchange) -> mx.distributed.Group:
     """Connect the ranks; all of them call it.
@@ -93,7 +98,7 @@ def _choose(place: Place) -> str:
     """
     wanted = COLLECTIVES.read()
     if wanted == "auto":
-        if _device_of_its_own(place) and _has("nccl"):
+        if place.has_own_device and _has("nccl"):
             return "nccl"
         rdma = mx.metal.is_available() and bool(os.environ.get("MLX_IBV_DEVICES"))
         return "jaccl" if rdma and _has("jaccl") else "ring"
@@ -102,7 +107,7 @@ def _choose(place: Place) -> str:
         raise SettingError(
             f"{COLLECTIVES.name}={wanted}: this MLX does not have it; it has {', '.join(found)}."
         )
-    if wanted == "nccl" and not _device_of_its_own(place):
+    if wanted == "nccl" and not place.has_own_device:
         raise SettingError(
             f"{COLLECTIVES.name}=nccl: {place.local_size} ranks on this machine need as many CUDA "
             "devices; use ring, or fewer ranks."
@@ -117,10 +122,6 @@ def _choose(place: Place) -> str:
 
 def _has(name: str) -> bool:
     return bool(mx.distributed.is_available(backend=name))
-
-
-def _device_of_its_own(place: Place) -> bool:
-    return bool(mx.cuda.is_available()) and mx.device_count(mx.gpu) >= place.local_size
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_engines_that_share_a_machine_take_no_more_together(given: dict[str, Any
         assert 2 * (two.page_bytes + two.activations + two.weights) == 12 * GIB
     elif not given:
         assert two.page_bytes < one.page_bytes / 2
-    assert two.reason.endswith("2 engines share this machine")
+    assert two.reason.endswith("2 processes share this machine")
 
 
 def test_no_more_is_taken_than_sequences_can_use() -> None:

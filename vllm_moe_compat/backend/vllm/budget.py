@@ -13,7 +13,7 @@ of another. The start-up line shows all parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm_moe_compat.backend.model import activations
@@ -22,6 +22,7 @@ from vllm_moe_compat.backend.pages.state_pool import StatePool
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.kv_specs import demand
 from vllm_moe_compat.backend.vllm.local_engines import device_memory_for_all
+from vllm_moe_compat.backend.vllm.rank_memory import device_memory_for_ranks
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.load.memory import reserve
 from vllm_moe_compat.log import logger
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_moe_compat.backend.model.loader import ServedModel
+    from vllm_moe_compat.backend.vllm.rank_group import RankGroup
 
 # Pages may take this share of what is free, where nothing says how much.
 DEFAULT_SHARE = 0.5
@@ -93,11 +95,15 @@ def _mib(count: int) -> str:
 
 
 def measure(
-    vllm_config: VllmConfig, served: ServedModel, all_layers: Sequence[Layer] | None = None
+    vllm_config: VllmConfig,
+    served: ServedModel,
+    all_layers: Sequence[Layer] | None = None,
+    ranks: RankGroup | None = None,
 ) -> Budget:
     """Compute the budget; lower ``max_num_seqs`` if the states would not fit.
 
-    ``all_layers`` are those of all stages of a pipeline, of which ``served`` is one.
+    ``all_layers`` are those of all stages of a pipeline, of which ``served`` is one. ``ranks``
+    agree on the budget; all of them call this.
 
     Raises:
         UnsupportedServingError: nothing is left for pages.
@@ -119,8 +125,15 @@ def measure(
         page_bytes=int(cache.kv_cache_memory_bytes or 0),
         share=bridge.given_memory_share(vllm_config),
     )
-    total, free, engines = device_memory_for_all(vllm_config)
+    if ranks is None:
+        total, free, engines = device_memory_for_all(vllm_config)
+    else:
+        total, free, engines = device_memory_for_ranks(vllm_config, ranks)
     budget = divide(total, free, demands, engines)
+    if ranks is not None:
+        # They may have other activations; the engine has one number of sequences.
+        least = min(ranks.exchange(budget.sequences))
+        budget = divide(total, free, replace(demands, sequences=least), engines)
     if budget.sequences < scheduler.max_num_seqs:
         logger.warning(
             "--max-num-seqs lowered from %d to %d: the states of one sequence take %s and %s are "
@@ -138,7 +151,7 @@ def measure(
             "swapping or an out-of-memory kill; lower it, or leave it out",
             _asked(demands),
             _mib(budget.spare),
-            "this machine's" if engines == 1 else "an engine's",
+            "this machine's" if engines == 1 else "its share,",
             _mib(total // engines),
             _mib(keep),
         )
@@ -148,8 +161,8 @@ def measure(
 def divide(total: int, free: int, demands: Demands, engines: int = 1) -> Budget:
     """Divide the memory of a machine with ``total`` bytes, of which ``free`` are free now.
 
-    ``engines`` with the same demands share the machine, its reserve, and what is free; the result
-    is one engine's.
+    ``engines`` (or ranks) with the same demands share the machine, its reserve, and what is free;
+    the result is that of one.
 
     Raises:
         UnsupportedServingError: nothing is left for pages.
@@ -193,7 +206,7 @@ def divide(total: int, free: int, demands: Demands, engines: int = 1) -> Budget:
     if pages <= 0:
         raise _nothing_left(total, free, demands, demands.activations + states, engines)
     if engines > 1:
-        reason += f"; {engines} engines share this machine"
+        reason += f"; {engines} processes share this machine"
     spare = free - demands.activations - states - pages
     return Budget(demands.weights, demands.activations, states, sequences, pages, spare, reason)
 
@@ -216,7 +229,7 @@ def _nothing_left(
     else:
         allowed = f"{_mib(reserve(total * engines) // engines)} are kept for the machine"
         remedy = f"free memory, set {MORE} to use what is kept, or lower"
-    each = f", an engine's share of {engines}," if engines > 1 else ""
+    each = f", a share of {engines}," if engines > 1 else ""
     return UnsupportedServingError(
         f"No memory is left for the KV cache: of {_mib(total)}{each} ({_mib(free)} free) "
         f"{allowed}, the weights take {_mib(demands.weights)}, activations and states "

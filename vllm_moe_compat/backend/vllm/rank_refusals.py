@@ -31,7 +31,7 @@ def settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     yield (
         parallel.use_ray,
         "--distributed-executor-backend ray: vLLM places ranks on accelerators that Ray counts, "
-        "and MLX's device is none of them.",
+        "and MLX's device is none of them; use --nnodes for several machines.",
     )
     yield (
         executor not in EXECUTORS,
@@ -67,11 +67,6 @@ def settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         bridge.shards_sampling(vllm_config),
         "sampling divided over ranks: every rank has all logits; leave "
         "--enable-batch-sharded-sampling out.",
-    )
-    yield parallel.nnodes > 1, "several machines; leave --nnodes at 1."
-    yield (
-        not vllm_config.cache_config.kv_cache_memory_bytes,
-        "several ranks without --kv-cache-memory-bytes, which is each rank's; set it.",
     )
     yield (
         model is not None and model.enable_sleep_mode,
