@@ -34,17 +34,17 @@ JOBS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def found(demo_path: Path) -> dict[str, Any]:
     """Results of two ranks, with async scheduling and fewer pages than the prompts need."""
-    results, _ = rank_engine.run(
+    results, log = rank_engine.run(
         demo_path,
         list(JOBS.values()),
         tensor_parallel_size=2,
         enable_prefix_caching=True,
         max_num_batched_tokens=96,
         max_num_seqs=8,
-        max_model_len=512,
-        kv_cache_memory_bytes=600_000,
+        max_model_len=432,
+        num_gpu_blocks_override=34,
     )
-    return dict(zip(JOBS, results, strict=True))
+    return dict(zip(JOBS, results, strict=True)) | {"log": log}
 
 
 def test_they_have_the_tokens_of_one_process(found: dict[str, Any], greedy: Greedy) -> None:
@@ -61,6 +61,10 @@ def test_each_has_half_of_the_layers_weights(found: dict[str, Any], greedy: Gree
     everything = sum(array.nbytes for _, array in tree_flatten(greedy.model.parameters()))
     assert one == other
     assert one < everything - 0.45 * in_layers
+
+
+def test_they_divide_the_memory_of_their_machine(found: dict[str, Any]) -> None:
+    assert found["log"].count("2 processes share this machine") == 2
 
 
 def test_seeds_and_structured_output_have_one_answer(found: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from support.engine import engine_core, worker
+from support.engine import engine_core
 
 # Ways to leave one choice, half of them drawn in MLX and half by vLLM's sampler.
 ONE_CHOICE: tuple[dict[str, Any], ...] = (
@@ -132,8 +132,8 @@ def play(llm: Any, arrivals: list[Arrival], limit: int = 3000) -> Played:
                 played.tokens[output.request_id] = list(output.outputs[0].token_ids)
                 played.cached += output.num_cached_tokens or 0
         # Preempted requests give their states back like their pages.
-        states = worker(llm).runner.storage.states
-        assert len(states.resident) <= scheduler.max_num_running_reqs
+        for held in llm.collective_rpc("occupancy"):
+            assert held["states"] <= scheduler.max_num_running_reqs
         waiting_again = {request.request_id for request in scheduler.waiting}
         played.preemptions += len(before & waiting_again)
         step += 1
