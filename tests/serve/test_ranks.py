@@ -19,6 +19,7 @@ SEEDED = {"temperature": 1.0, "seed": 7, "top_p": 0.9}
 CHOICE = {"temperature": 1.0, "seed": 3, "ignore_eos": False, "choice": ["left", "right"]}
 JOBS: dict[str, dict[str, Any]] = {
     "greedy": {"prompts": PROMPTS},
+    "sleep": {"sleep": 1},
     "cached": {"prompts": PROMPTS},
     "seeded": {"prompts": PROMPTS[:2], "params": SEEDED},
     "seeded again": {"prompts": PROMPTS[:2], "params": SEEDED},
@@ -61,6 +62,11 @@ def test_each_has_half_of_the_layers_weights(found: dict[str, Any], greedy: Gree
     everything = sum(array.nbytes for _, array in tree_flatten(greedy.model.parameters()))
     assert one == other
     assert one < everything - 0.45 * in_layers
+
+
+def test_sleep_is_refused_before_anything_is_paused(found: dict[str, Any]) -> None:
+    assert "An engine of several ranks does not give memory back" in found["sleep"]
+    assert found["cached"] == found["greedy"]
 
 
 def test_they_divide_the_memory_of_their_machine(found: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ pytestmark = pytest.mark.serve
             "speculative decoding",
         ),
         ({"enable_lora": True}, "LoRA"),
+        ({"tensor_parallel_size": 2, "enable_sleep_mode": True}, "--enable-sleep-mode on several"),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, "no all-to-all"),
+        ({"tensor_parallel_size": 2, "enable_dbo": True}, "batches cut in two"),
         ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
         ({"kv_cache_dtype": "bfloat16"}, "the cache has the model's dtype"),
         ({"runner": "pooling"}, "this runner"),
@@ -105,4 +108,16 @@ def test_an_architecture_without_a_stand_in_is_named(demo_path: Path, tmp_path: 
     config["architectures"] = ["ImaginaryForCausalLM"]
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="ImaginaryForCausalLM"), in_process_llm(path):
+        pass
+
+
+@pytest.mark.parametrize(("name", "value"), [("EXPERT_CACHE", "50%"), ("QUANTIZE", "8bit")])
+def test_settings_of_a_load_that_several_ranks_do_not_have(
+    name: str, value: str, demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"VLLM_MOE_COMPAT_{name}", value)
+    with (
+        pytest.raises(ValueError, match=f"VLLM_MOE_COMPAT_{name}={value} on several ranks"),
+        in_process_llm(demo_path, tensor_parallel_size=2),
+    ):
         pass

@@ -19,7 +19,8 @@ def run(model: Path, jobs: list[dict[str, Any]], **settings: Any) -> tuple[list[
 
     A job is ``{"prompts": token ids, "params": SamplingParams' arguments}``, with the answers'
     tokens as result; ``{"call": name}``, a call of all workers, with their answers or an error's
-    sentence; or ``{"held": True}``, with the bytes of weights that each rank holds.
+    sentence; ``{"sleep": level}``, with an error's sentence; or ``{"held": True}``, with the bytes
+    of weights that each rank holds.
     """
     defaults: dict[str, Any] = {"seed": 0, "disable_log_stats": True}
     order = {"model": str(model), "jobs": jobs, "settings": defaults | settings}
@@ -47,6 +48,11 @@ def _do(llm: Any, job: dict[str, Any]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
+    if "sleep" in job:
+        try:
+            return llm.sleep(job["sleep"])
+        except Exception as error:  # noqa: BLE001 - it is the result
+            return str(error)
     if "held" in job:
         return llm.collective_rpc(lambda worker: worker.worker.served.weight_bytes)
     if "call" in job:

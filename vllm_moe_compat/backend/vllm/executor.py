@@ -23,6 +23,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
+from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
 from vllm_moe_compat.errors import UnsupportedServingError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class MlxExecutor(MultiprocExecutor):
     def _init_executor(self) -> None:
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()
+        ask_worker_first()
         self._process = EngineProcess()
         self._process.starting()
         super()._init_executor()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_moe_compat.backend.vllm import bridge
-from vllm_moe_compat.envs import QUANTIZE
+from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -71,6 +71,10 @@ def settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     yield (
         model is not None and model.enable_sleep_mode,
         "--enable-sleep-mode on several ranks; leave one of both out.",
+    )
+    yield (
+        EXPERT_CACHE.read() != EXPERT_CACHE.default,
+        f"{EXPERT_CACHE.name}={EXPERT_CACHE.read()} on several ranks; leave one of both out.",
     )
     yield (
         QUANTIZE.read() != "none",

@@ -134,9 +134,7 @@ class MlxWorker(OutOfStepCalls):
         Raises:
             UnsupportedServingError: nothing is left.
         """
-        self.budget = measure(
-            self.vllm_config, self.served, self.all_layers.layers, self.ranks
-        )
+        self.budget = measure(self.vllm_config, self.served, self.all_layers.layers, self.ranks)
         return self.budget.page_bytes
 
     @at_start_up
