@@ -136,6 +136,16 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         """Bytes of the slots."""
         return self._slots.nbytes
 
+    @property
+    def source(self) -> ExpertSource:
+        """What reads its experts."""
+        return self._source
+
+    def close(self) -> None:
+        """Give slots and files back, whoever still holds this module; it cannot be called then."""
+        for name in ("_source", "_slots", "_pending", "_call", "_rows_of"):
+            self.__dict__.pop(name, None)
+
     def fill(self) -> None:
         """Read all experts, if there is a slot for each; from then on no call reads anything.
 

@@ -93,3 +93,10 @@ def _pool() -> ThreadPoolExecutor:
 
 # A forked process has none of the threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def end_threads() -> None:
+    """End the threads, which begin anew with the next reads."""
+    if _pool.cache_info().currsize:
+        _pool().shutdown()
+        _pool.cache_clear()

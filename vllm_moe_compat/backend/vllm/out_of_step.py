@@ -23,6 +23,8 @@ from vllm_moe_compat.backend.model.loader import ServedModel
 from vllm_moe_compat.backend.vllm.runner import ModelRunner
 from vllm_moe_compat.backend.vllm.sleep import WEIGHTS, SleepMode
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.expert_cache import whole_model
+from vllm_moe_compat.expert_cache.install import containers
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -96,11 +98,21 @@ class OutOfStepCalls(WorkerBase):
         self.sleep_mode.reload(Path(weights_path) if weights_path is not None else None)
 
     def compute_weight_checksums(self) -> dict[str, str]:
-        """Return the SHA-256 of every weight's bytes by its name."""
-        return {
-            name: hashlib.sha256(np.array(array.reshape(-1).view(mx.uint8)).data).hexdigest()
+        """Return the SHA-256 of every weight's bytes by its name.
+
+        Raises:
+            CompatError: the weights sleep, or an expert on disk cannot be read.
+        """
+        found = {
+            name: hashlib.sha256(np.array(array.reshape(-1).view(mx.uint8)).data)
             for name, array in tree_flatten(self.get_model().parameters())
         }
+        for container in containers(self.get_model()):
+            for expert in whole_model.experts(container):
+                for name, data in expert.items():
+                    path = f"{container.layer}.{name}"
+                    found.setdefault(path, hashlib.sha256()).update(data.data)
+        return {name: digest.hexdigest() for name, digest in found.items()}
 
     def get_model(self) -> Any:
         """Return the mlx-lm model.

@@ -30,6 +30,7 @@ from vllm_moe_compat.backend.model.loader import ServedModel
 from vllm_moe_compat.backend.vllm.runner import ModelRunner
 from vllm_moe_compat.checkpoint import file_stamps
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.expert_cache import whole_model
 from vllm_moe_compat.load.memory import device_memory, give_back
 from vllm_moe_compat.log import logger
 
@@ -255,13 +256,15 @@ class SleepMode:
 
 def _shapes(model: nn.Module) -> dict[str, str]:
     """Return shape and dtype of every weight by its name, in words."""
+    found = {name: (array.shape, array.dtype) for name, array in tree_flatten(model.parameters())}
     return {
-        name: f"{list(array.shape)} {str(array.dtype).rpartition('.')[2]}"
-        for name, array in tree_flatten(model.parameters())
+        name: f"{list(shape)} {str(dtype).rpartition('.')[2]}"
+        for name, (shape, dtype) in (found | whole_model.parameters(model)).items()
     }
 
 
 def _clear(model: nn.Module) -> None:
     """Take all arrays out of ``model``, since others may hold the module itself."""
+    whole_model.close(model)
     for module in [module for _, module in model.named_modules()]:
         module.clear()

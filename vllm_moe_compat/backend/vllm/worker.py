@@ -42,6 +42,7 @@ from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.sleep import SleepMode
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
 from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.expert_cache import whole_model
 from vllm_moe_compat.families.fixes import rotary
 from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
@@ -285,7 +286,10 @@ class MlxWorker(OutOfStepCalls):
         runner = self.__dict__.pop("runner", None)
         if runner is not None:
             runner.close()
-        self.__dict__.pop("served", None)
+        served = self.__dict__.pop("served", None)
+        if served is not None:
+            whole_model.close(served.model)
+        del served
         del runner
         give_back()
         logger.info("worker shut down (it held %.0f MiB)", resident)
