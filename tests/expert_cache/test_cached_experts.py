@@ -113,6 +113,21 @@ def test_results_that_are_not_evaluated_yet_keep_the_experts_that_they_were_buil
     )
 
 
+def test_nothing_of_a_pass_is_held_after_it() -> None:
+    """As of the last layer's experts in a prefill, whose result nobody needs."""
+    resident = container("glu", EXPERTS)
+    experts, _ = cached(resident, EXPERTS)
+    x, indices = inputs(resident, 1, 4096, 0), chosen(1, 4096, 0)
+    mx.eval(x, indices)
+    before = mx.get_active_memory()
+    with current_pass(1, 4096, [4096]):
+        out = experts(x, indices)
+    del out
+    size = x.nbytes + indices.nbytes
+    del x, indices
+    assert mx.get_active_memory() <= before - size
+
+
 def test_containers_of_one_model_wait_for_each_other() -> None:
     """A graph through two containers, twice: the second pass overwrites both."""
     first, second = container("glu", EXPERTS, 1), container("glu", EXPERTS, 2)

@@ -212,6 +212,8 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
             rows[rows < 0] = held[0]
         result = self._call(x, mx.array(rows.astype(np.uint32)).reshape(shape))
         self._pending.set(result)
+        if choice.current is not None:  # What the pass did not evaluate, nobody will.
+            choice.current.at_end.add(self._pending.clear)
         return result
 
     def _by_groups(

@@ -29,12 +29,12 @@ class CurrentPass:
         real: which positions are no padding, bool ``[B, T]``.
         failed_rows: row → why its experts could not be read. What the pass computes for such a
             row is not valid.
-        at_end: called when the pass is evaluated.
+        at_end: called once the pass is evaluated.
     """
 
     real: Mask
     failed_rows: dict[int, CompatError] = field(default_factory=dict)
-    at_end: list[Callable[[], None]] = field(default_factory=list)
+    at_end: set[Callable[[], None]] = field(default_factory=set)
 
     def fail(self, positions: npt.NDArray[np.int64], error: CompatError) -> None:
         """Note that ``positions`` of the flattened batch cannot be computed."""
