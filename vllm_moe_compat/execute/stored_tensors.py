@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
@@ -77,9 +77,10 @@ class StoredFile:
             self.stamp = stamp
             raise self._change(status)
 
-    def __del__(self) -> None:
+    # ``os.close`` is bound here, since modules may be gone when the interpreter ends.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if (descriptor := self.__dict__.pop("_descriptor", None)) is not None:
-            os.close(descriptor)
+            close(descriptor)
 
     def changed(self) -> CheckpointFileError | None:
         """Return an error if the file was written to, replaced or removed since it was opened.
