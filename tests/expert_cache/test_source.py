@@ -202,7 +202,8 @@ def _size(spec: Spec) -> int:
     return int(np.prod(spec.shape)) * spec.dtype.size
 
 
-INTS = [pack_form(4, 32, symmetric=False), pack_form(4, 32, order=True), pack_form(8, 0),
+INTS = [pack_form(4, 32), pack_form(8, 64), pack_form(4, 32, dtype=np.float32),
+        pack_form(4, 32, symmetric=False), pack_form(4, 32, order=True), pack_form(8, 0),
         int_form(), gptq_form(3, 32), gptq_form(), gptq_form(4, 32, order=True),
         awq_form()]  # fmt: skip
 
@@ -210,24 +211,44 @@ INTS = [pack_form(4, 32, symmetric=False), pack_form(4, 32, order=True), pack_fo
 @pytest.mark.parametrize("hold", [False, True], ids=["floats", "held"])
 @pytest.mark.parametrize("form", INTS, ids=lambda form: form.name)
 def test_packed_integers(tmp_path: Path, form: PackedForm, hold: bool):
+    sources, build = ints(form)
+    if hold and build.held is None:
+        return
+    files = stored(tmp_path, sources, tensor_infos(sources))
+    check(files, [packed_build(build, [build.held] if hold else ())])
+
+
+@pytest.mark.parametrize("form", [pack_form(4, 32), pack_form(4, 32, symmetric=False)])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_packed_integers_of_gate_and_up_together(tmp_path: Path, form: PackedForm, dtype: mx.Dtype):
+    sources, build = ints(form, SplitGateUp(), dtype=dtype)
+    assert build.held is not None
+    files = stored(tmp_path, sources, tensor_infos(sources))
+    check(files, [packed_build(build, [build.held] * 2)])
+
+
+def ints(
+    form: PackedForm, *after: SplitGateUp, dtype: mx.Dtype | None = None
+) -> tuple[dict[str, mx.array], Build]:
+    """Per-expert weights in a form, their scales perhaps in another dtype, and their build."""
     generator = np.random.default_rng(5)
     names = [f"experts.{e}.up.weight" for e in range(E)]
     state = {}
     for name in names:
         state |= form.store(name, form.draw(generator, 64, 128))
     sources = {name: mx.array(value.numpy()) for name, value in state.items()}
+    for name in [n for n in sources if dtype is not None and n.endswith("_scale")]:
+        sources[name] = sources[name].astype(dtype)
     numbers = find_numbers(tensor_infos(sources), {"quantization_config": form.config})
     op = numbers.dequantize(names[0])
     assert op is not None
     each = [numbers.stored(name) for name in names]
     parts = tuple((role, tuple(dict(one.parts)[role] for one in each)) for role, _ in each[0].parts)
-    ops = (StackExperts(E), op)
+    others = (f"{PATH}.gate_proj.weight",) if after else ()
+    ops = (StackExperts(E), op, *after)
     weights = tuple(one.tensor for one in each)
-    build = Build(f"{PATH}.up_proj.weight", weights, parts, ops, held=op.held)
-    if hold and op.held is None:
-        return
-    files = stored(tmp_path, sources, tensor_infos(sources))
-    check(files, [packed_build(build, [op.held] if hold else ())])
+    target = f"{PATH}.up_proj.weight"
+    return sources, Build(target, weights, parts, ops, others, held=op.held)
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -146,7 +146,8 @@ def test_a_file_that_is_not_the_described_one_ends_the_load(tmp_path: Path, chan
         checkpoint(tmp_path, fp8=True, before=lambda: changed(tmp_path / FILES[1]))
 
 
-def test_an_expert_that_contradicts_its_plan_has_failed_by_name(tmp_path: Path):
+@pytest.mark.parametrize("hold", [False, True])
+def test_an_expert_that_contradicts_its_plan_has_failed_by_name(tmp_path: Path, hold: bool):
     """Values that the plan checks when it makes a tensor are checked for each expert."""
     from support.packed import pack_form
     from vllm_moe_compat.checkpoint.numbers import find_numbers
@@ -169,11 +170,16 @@ def test_an_expert_that_contradicts_its_plan_has_failed_by_name(tmp_path: Path):
     target = f"{PATH}.up_proj.weight"
     build = Build(target, tuple(o.tensor for o in each), parts, (StackExperts(E), op))
     files = StoredTensors(tmp_path, read_headers(tmp_path))
-    packed = PackedBuild(build, build.targets, (None,), "float32")
+    packed = PackedBuild(build, build.targets, (op.held if hold else None,), "float32")
     specs = {"up_proj.weight": Spec((ROWS, COLUMNS), mx.float32)}
-    failed = FileSource(files, PATH, [packed], specs).read(range(E), Slots())
+    if hold:
+        kinds = {"weight": (4, mx.uint32), "scales": (1, mx.float16), "biases": (1, mx.float16)}
+        specs = {f"up_proj.{k}": Spec((ROWS, n), dtype) for k, (n, dtype) in kinds.items()}
+    slots = {n: np.empty(ROWS * s.shape[1] * s.dtype.size, np.uint8) for n, s in specs.items()}
+    failed = FileSource(files, PATH, [packed], specs).read(range(E), lambda _: slots)
     assert list(failed) == [2]
-    with pytest.raises(LayoutError, match=rf"expert 2 of {PATH}: .*weight_shape of \[8, 33\]"):
+    message = rf"expert 2 of {PATH}: model\.safetensors: .*weight_shape (of|is) \[8, 33\]"
+    with pytest.raises(LayoutError, match=message):
         raise failed[2]
 
 

@@ -184,9 +184,12 @@ class FileSource:
                 [buffer.array() for buffer in buffers.weights],
                 {role: [b.array() for b in each] for role, each in buffers.parts.items()},
             )
-            made = run_build(
-                build, operand, packed.dtype, names=packed.names, formats=packed.formats
-            )
+            try:
+                made = run_build(
+                    build, operand, packed.dtype, names=packed.names, formats=packed.formats
+                )
+            except CompatError as error:
+                raise failure(build, error, self._file_of) from error
             placed = []
             for name, array in made.items():
                 key = name.removeprefix(f"{self.path}.")
@@ -214,10 +217,13 @@ class FileSource:
             return
         except (RuntimeError, ValueError, MemoryError) as error:
             build = self._made[0].build if self._made else self._direct[0].packed.build
-            files = {name: info.file for name, info in self._stored.infos.items()}
-            failed[one.number] = self._named(one.number, failure(build, error, files))
+            failed[one.number] = self._named(one.number, failure(build, error, self._file_of))
             return
         yield one
+
+    @property
+    def _file_of(self) -> dict[str, str]:
+        return {name: info.file for name, info in self._stored.infos.items()}
 
     def _named(self, number: int, error: CompatError) -> CompatError:
         return type(error)(f"expert {number} of {self.path}: {error}")

@@ -7,21 +7,36 @@ of rows at a time. Parts arrive once, for all of ``N``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.execute.fp8_tables import Bits
 from vllm_moe_compat.execute.stack import Arrays, Stack
-from vllm_moe_compat.execute.stored_tensors import Source
+from vllm_moe_compat.execute.stored_tensors import Source, StoredTensor
 from vllm_moe_compat.plan.build import Restriction
 
 Parts = Mapping[str, mx.array]
 Writer: TypeAlias = Callable[[int, Bits, Bits], None]
 """Takes the first row, the rows' stored bytes ``[r, I]``, and the memory ``[r, I]`` for the floats,
 as unsigned integers of its width."""
+
+
+class HeldPart(NamedTuple):
+    """A stored tensor and the parameter of a module that it becomes.
+
+    Attributes:
+        kind: ``weight``, ``scales``, ``biases`` or ``global_scale``; empty for a mere check.
+        tensor: the stored tensor.
+        convert: makes the parameter of the tensor's bytes, uint8 ``[nbytes]``, without MLX; gate
+            before up, or one value for both. None if the bytes are the parameter's.
+    """
+
+    kind: str
+    tensor: StoredTensor
+    convert: Callable[[Bits], Bits] | None = None
 
 
 class Executor(ABC):
@@ -131,23 +146,23 @@ class Executor(ABC):
         """
         raise NotImplementedError(f"{type(op).__name__} has no faster path")
 
-    def holds_bytes(self, op: Any) -> bool:
-        """Whether words and scales of ``op.held`` are the stored bytes, row by row."""
-        return False
-
-    def held_parts(self, operand: Arrays) -> tuple[Any, Any, Any]:
-        """Return the tensors of words, scales and global scale, None if there is no such."""
-        raise NotImplementedError("no bytes are held as they are stored")
-
-    def held_scale(self, op: Any, stored: Bits, kind: str) -> Bits:
-        """Return MLX's global scales, float32 ``[k]``, of one matrix, or of gate and up.
+    def holds_bytes(self, op: Any, roles: Collection[str]) -> bool:
+        """Whether words of ``op.held`` are the stored bytes, row by row.
 
         Args:
             op: the dequantising operation.
-            stored: the stored bytes, uint8.
-            kind: their dtype (safetensors' name).
+            roles: the parts that the weight has.
         """
-        raise NotImplementedError("no bytes are held as they are stored")
+        return False
+
+    def held_parts(self, op: Any, operand: Arrays) -> list[HeldPart]:
+        """Return the tensors of one matrix, or of gate and up, where ``holds_bytes`` says so.
+
+        Args:
+            op: the dequantising operation.
+            operand: the stored tensors of one expert, unread.
+        """
+        raise NotImplementedError(f"{type(op).__name__} changes bytes")
 
     @abstractmethod
     def restrict(

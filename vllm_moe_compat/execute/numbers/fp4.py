@@ -7,7 +7,8 @@ product of value and scale is exact in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.execute import fp8_pairs
 from vllm_moe_compat.execute.fp8_tables import Bits
-from vllm_moe_compat.execute.numbers.executor import Executor, Parts
+from vllm_moe_compat.execute.numbers.executor import Executor, HeldPart, Parts
 from vllm_moe_compat.execute.stack import Arrays
 from vllm_moe_compat.execute.stored_tensors import Source
 from vllm_moe_compat.plan.build import Restriction
@@ -85,19 +86,16 @@ class Fp4Executor(Executor):
         """Return the bytes of a region of whole groups."""
         return super().region(op, weight, _stored(op, region, 2))
 
-    def holds_bytes(self, op: DequantizeFp4) -> bool:
+    def holds_bytes(self, op: DequantizeFp4, roles: Collection[str]) -> bool:
         """Whether rows are stored as rows."""
         return not op.turned
 
-    def held_parts(self, operand: Arrays) -> tuple[Any, Any, Any]:
-        """Return bytes, scales and global scale."""
-        parts = operand.only()
-        return operand.weights[0], parts[SCALE], parts.get(GLOBAL)
-
-    def held_scale(self, op: DequantizeFp4, stored: Bits, kind: str) -> Bits:
-        """Return ``global_scale`` by numpy."""
-        shared, factor = fp8_pairs.scales(stored, kind), np.float32(MLX_GLOBAL)
-        found: Bits = factor / shared if op.divides else shared * factor
+    def held_parts(self, op: DequantizeFp4, operand: Arrays) -> list[HeldPart]:
+        """Return bytes, scales and global scale, which alone is computed."""
+        parts: dict[str, Any] = operand.only()
+        found = [HeldPart("weight", operand.weights[0]), HeldPart("scales", parts[SCALE])]
+        if (shared := parts.get(GLOBAL)) is not None:
+            found.append(HeldPart("global_scale", shared, partial(_global_scale, op, shared.kind)))
         return found
 
     def restrict(
@@ -124,6 +122,13 @@ class Fp4Executor(Executor):
             NotImplementedError: always.
         """
         raise NotImplementedError("FP4 is not written")
+
+
+def _global_scale(op: DequantizeFp4, kind: str, stored: Bits) -> Bits:
+    """Return MLX's global scales ``[k]``, as ``Fp4Executor.global_scale`` does."""
+    shared, factor = fp8_pairs.scales(stored, kind), np.float32(MLX_GLOBAL)
+    found: Bits = factor / shared if op.divides else shared * factor
+    return found
 
 
 def _stored(op: DequantizeFp4, region: Restriction, per: int) -> Restriction:

@@ -10,9 +10,12 @@ Axes: ``N`` experts, ``O`` output rows, ``I`` input columns, ``G`` groups of col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_moe_compat.checkpoint.findings import AGAIN
 from vllm_moe_compat.checkpoint.numbers.ints_op import (
@@ -29,10 +32,12 @@ from vllm_moe_compat.checkpoint.numbers.ints_op import (
 from vllm_moe_compat.checkpoint.operations import Dequantize, Op
 from vllm_moe_compat.dtypes import mlx_dtype
 from vllm_moe_compat.errors import LayoutError
+from vllm_moe_compat.execute import fp8_pairs
+from vllm_moe_compat.execute.fp8_tables import Bits
 from vllm_moe_compat.execute.numbers import awq_words
-from vllm_moe_compat.execute.numbers.executor import Executor, Parts
+from vllm_moe_compat.execute.numbers.executor import Executor, HeldPart, Parts
 from vllm_moe_compat.execute.stack import Arrays
-from vllm_moe_compat.execute.stored_tensors import Source
+from vllm_moe_compat.execute.stored_tensors import Source, StoredTensor
 from vllm_moe_compat.plan.build import Restriction
 
 
@@ -164,6 +169,23 @@ class IntExecutor(Executor):
             found[role] = part
         return found
 
+    def holds_bytes(self, op: DequantizeInts, roles: Collection[str]) -> bool:
+        """Whether words lie along the rows, with the scales that MLX takes and no zero points."""
+        held = op.held
+        alike = held is not None and held.group == op.group and held.scales == op.scales
+        return op.storage == ROW_WORDS and alike and {SCALE} <= {*roles} <= {SCALE, SHAPE}
+
+    def held_parts(self, op: DequantizeInts, operand: Arrays) -> list[HeldPart]:
+        """Return words and scales, of which the biases are made."""
+        parts: dict[str, Any] = operand.only()
+        words, scale = operand.weights[0], parts[SCALE]
+        found = [HeldPart("weight", words), HeldPart("scales", scale)]
+        found.append(HeldPart("biases", scale, partial(_biases, op, scale.kind)))
+        if SHAPE in parts:
+            size = op.logical(words.shape)[-2:]
+            found.append(HeldPart("", parts[SHAPE], partial(_check_shape, parts[SHAPE], size)))
+        return found
+
     def quantize(self, op: Op, given: Arrays) -> Arrays:
         """No operation writes packed integers."""
         raise TypeError(f"{type(op).__name__} is no quantising operation")
@@ -191,6 +213,33 @@ def _zeros(op: DequantizeInts, stored: mx.array, count: int, rows: int) -> mx.ar
     if op.minus_one:
         zero = (zero + 1) & (2**op.bits - 1)
     return zero.swapaxes(1, 2).astype(mx.int32)
+
+
+def _biases(op: DequantizeInts, kind: str, stored: Bits) -> Bits:
+    """Return ``-2^(b-1)`` times the scales, in their dtype, in which that is exact."""
+    with np.errstate(over="ignore"):
+        biases = fp8_pairs.scales(stored, kind) * np.float32(-(2.0 ** (op.bits - 1)))
+        if kind == "F32":
+            return biases
+        if kind == "F16":
+            return biases.astype(np.float16)
+    found: Bits = (biases.view(np.uint32) >> 16).astype(np.uint16)
+    return found
+
+
+def _check_shape(tensor: StoredTensor, size: tuple[int, ...], stored: Bits) -> Bits:
+    """Check ``weight_shape``; return nothing.
+
+    Raises:
+        LayoutError: it contradicts the words.
+    """
+    found = stored.view(f"i{tensor.dtype.size}")[-2:].tolist()
+    if found != [*size]:
+        raise LayoutError(
+            f"{tensor.file.path.name}: {tensor.name} is {found}, where {[*size]} was expected, as "
+            f"packed; {AGAIN}."
+        )
+    return stored[:0]
 
 
 def _check_order(op: DequantizeInts, order: mx.array) -> None:
