@@ -43,9 +43,7 @@ class PlainBytes:
 
     def tasks(self, expert: int, views: Mapping[str, Bytes]) -> list[Task]:
         """Return what to do for one expert."""
-        build = self.packed.build.restricted(Restriction(experts=(expert, expert + 1)))
-        operand = take_unread(build, {name: self.stored[name] for name in build.sources})
-        (tensor,) = operand.weights
+        tensor = self._source(expert)
         if self.grouped:
             tensor = tensor.with_merged_ends()
         targets = [views[key] for key in self.keys]
@@ -55,6 +53,18 @@ class PlainBytes:
         if self.widened is None:
             return [Task([part], reading(part, target)) for part, target in each]
         return [Task([part], _moving(part, [target], self.widened)) for part, target in each]
+
+    def _source(self, expert: int) -> StoredTensor:
+        """Return what is stored of one expert."""
+        build = self.packed.build
+        if build.restriction is None:  # The usual case, without the detour: misses are many.
+            if any(isinstance(op, StackExperts) for op in build.ops):
+                return self.stored[build.weights[expert]]
+            return self.stored[build.weights[0]][expert : expert + 1]
+        build = build.restricted(Restriction(experts=(expert, expert + 1)))
+        operand = take_unread(build, {name: self.stored[name] for name in build.sources})
+        (tensor,) = operand.weights
+        return tensor
 
 
 def reading(tensor: StoredTensor, target: Bytes) -> Callable[[], None]:
