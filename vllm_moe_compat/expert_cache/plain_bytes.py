@@ -63,7 +63,7 @@ class PlainBytes:
             return self.stored[build.weights[0]][expert : expert + 1]
         build = build.restricted(Restriction(experts=(expert, expert + 1)))
         operand = take_unread(build, {name: self.stored[name] for name in build.sources})
-        (tensor,) = operand.weights
+        tensor: StoredTensor = operand.weights[0]
         return tensor
 
 
