@@ -17,11 +17,12 @@ from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from support import models
 from support.checkpoints import Checkpoint
-from support.loading import load, parameters, same_bits
+from support.loading import TOKENS, load, parameters, same_bits
 from support.stored import bits
 from vllm_moe_compat.checkpoint.headers import read_headers
 from vllm_moe_compat.execute.quantize import PackedBuild, SanitizedLoad
 from vllm_moe_compat.execute.stored_tensors import StoredTensors
+from vllm_moe_compat.expert_cache.install import containers
 from vllm_moe_compat.expert_cache.protocol import Spec
 from vllm_moe_compat.expert_cache.source import FileSource
 from vllm_moe_compat.load.options import loading_with
@@ -102,3 +103,15 @@ def test_each_expert_can_be_read_by_itself(family: str, tmp_path: Path):
 
 def _is_routed(name: str) -> bool:
     return any(f".{part}." in name for part in ("switch_mlp", "experts"))
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_cache_of_them_gives_the_bits_of_all(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = WRITTEN[family](tmp_path)
+    wanted = load(folder)(mx.array([TOKENS]))
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "60%")
+    model = load(folder)
+    assert containers(model)
+    assert mx.array_equal(model(mx.array([TOKENS])), wanted).item()
