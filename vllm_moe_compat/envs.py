@@ -112,6 +112,14 @@ COLLECTIVES = Variable(
     "all machines.",
     ("auto", "ring", "jaccl", "nccl", "mpi"),
 )
+CHECK_RANKS = Variable(
+    "VLLM_MOE_COMPAT_CHECK_RANKS",
+    "0",
+    "1 makes the ranks of one engine compare, before each pass, what they are about to evaluate, "
+    "and end the engine if they differ. For debugging: it costs an exchange per pass.",
+    ("0", "1"),
+    "switch",
+)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
@@ -132,6 +140,7 @@ VARIABLES: tuple[Variable, ...] = (
     QUANTIZE,
     EXPERT_CACHE,
     COLLECTIVES,
+    CHECK_RANKS,
     SMOKE_MODEL,
     SMOKE_GOLDEN,
 )

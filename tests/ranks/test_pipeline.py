@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from support import models
+from support import models, ranks
 from support.layer_ranges import Hand
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.ranks import pipeline
@@ -83,3 +84,11 @@ def test_every_rank_needs_a_layer() -> None:
     whole, _ = models.build_mlx("qwen3_moe")
     with pytest.raises(UnsupportedServingError, match="every rank needs one"):
         pipeline.keep_range(whole, 2, 2, Hand())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "count"), [("jamba", 2), ("gpt_oss", 4)])
+def test_ranks_over_the_ring_have_the_logits_of_the_whole_model(
+    kind: str, count: int, tmp_path: Path
+) -> None:
+    assert ranks.run("support.rank_range", tmp_path, count, kind) == [[True] * 5] * count

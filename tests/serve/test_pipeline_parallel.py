@@ -60,7 +60,7 @@ def test_windows_beside_full_layers_in_four_ranges(tmp_path: Path) -> None:
     path = models.write_mlx(tmp_path / "model", "gpt_oss")
     (found,), _ = rank_engine.run(
         path,
-        [{"prompts": PROMPTS}],
+        [{"prompts": PROMPTS[:2], "params": {"max_tokens": 6}}],
         pipeline_parallel_size=4,
         skip_tokenizer_init=True,
         max_num_batched_tokens=96,
@@ -69,4 +69,4 @@ def test_windows_beside_full_layers_in_four_ranges(tmp_path: Path) -> None:
         enable_prefix_caching=True,
     )
     one = Greedy(path)
-    assert [tokens for tokens, _ in found] == [one.tokens(prompt, 24) for prompt in PROMPTS]
+    assert [tokens for tokens, _ in found] == [one.tokens(prompt, 6) for prompt in PROMPTS[:2]]

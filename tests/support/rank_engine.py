@@ -13,6 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# The second one has the ranks compare what they do.
+SETTINGS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_MOE_COMPAT_CHECK_RANKS": "1"}
+
+
+class EngineFailedError(AssertionError):
+    """The engine ended; ``log`` is all that it wrote."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(log[-6000:])
+        self.log = log
+
 
 def run(model: Path, jobs: list[dict[str, Any]], **settings: Any) -> tuple[list[Any], str]:
     """Run jobs on ``vllm.LLM(model, **settings)``; return their results and the log.
@@ -27,14 +38,20 @@ def run(model: Path, jobs: list[dict[str, Any]], **settings: Any) -> tuple[list[
     done = subprocess.run(
         [sys.executable, "-m", "support.rank_engine"],
         input=json.dumps(order),
-        env={**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": _path()},
+        env={
+            **os.environ,
+            "VLLM_MOE_COMPAT_CHECK_RANKS": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            "PYTHONPATH": _path(),
+        },
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
     )
     log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-6000:]
+    if done.returncode:
+        raise EngineFailedError(log)
     (line,) = [x for x in done.stdout.splitlines() if x.startswith("RESULTS ")]
     return json.loads(line.removeprefix("RESULTS ")), log
 
@@ -55,6 +72,9 @@ def _do(llm: Any, job: dict[str, Any]) -> Any:
             return str(error)
     if "held" in job:
         return llm.collective_rpc(lambda worker: worker.worker.served.weight_bytes)
+    if "spoil" in job:
+        llm.collective_rpc(_other_order, args=(job["spoil"],))
+        return None
     if "call" in job:
         try:
             return [str(answer) for answer in llm.collective_rpc(job["call"])]
@@ -66,6 +86,14 @@ def _do(llm: Any, job: dict[str, Any]) -> Any:
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     answers = llm.generate(prompts, SamplingParams(**params), use_tqdm=False)
     return [[list(one.outputs[0].token_ids), one.outputs[0].text] for one in answers]
+
+
+def _other_order(worker: Any, rank: int) -> None:
+    """Make a rank decode its requests in another order than the others do."""
+    batch = worker.worker.runner.batch
+    decodes = batch.decodes
+    if worker.rank == rank:
+        batch.decodes = lambda order, scheduled: decodes(order[::-1], scheduled)
 
 
 def main() -> None:

@@ -75,6 +75,8 @@ class Forward:
         self.compiled = CompiledDecode(self._builder, enabled=compiles)
         self._next: _NextPass | None = None
         self._running: list[mx.array] = []
+        # Called before a pass is evaluated; whether it has logits.
+        self.before_pass: Callable[[Pass, bool], None] = lambda work, logits: None
         self.hits = 0  # passes that had been built early and were used
 
     def close(self) -> None:
@@ -112,6 +114,7 @@ class Forward:
             Logits ``[len(rows), T, V]``. Without rows, the model's head is never computed.
         """
         if not self._must_split(work):
+            self.before_pass(work, bool(rows))
             with self.expert_reads.during(work):
                 logits, written = self._begin(work)
                 if len(rows) < len(work.requests):
@@ -153,6 +156,7 @@ class Forward:
             if tokens is not None:
                 mx.eval(tokens)
             return logits, tokens
+        self.before_pass(work, True)
         with self.expert_reads.during(work):
             logits, outputs = self._begin(work)
             logits = logits[:, -1]

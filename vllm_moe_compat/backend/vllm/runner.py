@@ -23,8 +23,10 @@ from vllm_moe_compat.backend.vllm.expert_cache_stats import expert_counts
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.backend.vllm.step_output import StepOutput
+from vllm_moe_compat.envs import CHECK_RANKS
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.ranks import same_tokens
+from vllm_moe_compat.ranks.order_check import OrderCheck
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -77,6 +79,10 @@ class ModelRunner:
         self.batch = Batch()
         self._compiles = compiles
         self.forward = Forward(model, storage, compiles=compiles)
+        self._check: OrderCheck | None = None
+        if ranks is not None and CHECK_RANKS.read() == "1":
+            self._check = OrderCheck(ranks.group)
+            self.forward.before_pass = self._check_pass
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
@@ -132,6 +138,8 @@ class ModelRunner:
         if self._pending is not None:
             self._pending.get_output()
             self._pending = None
+        if self._check is not None:
+            self._check.begin_step()
         schedule = read_schedule(scheduler_output)
         self.storage.states.drop(self._update(schedule))
         self._drop_preempted(schedule)
@@ -326,6 +334,9 @@ class ModelRunner:
         """Replace the tokens drawn here by those of the rank whose output counts."""
         drawn = dict(zip(order, tokens, strict=True))
         req_ids = sorted(drawn)
+        if self._check is not None:
+            facts = {"requests": req_ids, "way of drawing": self.sampler.draws_all}
+            self._check.agree("tokens", facts)
         ranks.heartbeat.progress()
         own = [drawn[req_id][-1] if drawn[req_id] else same_tokens.NO_TOKEN for req_id in req_ids]
         for req_id, mine, told in zip(
@@ -335,6 +346,18 @@ class ModelRunner:
                 drawn[req_id] = [told]
                 self.sampler.replace_last(self.batch.requests[req_id], told)
         return [drawn[req_id] for req_id in order]
+
+    def _check_pass(self, work: Pass, logits: bool) -> None:
+        assert self._check is not None
+        facts = {
+            "requests": work.req_ids,
+            "tokens": work.tokens,
+            "place of the tokens": (work.offsets.tolist(), work.lengths.tolist()),
+            "pages": [request.blocks for request in work.requests],
+            "states": sorted(self.storage.states.resident),
+            "need of logits": logits,
+        }
+        self._check.agree("pass", facts)
 
     def _note_tokens_without_row(self, req_ids: Sequence[str]) -> None:
         """Note requests whose last token has no row: they fail if they go on."""

@@ -67,6 +67,7 @@ class MlxWorker(OutOfStepCalls):
 
     budget: Budget
     ranks: RankGroup | None = None
+    _failure: Exception | None = None
 
     @at_start_up
     def init_device(self) -> None:
@@ -257,16 +258,23 @@ class MlxWorker(OutOfStepCalls):
             if scheduler_output.total_num_scheduled_tokens:
                 self.sleep_mode.refuse_resume()
             return self.runner.take_note(scheduler_output)
-        if self.ranks is None:
-            return self.runner.execute_model(scheduler_output)
-        self.ranks.heartbeat.progress()
-        with self.ranks.heartbeat.naming():
-            return self.runner.execute_model(scheduler_output)
+        try:
+            if self.ranks is None:
+                return self.runner.execute_model(scheduler_output)
+            self.ranks.heartbeat.progress()
+            with self.ranks.heartbeat.naming():
+                return self.runner.execute_model(scheduler_output)
+        except Exception as error:
+            # vLLM asks for the tokens before it looks at this error, and reports that answer.
+            self._failure = error
+            raise
 
     def sample_tokens(
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingOutput:
         """Return the tokens of the last step, or an output that waits for them."""
+        if self._failure is not None:
+            raise self._failure
         with self.ranks.heartbeat.naming() if self.ranks else nullcontext():
             return self.runner.sample_tokens(grammar_output)
 

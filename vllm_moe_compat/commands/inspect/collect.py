@@ -25,10 +25,12 @@ from vllm_moe_compat.commands.inspect.model import (
     Memory,
     PluginResult,
     Problem,
+    Ranks,
     Stock,
 )
 from vllm_moe_compat.commands.inspect.needs import memory
 from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_fault, problem
+from vllm_moe_compat.commands.inspect.ranks import ranks as describe_ranks
 from vllm_moe_compat.commands.inspect.read import Contents, read
 from vllm_moe_compat.commands.inspect.steps import steps
 from vllm_moe_compat.commands.inspect.stock import REFUSES, UNKNOWN, stock
@@ -51,23 +53,27 @@ SHOWN = 8
 class _Outcome:
     """The parts of the result that depend on the planned load."""
 
+    count: int = 1
     tensors: Mapping[str, TensorInfo] | None = None
     module: str | None = None
     row: Row | None = None
     stock: Stock | None = None
     ours: PluginResult | None = None
     memory: Memory | None = None
+    ranks: Ranks | None = None
 
 
-def inspect(name: str) -> Inspection:
+def inspect(name: str, ranks: int = 1) -> Inspection:
     """Inspect a folder, a shard or a repository in the hub's cache.
+
+    With several ``ranks``, what each of them would hold is described too.
 
     Raises:
         SettingError: there is no such checkpoint, or an environment variable is not valid.
     """
     contents = read(locate(name))
     config = contents.config or {}
-    outcome, layout = _Outcome(), None
+    outcome, layout = _Outcome(count=ranks), None
     if contents.config is not None and contents.tensors and contents.location.shard is None:
         layout = _plan_load(contents, outcome)
     elif contents.index is not None:
@@ -126,6 +132,7 @@ def inspect(name: str) -> Inspection:
         stock=outcome.stock,
         ours=ours,
         memory=outcome.memory,
+        ranks=outcome.ranks,
     )
 
 
@@ -297,6 +304,8 @@ def _describe_mapped(
 def _add_memory(contents: Contents, outcome: _Outcome, planned: PlannedLoad) -> None:
     try:
         outcome.memory, found = memory(planned)
+        if outcome.count > 1:
+            outcome.ranks = describe_ranks(planned, outcome.count)
     except CompatError:
         raise
     except (ValueError, ArithmeticError, LookupError) as error:

@@ -31,6 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="text (the default), json (described in docs/inspect.md), or markdown for an issue",
     )
+    parser.add_argument(
+        "--ranks",
+        type=_ranks,
+        default=1,
+        metavar="N",
+        help="also say what each of N ranks would hold (--tensor-parallel-size N, "
+        "--pipeline-parallel-size N)",
+    )
+
+
+def _ranks(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if not 1 <= count <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 1024")
+    return count
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, "own_process", False):
         leave_torch_out()
     with _without_gc():
-        found = inspect(args.checkpoint)
+        found = inspect(args.checkpoint, args.ranks)
     if args.format == "json":
         from vllm_moe_compat.commands.inspect import as_json
 

@@ -309,6 +309,48 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """A rank of a pipeline.
+
+    Attributes:
+        first: its first layer.
+        last: its last layer.
+        weights: bytes of its weights, embedding and head included.
+        loading: peak bytes while loading.
+    """
+
+    first: int
+    last: int
+    weights: int
+    loading: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Several ranks that compute the model together; ``--ranks``.
+
+    Attributes:
+        count: their number.
+        weights: bytes of a rank's weights with ``--tensor-parallel-size``.
+        loading: its peak bytes while loading.
+        divided: bytes of all weights of which each rank has a part.
+        whole: bytes of the weights that each rank has.
+        tensor_refused: why ``--tensor-parallel-size`` is refused; empty if nothing is known.
+        stages: the ranks with ``--pipeline-parallel-size``; empty if that is refused.
+        pipeline_refused: why; empty if nothing is known.
+    """
+
+    count: int
+    weights: int
+    loading: int
+    divided: int
+    whole: int
+    tensor_refused: list[str]
+    stages: list[Stage]
+    pipeline_refused: str
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """The whole result; parts that could not be determined are None."""
 
@@ -326,4 +368,5 @@ class Inspection:
     stock: Stock | None = None
     ours: PluginResult | None = None
     memory: Memory | None = None
+    ranks: Ranks | None = None
     schema_version: int = SCHEMA_VERSION

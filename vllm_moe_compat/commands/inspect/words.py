@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_moe_compat.commands.inspect.model import CacheKind, ExpertCache, Extra, Inspection, Memory
+from vllm_moe_compat.commands.inspect.model import (
+    CacheKind,
+    ExpertCache,
+    Extra,
+    Inspection,
+    Memory,
+    Ranks,
+)
 from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
 from vllm_moe_compat.load.report import size
 
@@ -65,6 +72,8 @@ def sections(found: Inspection) -> Iterator[Section]:
         yield Section("With this package", [("verdict", verdict)], steps if steps.rows else None)
     if found.memory is not None:
         yield from _memory(found.memory)
+    if found.ranks is not None:
+        yield _ranks(found.ranks)
 
 
 def _checkpoint(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -132,6 +141,26 @@ def _memory(memory: Memory) -> Iterator[Section]:
         [(f"{kind.layers:,}", kind.kind, _tokens(kind), _state(kind)) for kind in memory.cache],
     )
     yield Section("Cache", [("assumed", memory.cache_note)], kinds if memory.cache else None)
+
+
+def _ranks(ranks: Ranks) -> Section:
+    pairs = [
+        ("divided", f"{amount(ranks.divided)}, of which a rank has its part"),
+        ("on every rank", amount(ranks.whole)),
+        *(("tensor parallelism refused", reason) for reason in ranks.tensor_refused),
+    ]
+    if ranks.pipeline_refused:
+        pairs.append(("pipeline refused", ranks.pipeline_refused))
+    rows: list[tuple[str, ...]] = []
+    if not ranks.tensor_refused:
+        option = f"--tensor-parallel-size {ranks.count}"
+        rows.append((option, "each", "a part of all", amount(ranks.weights), amount(ranks.loading)))
+    option = f"--pipeline-parallel-size {ranks.count}"
+    for number, stage in enumerate(ranks.stages):
+        layers = f"{stage.first}…{stage.last}" if stage.last > stage.first else f"{stage.first}"
+        rows.append((option, f"{number}", layers, amount(stage.weights), amount(stage.loading)))
+    columns = ("option", "rank", "layers", "weights", "loading")
+    return Section("Ranks", pairs, Table(columns, rows) if rows else None)
 
 
 def _expert_cache(cache: ExpertCache) -> Section:
