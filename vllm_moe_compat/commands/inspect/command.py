@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, "own_process", False):
         leave_torch_out()
     with _without_gc():
-        found = inspect(args.checkpoint, args.ranks)
+        found = inspect(args.checkpoint, getattr(args, "ranks", 1))
     if args.format == "json":
         from vllm_moe_compat.commands.inspect import as_json
 
