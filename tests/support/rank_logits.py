@@ -1,6 +1,9 @@
 """A rank that computes tiny checkpoints of several families with the others, and by itself.
 
-python -m support.rank_logits FOLDER FAMILY…    with MLX_RANK and MLX_HOSTFILE
+    python -m support.rank_logits FOLDER CHECKPOINT…    with MLX_RANK and MLX_HOSTFILE
+
+A checkpoint is a folder, or a family and a form: ``qwen3_moe, block FP8``. The rank that computes
+with the others reads its share only.
 """
 
 from __future__ import annotations
@@ -16,12 +19,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 import vllm_moe_compat
-from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat import envs
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.probes.recipes import TOKENS, families
 from vllm_moe_compat.probes.variants import write
-from vllm_moe_compat.ranks.shard import shard
+from vllm_moe_compat.ranks.share import Share
 
 
 def logits(model: Any) -> np.ndarray:
@@ -32,25 +35,33 @@ def size(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
+def place_of(folder: Path, name: str, rank: int) -> Path:
+    """Return the checkpoint's folder, written if it is not there."""
+    if name.startswith("/"):
+        return Path(name)
+    base, _, form = name.partition(", ")
+    family, place = families()[base], folder / name.replace(" ", "_") / str(rank)
+    place.mkdir(parents=True)
+    row = TRANSFORMS_BY_MODULE[f"mlx_lm.models.{family.module}"]
+    assert write(place, family, row, form or "release") is not None
+    return place
+
+
 def compare(folder: Path, name: str, group: mx.distributed.Group) -> dict[str, Any]:
     """Return how far the ranks' logits are from the whole model's, and this rank's share."""
-    family = families()[name]
-    place = folder / name.replace(" ", "_") / str(group.rank())
-    place.mkdir(parents=True)
-    write(place, family, TRANSFORMS_BY_MODULE[f"mlx_lm.models.{family.module}"], "release")
-    model, _ = load_model(place)
-    model.set_dtype(mx.float32)
+    place = place_of(folder, name, group.rank())
+    with envs.override({envs.EXPERT_CACHE.name: "off"}):
+        model, _ = load_model(place)
     wanted, whole = logits(model), size(model)
-    try:
-        cutting = shard(model, group)
-    except UnsupportedServingError as error:
-        return {"refused": str(error)}
+    share = Share(place, group)
+    with loading_with(arrange=share):
+        model, _ = load_model(place)
     found = logits(model)
     return {
         "distance": float(np.abs(found - wanted).max() / np.abs(wanted).max()),
         "same tokens": bool((found.argmax(-1) == wanted.argmax(-1)).all()),
         "share": size(model) / whole,
-        "whole": cutting.whole,
+        "whole": share.cutting.whole,
     }
 
 

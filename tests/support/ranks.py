@@ -12,7 +12,7 @@ from typing import Any
 from support.server import free_port
 
 TESTS = Path(__file__).parent.parent
-SECONDS = 200
+SECONDS = 280
 
 
 def run(module: str, folder: Path, count: int, *args: str) -> list[Any]:
