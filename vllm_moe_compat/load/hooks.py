@@ -153,7 +153,8 @@ def _check_memory(load: context.LoadContext) -> None:
         ranks_that_share(layout.tensors, load_options().ranks, load.planned.module),
     )
     try:
-        experts = planned_experts(load.planned, serving.setting, installed_device())
+        ranks = load_options().ranks
+        experts = planned_experts(load.planned, serving.setting, installed_device(), ranks)
     except CompatError:  # They cannot stay on disk, and nobody asked for it.
         memory.check(load.model_dir, needs, serving.setting)
         return

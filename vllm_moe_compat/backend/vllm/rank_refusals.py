@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_moe_compat.backend.vllm import bridge
-from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
+from vllm_moe_compat.envs import EXPERT_CACHE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,9 +75,4 @@ def settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     yield (
         EXPERT_CACHE.read() != EXPERT_CACHE.default,
         f"{EXPERT_CACHE.name}={EXPERT_CACHE.read()} on several ranks; leave one of both out.",
-    )
-    yield (
-        QUANTIZE.read() != "none",
-        f"{QUANTIZE.name}={QUANTIZE.read()} on several ranks; leave one of both out, or convert "
-        "the checkpoint with mlx_lm.convert.",
     )
