@@ -82,6 +82,40 @@ def test_other_layers_give_the_tokens_of_a_single_sequence(
     check(name, path, settings, Greedy(path), schedule_budget, longest=150, output=60)
 
 
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [
+        ("demo", "25%"),
+        *(
+            pytest.param(kind, cache, marks=pytest.mark.full)
+            for kind, cache in (("gpt_oss", "50%"), ("deepseek_v3", "50%"), ("jamba", "50%"))
+        ),
+    ],
+)
+def test_a_share_of_the_experts_gives_the_tokens_of_a_single_sequence(
+    kind: str,
+    cache: str,
+    demo_path: Path,
+    tmp_path: Path,
+    greedy: Greedy,
+    schedule_budget: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a pass is computed while it is built; the tokens are those of all experts in memory."""
+    name = "async-starved-prefix"
+    path, settings, sizes = demo_path, SETTINGS[name], {"output": 90}
+    if kind != "demo":
+        path, sizes = models.write_mlx(tmp_path / "model", kind), {"longest": 150, "output": 60}
+        settings = TIGHT | {
+            "enable_prefix_caching": True,
+            "async_scheduling": True,
+            "num_gpu_blocks_override": KINDS[kind],
+        }
+        greedy = Greedy(path)
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", cache)
+    check(name, path, settings, greedy, max(1, schedule_budget // 2), **sizes)
+
+
 def check(
     name: str,
     path: Path,
