@@ -39,7 +39,8 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     )
     yield (
         bridge.cpu_offload_gb(vllm_config),
-        "weights offloaded; leave --cpu-offload-gb at 0.",
+        "weights offloaded; leave --cpu-offload-gb at 0, and set VLLM_MOE_COMPAT_EXPERT_CACHE to "
+        "keep experts on disk.",
     )
     yield (
         _foreign_scheduler(vllm_config.scheduler_config.scheduler_cls),
