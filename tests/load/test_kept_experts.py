@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_lm.utils import load_config
 
 import vllm_moe_compat
 from parity.families import FAMILIES
@@ -20,12 +21,19 @@ from support.checkpoints import Checkpoint
 from support.loading import TOKENS, load, parameters, same_bits
 from support.stored import bits
 from vllm_moe_compat.checkpoint.headers import read_headers
+from vllm_moe_compat.commands.inspect.collect import inspect
+from vllm_moe_compat.errors import CompatError
 from vllm_moe_compat.execute.quantize import PackedBuild, SanitizedLoad
 from vllm_moe_compat.execute.stored_tensors import StoredTensors
 from vllm_moe_compat.expert_cache.install import containers
 from vllm_moe_compat.expert_cache.protocol import Spec
 from vllm_moe_compat.expert_cache.source import FileSource
 from vllm_moe_compat.load.options import loading_with
+from vllm_moe_compat.plan.expert_cache import CacheSetting, divide
+from vllm_moe_compat.plan.expert_layers import planned_experts
+from vllm_moe_compat.plan.make import make
+from vllm_moe_compat.plan.planned_load import read_headers_of
+from vllm_moe_compat.plan.serving import serving
 from vllm_moe_compat.plan.tensor_names import TensorNames
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -115,3 +123,25 @@ def test_a_cache_of_them_gives_the_bits_of_all(
     model = load(folder)
     assert containers(model)
     assert mx.array_equal(model(mx.array([TOKENS])), wanted).item()
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_inspect_and_the_load_say_the_same_of_them(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = WRITTEN[family](tmp_path)
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "60%")
+    outcome = inspect(folder)
+    assert outcome.findings == []
+    held = sum(one.nbytes for one in containers(load(folder)))
+    planned = make(read_headers_of(folder), load_config(folder), serving("cpu"))
+    whole = planned_experts(planned, "none", "cpu")
+    assert CacheSetting.read() is not None
+    assert divide(whole.layers, whole.per_token, CacheSetting.read()).nbytes == held
+
+
+def test_they_are_not_quantised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = minimax_m3(tmp_path)
+    monkeypatch.setenv("VLLM_MOE_COMPAT_QUANTIZE", "4bit")
+    with pytest.raises(CompatError, match="VLLM_MOE_COMPAT_QUANTIZE"):
+        load(folder)

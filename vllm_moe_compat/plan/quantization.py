@@ -51,12 +51,16 @@ def sign_of_quantization(
 
 
 def weights_that_stay(layout: Layout) -> list[str]:
-    """Return the weights in numbers that MLX holds as they are; there must be no findings."""
+    """Return the weights in numbers that MLX or the module holds as they are.
+
+    A form with findings is one that the module keeps; any other has been refused.
+    """
     return [
         name
         for found in layout.numbers.found
+        for kept in [next(found.findings(), None) is not None]
         for name in found.weights
-        if found.dequantize(name).held is not None
+        if kept or found.dequantize(name).held is not None
     ]
 
 
