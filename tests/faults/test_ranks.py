@@ -107,6 +107,19 @@ def test_a_lost_rank_ends_the_server_with_its_name(
         assert f"rank {number} (process {rank.pid} on 127.0.0.1) {words}" in server.log
 
 
+@pytest.mark.parametrize("who", ["front end", "engine"])
+def test_no_rank_outlives(who: str, demo_path: Path, tmp_path: Path) -> None:
+    server = start(demo_path, tmp_path / "log", *TWO)
+    with _ended(server):
+        wait(server, PATIENCE)
+        engine = _rank(server, 0).parent()
+        assert engine is not None
+        killed = engine if who == "engine" else psutil.Process(server.process.pid)
+        killed.kill()
+        server.process.wait(SOON)
+        assert gone(server.process.pid, SOON)
+
+
 def test_two_commands_on_two_machines_serve_one_model(demo_path: Path, tmp_path: Path) -> None:
     port = str(free_port())
     many = (*TWO, "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)

@@ -3,7 +3,8 @@
 vLLM runs the engine, and with it our worker, in a child process of the front end, and leaves two
 gaps, both of which keep the model in memory for nobody:
 
-- A front end that is killed cannot end its child, which then waits for requests for ever.
+- A front end that is killed cannot end its child, which then waits for requests for ever; nor can
+  an engine that is killed end its ranks.
 - vLLM 0.32 only notes a signal that arrives while the engine starts, and acts on it when the
   model is loaded and warm. The front end waits for the engine meanwhile, so Ctrl-C during a load
   of minutes appears to do nothing.
@@ -31,7 +32,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class EngineProcess:
     """Watches over the process that the worker is in."""
 
-    def __init__(self) -> None:
+    def __init__(self, this: str = "the engine", parent: str = "the front end") -> None:
+        """Take the names of the process and of its parent, for messages."""
+        self._this, self._parent = this, parent
         self._handlers: dict[signal.Signals, Any] = {}
 
     def starting(self) -> None:
@@ -40,7 +43,10 @@ class EngineProcess:
         if parent is None:
             return
         threading.Thread(
-            target=_end_with, args=(parent,), name="moe-compat-front-end", daemon=True
+            target=_end_with,
+            args=(parent, self._parent, self._this),
+            name="moe-compat-front-end",
+            daemon=True,
         ).start()
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, _stop) for number in _SIGNALS}
@@ -56,12 +62,12 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _end_with(parent: Any) -> None:
-    """Wait for the end of the front end, then end this process."""
+def _end_with(parent: Any, parent_is: str, this: str) -> None:
+    """Wait for the end of the process that started this one, then end it."""
     parent.join()
     logger.warning(
-        "the front end (process %d) has ended without ending the engine: the engine ends too",
-        parent.pid,
+        "%s (process %d) has ended without ending %s: %s ends too",
+        *(parent_is, parent.pid, this, this),
     )
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)

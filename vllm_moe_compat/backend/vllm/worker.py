@@ -75,7 +75,10 @@ class MlxWorker(OutOfStepCalls):
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()
         ask_worker_first()
-        self.process = EngineProcess()
+        if self.parallel_config.world_size > 1:
+            self.process = EngineProcess(f"rank {self.rank}", "the engine")
+        else:
+            self.process = EngineProcess()
         self.process.starting()
         kernels.settle()
         self.device = torch.device("cpu")
