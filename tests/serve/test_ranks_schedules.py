@@ -9,6 +9,7 @@ import pytest
 
 from support import models, schedules
 from support.engine import Greedy, engine_core, in_process_llm
+from vllm_moe_compat.backend.vllm.executor import settled
 
 pytestmark = [pytest.mark.serve, pytest.mark.full, pytest.mark.timeout(3600)]
 
@@ -45,7 +46,9 @@ def test_tokens_are_those_of_a_single_sequence(
     greedy = Greedy(path)
     settings = TIGHT | {"tensor_parallel_size": ranks, "num_gpu_blocks_override": blocks}
     with in_process_llm(path, **settings) as llm:
-        block = engine_core(llm).vllm_config.cache_config.block_size
+        config = engine_core(llm).vllm_config
+        assert llm.collective_rpc("settled_settings") == [settled(config)] * ranks
+        block = config.cache_config.block_size
         preemptions = cached = 0
         for seed in range(schedule_budget):
             arrivals = schedules.make(seed, block, longest=200, output=90)

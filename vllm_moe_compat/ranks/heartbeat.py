@@ -34,9 +34,9 @@ from vllm_moe_compat.ranks.connect import Exchange, Place
 
 BEAT = 1.0
 """Seconds between two lines."""
-SILENCE = 30.0
-"""Seconds without a line after which a rank counts as lost."""
-STALL = 90.0
+SILENCE = 60.0
+"""Seconds without a line after which a rank counts as lost; a busy machine may delay a thread."""
+STALL = 120.0
 """Seconds without progress after which a rank that others wait for counts as lost."""
 CONNECT = 60.0
 """Seconds for the other ranks to connect to rank 0."""
