@@ -24,11 +24,11 @@ TIGHT: dict[str, Any] = {
 # Model → ranks, and blocks with which the scheduler has to preempt.
 KINDS = {
     "demo": (2, 34),
-    "qwen3": (2, 40),
+    "qwen3": (2, 30),
     "qwen3_moe": (4, 40),
-    "mixtral": (2, 40),
-    "deepseek_v3": (2, 40),
-    "gpt_oss": (2, 60),
+    "mixtral": (2, 30),
+    "deepseek_v3": (2, 30),
+    "gpt_oss": (2, 46),
 }
 
 
