@@ -29,6 +29,8 @@ CACHE = "VLLM_MOE_COMPAT_EXPERT_CACHE"
 # Of 16 experts, of which a token needs 2.
 SHARES = ["50%", "25%", "12.5%"]
 DAILY = ["12.5%"]
+# Three of these small requests at a time never starve.
+NAMES = [name for name in SCHEDULES if name != "starved"]
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def full_but(names: Any, daily: set[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in daily else pytest.mark.full) for name in names]
 
 
-@pytest.mark.parametrize("name", full_but(SCHEDULES, {"async-starved-prefix"}))
+@pytest.mark.parametrize("name", full_but(NAMES, {"async-starved-prefix"}))
 def test_a_schedule_gives_the_bits_of_the_resident_model(
     name: str,
     checkpoint: Path,
