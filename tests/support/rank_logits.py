@@ -9,6 +9,7 @@ with the others reads its share only.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from mlx_lm.utils import load_model
 
 import vllm_moe_compat
 from vllm_moe_compat import envs
+from vllm_moe_compat.backend.model.describe_layers import describe
+from vllm_moe_compat.backend.pages.layers import AttentionLayer
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.probes.recipes import TOKENS, families
@@ -33,6 +36,16 @@ def logits(model: Any) -> np.ndarray:
 
 def size(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def cached(model: Any) -> list[int]:
+    """Return the bytes of each layer's cache: of one token, or of a state."""
+    return [
+        layer.token_bytes
+        if isinstance(layer, AttentionLayer)
+        else sum(math.prod(shape) for shape in layer.shapes)
+        for layer in describe(model)
+    ]
 
 
 def place_of(folder: Path, name: str, rank: int) -> Path:
@@ -52,7 +65,7 @@ def compare(folder: Path, name: str, group: mx.distributed.Group) -> dict[str, A
     place = place_of(folder, name, group.rank())
     with envs.override({envs.EXPERT_CACHE.name: "off"}):
         model, _ = load_model(place)
-    wanted, whole = logits(model), size(model)
+    wanted, whole, caches = logits(model), size(model), cached(model)
     share = Share(place, group)
     with loading_with(arrange=share):
         model, _ = load_model(place)
@@ -62,6 +75,7 @@ def compare(folder: Path, name: str, group: mx.distributed.Group) -> dict[str, A
         "same tokens": bool((found.argmax(-1) == wanted.argmax(-1)).all()),
         "share": size(model) / whole,
         "whole": share.cutting.whole,
+        "caches": [mine / one for mine, one in zip(cached(model), caches, strict=True)],
     }
 
 

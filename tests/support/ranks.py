@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent.parent
 SECONDS = 280
 
 
-def run(module: str, folder: Path, count: int, *args: str) -> list[Any]:
+def run(module: str, folder: Path, count: int, *args: str, seconds: float = SECONDS) -> list[Any]:
     """Run ``python -m module folder args…`` once for each rank; return what each one wrote.
 
     A rank writes JSON to ``{rank}.json`` in the folder.
@@ -42,7 +42,7 @@ def run(module: str, folder: Path, count: int, *args: str) -> list[Any]:
                         cwd=TESTS.parent,
                     )
                 )
-        codes = [process.wait(SECONDS) for process in started]
+        codes = [process.wait(seconds) for process in started]
     finally:
         for process in started:
             process.kill()
