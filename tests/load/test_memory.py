@@ -15,6 +15,7 @@ from support.checkpoints import Fp8, Sizes, build
 from support.loading import load
 from vllm_moe_compat.errors import InsufficientMemoryError
 from vllm_moe_compat.load import cgroups, memory
+from vllm_moe_compat.load.options import loading_with
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.plan import estimate
 from vllm_moe_compat.plan.estimate import Estimate
@@ -116,6 +117,21 @@ def test_weights_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyP
         memory.check("model", needs, "none")
 
 
+def test_processes_that_load_at_once_divide_the_machine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda: (24 * GIB, 16 * GIB))
+    monkeypatch.setattr(logging.getLogger("vllm_moe_compat"), "propagate", True)
+    needs = Estimate(read=0, final={"none": 7 * GIB}, peak={"none": 7 * GIB})
+    with caplog.at_level(logging.WARNING, "vllm_moe_compat"):
+        memory.check("model", needs, "none")
+        assert not caplog.text
+        memory.check("model", needs, "none", processes=2)
+    assert "8.0 GiB of 12.0 GiB are free for each of 2 processes" in caplog.text
+    with pytest.raises(InsufficientMemoryError, match="has for each of 4 processes"):
+        memory.check("model", needs, "none", processes=4)
+
+
 # --- with a cache of experts -------------------------------------------------
 
 
@@ -168,3 +184,21 @@ def test_a_load_that_leaves_too_little_is_told_of_a_cache(
     with caplog.at_level(logging.WARNING, "vllm_moe_compat"):
         load(moe)
     assert not caplog.text
+
+
+# --- with several ranks ------------------------------------------------------
+
+
+def test_a_rank_needs_its_share_and_no_cache_is_advised(
+    moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 8 << 20, 1 << 30)
+    with pytest.raises(InsufficientMemoryError, match="EXPERT_CACHE"):
+        load(moe)
+    for options in ({}, {"layers": lambda count: (0, count // 2)}):
+        with loading_with(ranks=2, **options):
+            load(moe)
+            with pytest.raises(InsufficientMemoryError) as error, loading_with(processes=2):
+                load(moe)
+        assert "EXPERT_CACHE" not in str(error.value)
+        assert "for each of 2 processes that load at once" in str(error.value)

@@ -27,6 +27,8 @@ WORDS = (
     [
         ({"data_parallel_rank": 1}, "--data-parallel-rank or"),
         ({"data_parallel_external_lb": True, "data_parallel_rank": 0}, "or --data-parallel-ext"),
+        ({"data_parallel_size_local": 2, "data_parallel_hybrid_lb": True}, "--data-parallel-hyb"),
+        ({"data_parallel_size_local": 2, "data_parallel_start_rank": 2}, "without --headless"),
         ({"enable_expert_parallel": True}, "expert parallelism"),
         ({"tensor_parallel_size": 2}, "several engines of several ranks"),
         ({"enable_mfu_metrics": True}, "--enable-mfu-metrics"),
@@ -36,7 +38,8 @@ WORDS = (
 def test_refused_by_name(demo_path: Path, settings: dict[str, Any], words: str) -> None:
     from vllm import AsyncEngineArgs
 
-    arguments = AsyncEngineArgs(model=str(demo_path), data_parallel_size=2, **settings)
+    size = 2 * settings.get("data_parallel_size_local", 1)
+    arguments = AsyncEngineArgs(model=str(demo_path), data_parallel_size=size, **settings)
     with pytest.raises(ValueError, match=words):
         arguments.create_engine_config()
 

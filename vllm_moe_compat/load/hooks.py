@@ -38,7 +38,7 @@ from vllm_moe_compat.plan.planned_load import read_headers_of
 from vllm_moe_compat.plan.present_part import present_part
 from vllm_moe_compat.plan.quantization import mark_dequantized
 from vllm_moe_compat.plan.serving import NONE, installed_device
-from vllm_moe_compat.ranks.expected import ranks_that_share
+from vllm_moe_compat.ranks.expected import layer_count, of_layers, ranks_that_share
 
 _inside: ContextVar[bool] = ContextVar("vllm_moe_compat_inside", default=False)
 
@@ -144,19 +144,27 @@ def _check_memory(load: context.LoadContext) -> None:
     layout = load.planned.layout
     assert layout is not None, "there is a plan"
     spare = {setting: load.planned.spared(setting) for setting in QUANTIZE_SETTINGS}
+    options, module = load_options(), load.planned.module
+    plan, tensors, ranks = load.plan, layout.tensors, options.ranks
+    count = layer_count(load.planned.config)
+    if options.layers is not None and count:
+        (plan, tensors), ranks = of_layers(plan, tensors, *options.layers(count)), 1
     needs = estimate(
-        load.plan,
-        layout.tensors,
+        plan,
+        tensors,
         STORED_NAMES[serving.dtype],
         STORED_NAMES[serving.packed_dtype],
         spare,
-        ranks_that_share(layout.tensors, load_options().ranks, load.planned.module),
+        ranks_that_share(tensors, ranks, module),
     )
+    processes = options.processes
+    if options.ranks > 1:  # They have no cache of experts, so none is advised.
+        memory.check(load.model_dir, needs, serving.setting, processes=processes)
+        return
     try:
-        ranks = load_options().ranks
-        experts = planned_experts(load.planned, serving.setting, installed_device(), ranks)
+        experts = planned_experts(load.planned, serving.setting, installed_device())
     except CompatError:  # They cannot stay on disk, and nobody asked for it.
-        memory.check(load.model_dir, needs, serving.setting)
+        memory.check(load.model_dir, needs, serving.setting, processes=processes)
         return
     cache = CacheSetting.read()
     kept = needs
@@ -169,6 +177,7 @@ def _check_memory(load: context.LoadContext) -> None:
         serving.setting,
         OFF if cache is None else cache.words,
         partial(experts.largest_cache, needs, serving.setting),
+        processes,
     )
 
 

@@ -87,6 +87,7 @@ def check(
     setting: str,
     cache: str = OFF,
     cache_within: Callable[[int], CacheSetting | None] = lambda limit: None,
+    processes: int = 1,
 ) -> None:
     """Refuse a load that exceeds the total memory; warn if it leaves the machine too little.
 
@@ -97,22 +98,23 @@ def check(
         cache: the setting of the expert cache in force.
         cache_within: returns the largest cache with which the load takes so many bytes at most,
             or None where there is no such cache.
+        processes: the number of processes of this machine that load as much at the same time.
 
     Raises:
         InsufficientMemoryError: the weights alone are larger than the total memory.
     """
-    total, free = device_memory()
+    total, free = (amount // processes for amount in device_memory())
     final, peak = needs.final[setting], needs.peak[setting]
     given = f"{QUANTIZE.name}={setting}"
     given += f" and {EXPERT_CACHE.name}={cache}" if cache != OFF else ""
     if final > total:
         raise InsufficientMemoryError(
             f"{path}: the weights take {size(final)} ({size(peak)} while loading) with {given}, "
-            f"more than the {size(total)} that this machine has; "
+            f"more than the {size(total)} that this machine has{_each(processes)}; "
             f"{_advice(needs, total, setting, cache_within(total))}."
         )
     # A small load does not warn of a machine that is nearly full anyway.
-    keep = min(reserve(total), free // 2)
+    keep = min(reserve(total * processes) // processes, free // 2)
     if free - peak >= keep:
         return
     if peak > free:
@@ -120,15 +122,20 @@ def check(
     else:
         expected, limit = f"less than {size(keep)} are left to the machine", free - keep
     logger.warning(
-        "%s: loading takes %s with %s, and %s of %s are free: %s; close other programs, or %s",
+        "%s: loading takes %s with %s, and %s of %s are free%s: %s; close other programs, or %s",
         path,
         size(peak),
         given,
         size(free),
         size(total),
+        _each(processes),
         expected,
         _advice(needs, limit, setting, cache_within(limit)),
     )
+
+
+def _each(processes: int) -> str:
+    return f" for each of {processes} processes that load at once" if processes > 1 else ""
 
 
 def _advice(needs: Estimate, limit: int, setting: str, cache: CacheSetting | None) -> str:

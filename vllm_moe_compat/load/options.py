@@ -37,7 +37,10 @@ class LoadOptions:
             experts that stay on disk.
         arrange: called with the named builds before tensors are made, to make a part of the
             model's tensors only; the plan is then complete.
-        ranks: the number of ranks that divide the model's layers; ``arrange`` does it.
+        ranks: the number of ranks that divide the model; ``arrange`` does it.
+        layers: the first layer that is loaded and the one after the last, by the number of
+            layers, where ranks have layers each; None where each has a part of all layers.
+        processes: the number of processes of this machine that load as much at the same time.
     """
 
     dtype: str | None = None
@@ -49,6 +52,8 @@ class LoadOptions:
     settle: Callable[[Any], None] | None = None
     arrange: Arrange | None = None
     ranks: int = 1
+    layers: Callable[[int], tuple[int, int]] | None = None
+    processes: int = 1
 
 
 _current: ContextVar[LoadOptions] = ContextVar("vllm_moe_compat_load_options")

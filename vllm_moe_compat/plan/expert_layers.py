@@ -58,9 +58,7 @@ class PlannedExperts:
         return CacheSetting(f"{room}MiB", nbytes=room << 20)
 
 
-def planned_experts(
-    planned: PlannedLoad, setting: str, device: str, ranks: int = 1
-) -> PlannedExperts:
+def planned_experts(planned: PlannedLoad, setting: str, device: str) -> PlannedExperts:
     """Return the routed experts of a planned load, in the order of the layers.
 
     Of several ranks, it is the share of one: a part of every layer, or as much in whole layers.
@@ -69,7 +67,6 @@ def planned_experts(
         planned: a load without faults.
         setting: a quantisation setting that applies to the checkpoint.
         device: ``cpu``, or any other name.
-        ranks: number of ranks that divide each expert.
 
     Raises:
         UnsupportedCheckpointError: the experts cannot be read one by one.
@@ -106,9 +103,9 @@ def planned_experts(
             continue  # Of all experts together, as a router's correction.
         for name, spec in zip(build.targets, specs, strict=True):
             counted, held = size.of(build, name, spec)
-            estimated += counted // ranks
-            layer = replace(layer, nbytes=layer.nbytes + held // ranks)
-        read = sum(nbytes(tensors[name]) for name in build.sources) // ranks
+            estimated += counted
+            layer = replace(layer, nbytes=layer.nbytes + held)
+        read = sum(nbytes(tensors[name]) for name in build.sources)
         layers[path] = replace(layer, stored=layer.stored + read)
     ranks = planned.serving.ranks
     each = (replace(x, nbytes=x.nbytes // ranks, stored=x.stored // ranks) for x in layers.values())

@@ -1,4 +1,4 @@
-"""Which tensors ranks divide, by their names: for estimates, before there is a model.
+"""Which tensors a rank has, by their names: for estimates, before there is a model.
 
 ``spec`` knows it exactly, from a model of mlx-lm's. ``inspect`` and the check of memory before a
 load have headers only. A tensor counts as divided by the name of its layer, unless a sibling
@@ -8,8 +8,16 @@ shows that the layer is of a kind that is whole on every rank, such as Mamba.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
+from typing import Any
+
+from vllm_moe_compat.checkpoint.config import sections
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.names import layer_of
+from vllm_moe_compat.envs import EXPERT_CACHE
+from vllm_moe_compat.plan.planner import Plan
 
 DIVIDED = frozenset(
     (
@@ -65,3 +73,42 @@ def ranks_that_share(
         return 1
 
     return count
+
+
+def of_layers(
+    plan: Plan, tensors: Mapping[str, TensorInfo], begin: int, end: int
+) -> tuple[Plan, dict[str, TensorInfo]]:
+    """Return the part of a plan, and of its tensors, that a rank of a pipeline loads.
+
+    Args:
+        plan: a plan for these tensors.
+        tensors: the tensors.
+        begin: the rank's first layer.
+        end: the layer after its last one.
+    """
+
+    def is_present(name: str) -> bool:
+        layer = layer_of(name)
+        outside = layer is None or OUTSIDE.search(layer.prefix) is not None
+        return outside or (layer is not None and begin <= layer.number < end)
+
+    builds = tuple(build for build in plan.builds if is_present(build.target))
+    kept = {name: info for name, info in tensors.items() if is_present(name)}
+    return replace(plan, builds=builds), kept
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return the number of layers by the config; 0 if it does not say it."""
+    return whole_number(config, "num_hidden_layers") or whole_number(config, "num_layers")
+
+
+def whole_number(config: Mapping[str, Any], key: str) -> int:
+    """Return a whole number of an untrusted config; 0 if it has none."""
+    values = (section.get(key) for section in sections(config))
+    found = next((value for value in values if value is not None), 0)
+    return found if isinstance(found, int) and 0 < found <= 2**24 else 0
+
+
+def cache_refusal() -> str:
+    """Return why a load by several ranks is refused where experts stay on disk."""
+    return f"{EXPERT_CACHE.name}={EXPERT_CACHE.read()} on several ranks; leave one of both out."

@@ -46,6 +46,22 @@ def test_what_the_config_rules_out_is_said(demo_checkpoint: demo.DemoCheckpoint)
     assert found.stages == []
 
 
+def test_experts_on_disk_rule_ranks_out(
+    demo_checkpoint: demo.DemoCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(demo_checkpoint.path)
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "50%")
+    found = inspect(path, 2).ranks
+    assert found is not None
+    assert found.tensor_refused == [found.pipeline_refused]
+    assert "VLLM_MOE_COMPAT_EXPERT_CACHE=50% on several ranks" in found.pipeline_refused
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "OFF")
+    found = inspect(path, 2).ranks
+    assert found is not None
+    assert not found.tensor_refused
+    assert not found.pipeline_refused
+
+
 @pytest.mark.parametrize("kind", ["gemma4_text", "nemotron_h"])
 def test_families_without_stages_are_named(kind: str, tmp_path: Path) -> None:
     found = inspect(str(models.write_mlx(tmp_path / "model", kind)), 2).ranks

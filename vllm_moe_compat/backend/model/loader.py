@@ -86,7 +86,7 @@ def load(
     if group is not None:
         share = Share(path, group) if stage is None else Range(stage, pipeline.Neighbours(group))
     options = {"dtype": str(dtype).rpartition(".")[2], "at_once": True, "arrange": share}
-    options["ranks"] = 1 if group is None else group.size()
+    options |= {"ranks": 1 if group is None else group.size(), "layers": stage}
     with loading_with(**options, settle=lambda experts: _settle(experts, dtype)):
         loaded, _ = utils.load_model(path, lazy=True)
     if share is not None and not share.done:

@@ -69,6 +69,12 @@ def refused(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         "balancer.",
     )
     yield (
+        parallel.data_parallel_hybrid_lb,
+        "--data-parallel-hybrid-lb, or --data-parallel-start-rank without --headless: engines are "
+        "independent, so each machine can be a server by itself; start them with "
+        "--data-parallel-size for the engines of one machine behind your load balancer.",
+    )
+    yield (
         not isinstance(vllm_config.additional_config, dict),
         "an additional_config that is no dict, together with --data-parallel-size: the engines of "
         "this machine learn of each other in it.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_moe_compat.backend.vllm import data_parallel
 from vllm_moe_compat.backend.vllm.local_engines import device_memory_for_all
 from vllm_moe_compat.load.memory import device_memory
 
@@ -35,3 +36,10 @@ def device_memory_for_ranks(vllm_config: VllmConfig, ranks: RankGroup) -> tuple[
         min(free for _, free, _ in here),
         max(engines for _, _, engines in here) * place.local_size,
     )
+
+
+def processes_that_load(vllm_config: VllmConfig, ranks: RankGroup | None) -> int:
+    """Return how many processes of this machine load into one device's memory while it starts."""
+    if ranks is None:
+        return data_parallel.local_engines(vllm_config)[1]
+    return 1 if ranks.place.has_own_device else ranks.place.local_size

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_moe_compat.backend.vllm import bridge
-from vllm_moe_compat.envs import EXPERT_CACHE
+from vllm_moe_compat.plan.expert_cache import CacheSetting
+from vllm_moe_compat.ranks.expected import cache_refusal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -72,7 +73,4 @@ def settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
         model is not None and model.enable_sleep_mode,
         "--enable-sleep-mode on several ranks; leave one of both out.",
     )
-    yield (
-        EXPERT_CACHE.read() != EXPERT_CACHE.default,
-        f"{EXPERT_CACHE.name}={EXPERT_CACHE.read()} on several ranks; leave one of both out.",
-    )
+    yield CacheSetting.read() is not None, cache_refusal()

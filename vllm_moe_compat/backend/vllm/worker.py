@@ -37,6 +37,7 @@ from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
 from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
 from vllm_moe_compat.backend.vllm.rank_group import RankGroup
+from vllm_moe_compat.backend.vllm.rank_memory import processes_that_load
 from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.sleep import SleepMode
@@ -96,16 +97,18 @@ class MlxWorker(OutOfStepCalls):
         Raises:
             CompatError: the checkpoint or the model cannot be served.
         """
-        self.served = self._load(self.model_config.model, self.model_config.revision)
+        together = processes_that_load(self.vllm_config, self.ranks)
+        self.served = self._load(self.model_config.model, self.model_config.revision, together)
         limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
         warn_of_reads(self.served.expert_cache, self.scheduler_config.max_num_seqs)
         self._settle(self.served)
         self.all_layers = stages.all_layers(self.served.layers, self.ranks)
         kv_specs.align_pages(self.vllm_config, self.all_layers.layers)
 
-    def _load(self, model: str, revision: str | None) -> loader.ServedModel:
+    def _load(self, model: str, revision: str | None, together: int = 1) -> loader.ServedModel:
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
-        with loading_with(progress=self.load_config.use_tqdm_on_load):
+        progress = self.load_config.use_tqdm_on_load
+        with loading_with(progress=progress, processes=together):
             return loader.load(
                 model,
                 revision,

@@ -7,19 +7,23 @@ itself when the model is loaded. What can be read off the config is said here al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from vllm_moe_compat.checkpoint.config import sections
 from vllm_moe_compat.checkpoint.headers import TensorInfo
-from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.commands.inspect.model import Ranks, Stage
 from vllm_moe_compat.dtypes import STORED_NAMES
 from vllm_moe_compat.plan.estimate import Estimate, estimate
+from vllm_moe_compat.plan.expert_cache import CacheSetting
 from vllm_moe_compat.plan.planned_load import PlannedLoad
 from vllm_moe_compat.plan.planner import Plan
 from vllm_moe_compat.plan.serving import NONE
-from vllm_moe_compat.ranks.expected import OUTSIDE, ranks_that_share
+from vllm_moe_compat.ranks.expected import (
+    cache_refusal,
+    layer_count,
+    of_layers,
+    ranks_that_share,
+    whole_number,
+)
 
 # Settings that `--tensor-parallel-size` divides.
 _DIVIDED = (
@@ -47,7 +51,7 @@ def ranks(planned: PlannedLoad, count: int) -> Ranks:
         return estimate(kept, of, STORED_NAMES[dtype], STORED_NAMES[packed], {}, shares)
 
     whole = needs(plan, tensors)
-    tied = bool(_number(planned.config, "tie_word_embeddings"))
+    tied = bool(whole_number(planned.config, "tie_word_embeddings"))
     shares = ranks_that_share(tensors, count, planned.module, tied=tied)
     part = needs(plan, tensors, shares)
     final = part.final[NONE]
@@ -74,20 +78,9 @@ def _stages(
     if _pipeline_refused(planned, count):
         return []
     found, begin = [], 0
-    for length in partition(_layers(planned.config), count):
+    for length in partition(layer_count(planned.config), count):
         end = begin + length
-
-        def is_absent(name: str, begin: int = begin, end: int = end) -> bool:
-            layer = layer_of(name)
-            return (
-                layer is not None
-                and not begin <= layer.number < end
-                and not OUTSIDE.search(layer.prefix)
-            )
-
-        builds = tuple(build for build in plan.builds if not is_absent(build.target))
-        kept = {name: info for name, info in tensors.items() if not is_absent(name)}
-        part = needs(replace(plan, builds=builds), kept)
+        part = needs(*of_layers(plan, tensors, begin, end))
         found.append(Stage(begin, end - 1, part.final[NONE], part.peak[NONE]))
         begin = end
     return found
@@ -106,12 +99,13 @@ def partition(layers: int, ranks: int) -> list[int]:
 
 
 def _tensor_refused(config: Mapping[str, Any], count: int) -> list[str]:
-    found = [
+    found = _cache_refused(count)
+    found += [
         f"{key} is {value:,}, which {count} ranks cannot divide equally"
         for key in _DIVIDED
-        if (value := _number(config, key)) and value % count
+        if (value := whole_number(config, key)) and value % count
     ]
-    heads = _number(config, "num_key_value_heads")
+    heads = whole_number(config, "num_key_value_heads")
     if heads and heads % count and count % heads:
         found.append(
             f"num_key_value_heads is {heads:,}, which {count} ranks can neither divide "
@@ -120,8 +114,14 @@ def _tensor_refused(config: Mapping[str, Any], count: int) -> list[str]:
     return found
 
 
+def _cache_refused(count: int) -> list[str]:
+    return [cache_refusal()] if count > 1 and CacheSetting.read() is not None else []
+
+
 def _pipeline_refused(planned: PlannedLoad, count: int) -> str:
-    layers = _layers(planned.config)
+    if cache := _cache_refused(count):
+        return cache[0]
+    layers = layer_count(planned.config)
     if not layers:
         return "the config does not say how many layers there are"
     if layers < count:
@@ -129,14 +129,3 @@ def _pipeline_refused(planned: PlannedLoad, count: int) -> str:
     if planned.module.rpartition(".")[2] in WITHOUT_STAGES:
         return f"the layers of {planned.module} hand on more than one array, or have no cache each"
     return ""
-
-
-def _layers(config: Mapping[str, Any]) -> int:
-    return _number(config, "num_hidden_layers") or _number(config, "num_layers")
-
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    """Return a whole number of an untrusted config; 0 if it has none."""
-    values = (section.get(key) for section in sections(config))
-    found = next((value for value in values if value is not None), 0)
-    return found if isinstance(found, int) and 0 < found <= 2**24 else 0
