@@ -17,7 +17,7 @@ from support.engine import Greedy, in_process_llm
 from support.server import Server, serve
 from vllm_moe_compat.backend.vllm.expert_cache_stats import METRICS
 from vllm_moe_compat.envs import EXPERT_CACHE
-from vllm_moe_compat.expert_cache.counters import Counters, counters
+from vllm_moe_compat.expert_cache.counters import Counters, counters, counters_of
 
 pytestmark = pytest.mark.serve
 PROMPTS = [[5, 7, 9, 11, 3, 8], [15, 17, 9]]
@@ -58,6 +58,8 @@ def test_metrics_log_and_status_have_the_counts(
     demo_path: Path, greedy: Greedy, monkeypatch: pytest.MonkeyPatch, said: Any
 ) -> None:
     monkeypatch.setenv(EXPERT_CACHE.name, "50%")
+    # Those of an engine before, in the same process, are not this one's.
+    counters_of("model.layers.0.mlp.switch_mlp").hits += 1000
     start, shown = counters(), {name: sample(name) for name in METRICS}
     with llm(demo_path, max_num_seqs=2) as served:
         assert generate(served, 8) == [greedy.tokens(prompt, 8) for prompt in PROMPTS]

@@ -41,12 +41,19 @@ METRICS = {
 Counts = Mapping[str, float]
 
 
-def expert_counts() -> dict[str, float]:
-    """Return the counts of this process since its start; empty without a cache."""
-    if not layers():
-        return {}
-    found = counters()
-    return {name: getattr(found, name) for name in METRICS}
+class ExpertCounts:
+    """The counts of one engine, of which a process may have had others before."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self._before = counters()
+
+    def __call__(self) -> dict[str, float]:
+        """Return the counts since the engine's start; empty without a cache."""
+        if not layers():
+            return {}
+        found = counters() - self._before
+        return {name: getattr(found, name) for name in METRICS}
 
 
 class CountsSinceLastStep:

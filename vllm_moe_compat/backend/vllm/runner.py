@@ -19,7 +19,7 @@ from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.forward import Forward
 from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm import request_checks
-from vllm_moe_compat.backend.vllm.expert_cache_stats import expert_counts
+from vllm_moe_compat.backend.vllm.expert_cache_stats import ExpertCounts
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.backend.vllm.step_output import StepOutput
@@ -68,9 +68,20 @@ class ModelRunner:
         *,
         compiles: bool = False,
         ranks: RankGroup | None = None,
+        expert_counts: ExpertCounts | None = None,
     ) -> None:
-        """``compiles``: decode passes may be compiled; ``ranks`` compute the model together."""
+        """Make the runner of one model.
+
+        Args:
+            model: loaded.
+            storage: of its layers.
+            sampler: draws the tokens.
+            compiles: whether decode passes may be compiled.
+            ranks: compute the model together.
+            expert_counts: of the engine.
+        """
         self.model, self.storage, self.sampler, self._ranks = model, storage, sampler, ranks
+        self._expert_counts = expert_counts or ExpertCounts()
         # Whether passes are compiled, or built ahead, is decided on each rank: by what its
         # compiler and its disk do, and by its draws. All have to evaluate the same.
         compiles = compiles and ranks is None
@@ -325,7 +336,7 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs_dict=prompts,
             failures=failures,
-            expert_counts=expert_counts(),
+            expert_counts=self._expert_counts(),
         )
 
     def _same_on_all(

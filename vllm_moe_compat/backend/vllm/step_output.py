@@ -32,7 +32,8 @@ class StepOutput(ModelRunnerOutput):
 
     Attributes:
         failures: request id → its failure. Such a request has no tokens in this output.
-        expert_counts: count → total of the expert cache since the start; empty without one.
+        expert_counts: count → total of the expert cache since the engine's start; empty
+            without one.
     """
 
     failures: dict[str, Failure] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from vllm_moe_compat.backend.vllm import (
 )
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
+from vllm_moe_compat.backend.vllm.expert_cache_stats import ExpertCounts
 from vllm_moe_compat.backend.vllm.expert_reads import warn_of_reads
 from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
@@ -82,6 +83,7 @@ class MlxWorker(OutOfStepCalls):
             self.process = EngineProcess()
         self.process.starting()
         kernels.settle()
+        self._expert_counts = ExpertCounts()
         self.device = torch.device("cpu")
         self.ranks = rank_group.join(
             self.vllm_config, self.rank, self.local_rank, self.distributed_init_method
@@ -157,7 +159,12 @@ class MlxWorker(OutOfStepCalls):
         sampler = TokenSampler(self.vllm_config, token_rows.of_model(self.served.model))
         compiles = not self.model_config.enforce_eager
         self.runner = ModelRunner(
-            self.served.model, storage, sampler, compiles=compiles, ranks=self.ranks
+            self.served.model,
+            storage,
+            sampler,
+            compiles=compiles,
+            ranks=self.ranks,
+            expert_counts=self._expert_counts,
         )
         pools = storage.distinct_pools
         need = kv_specs.demand(self.vllm_config, self.all_layers.layers)
