@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import vllm_moe_compat
+from support.adapters import LAYERS, LORA, write_adapter
 from support.checkpoints import Fp8, build
 from support.loading import TOKENS, load, parameters
-
-LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-LAYERS = 2
-
-
-def write_adapter(model: Any, folder: Path) -> Path:
-    """Write a random adapter for the model as mlx-lm's training does."""
-    folder.mkdir()
-    model.freeze()
-    linear_to_lora_layers(model, LAYERS, LORA)
-    mx.random.seed(3)
-    trained = {
-        name: mx.random.normal(array.shape, scale=0.1)
-        for name, array in tree_flatten(model.trainable_parameters())
-    }
-    mx.save_safetensors(str(folder / "adapters.safetensors"), trained)
-    config = {"fine_tune_type": "lora", "num_layers": LAYERS, "lora_parameters": LORA}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def logits(model: Any) -> mx.array:

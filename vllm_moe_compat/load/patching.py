@@ -39,8 +39,8 @@ from vllm_moe_compat.load.hook_status import (
 )
 from vllm_moe_compat.load.hooks import load_config_hook, sanitize_hook
 from vllm_moe_compat.load.patch import Patch, PatchTable
+from vllm_moe_compat.load.whole_models import GUARDED
 from vllm_moe_compat.load.wrappers import foreign_module
-from vllm_moe_compat.load.writing import WRITERS, write_hook
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.versions import packages
 
@@ -188,13 +188,13 @@ def _watch_imports() -> None:
             wrapt.register_post_import_hook(_on_import, name)
 
 
-def _guard_writers() -> None:
-    """Wrap the functions that write models, as far as there are any."""
-    for module, path in WRITERS:
+def _guard_whole_models() -> None:
+    """Wrap the functions that take whole models, as far as there are any."""
+    for (module, path), hook in GUARDED.items():
         *classes, name = path.split(".")
         owner = functools.reduce(getattr, classes, sys.modules[module])
         if callable(getattr(owner, name, None)):
-            _PATCHES.install(owner, name, write_hook)
+            _PATCHES.install(owner, name, hook)
 
 
 def _on_import(module: ModuleType) -> None:
@@ -207,7 +207,7 @@ def _install_in(module: ModuleType) -> None:
     """Wrap the function that the module holds, or record why that is impossible."""
     name = module.__name__
     if name == LOADER[0]:
-        _guard_writers()
+        _guard_whole_models()
         owner: Any = module
         attribute = LOADER[1]
         hook: Callable[..., Any] = functools.partial(load_config_hook, ensure)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.checkpoint.numbers import infer_dtypes
+from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
 from vllm_moe_compat.errors import LayoutError
 from vllm_moe_compat.families.global_scale import take_global_scales
 from vllm_moe_compat.families.row import Row
@@ -173,10 +174,26 @@ def _plan(
             )
     tensors = infer_dtypes(given)
     if load is None:
+        _warn_of_settings(row, serving)
         # Without load_config, load_model would not quantise its modules.
         serving = dataclasses.replace(serving, setting=NONE)
     plan = make_from_tensors(tensors, row, _config_of(model), serving, direct=load is None)
     return plan, plan.names.of(tensors), None
+
+
+def _warn_of_settings(row: Row, serving: Serving) -> None:
+    """Say which settings have no effect without ``load_config``: there is no file to read later."""
+    ignored = [QUANTIZE] if serving.setting != NONE else []
+    if serving.experts_apart and row.moe is not None:
+        ignored.append(EXPERT_CACHE)
+    if ignored:
+        logger.warning(
+            "%s: Model.sanitize got weights without a load_config before it, so %s without effect; "
+            "load the model by mlx_lm.load or mlx_lm.utils.load_model",
+            row.module,
+            " and ".join(f"{one.name}={one.read()}" for one in ignored)
+            + (" is" if len(ignored) == 1 else " are"),
+        )
 
 
 def _config_of(model: Any) -> dict[str, Any]:
