@@ -27,7 +27,8 @@ from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, build
 from support.checkpoints import Checkpoint
 from support.loading import load, parameters, same_bits
-from vllm_moe_compat.errors import CheckpointFileError, CompatError
+from vllm_moe_compat.errors import CheckpointFileError, CompatError, SettingError
+from vllm_moe_compat.expert_cache.install import containers
 
 INDEX = "model.safetensors.index.json"
 LAYER = re.compile(r"layers\.(\d+)\.")
@@ -113,6 +114,21 @@ def test_the_last_stage_has_its_layers_bit_for_bit(family: str, form: str, tmp_p
     assert same_bits({name: found[name] for name in own}, own)
 
 
+@pytest.mark.parametrize("form", ["release", "combined"])
+def test_a_stage_keeps_experts_of_its_own_layers_on_disk(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cell = build(FAMILIES["qwen3_moe"], FORM_BY_NAME[form])
+    path = write(cell.checkpoint, tmp_path / "whole", piece=False)
+    hidden = mx.random.normal((1, 5, 64))
+    wanted = load(path).layers[-1](hidden)
+    (path / "model-00001-of-00002.safetensors").unlink()
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "60%")
+    model = stage(path)
+    assert [one.layer for one in containers(model)] == ["model.layers.1.mlp.switch_mlp"]
+    assert mx.array_equal(model.layers[-1](hidden), wanted).item()
+
+
 def test_a_strict_load_of_a_part_is_refused_as_ever(tmp_path: Path):
     cell = build(FAMILIES["qwen3_moe"], FORM_BY_NAME["release"])
     path = write(cell.checkpoint, tmp_path / "whole")
@@ -185,6 +201,22 @@ def test_mlx_lms_loaders_of_groups(loader: str, demo_checkpoint: Any):
         model, tokenizer, demo_checkpoint.prompt, max_tokens=demo_checkpoint.max_tokens
     )
     assert text.strip() == demo_checkpoint.text.strip()
+
+
+def test_a_cache_of_experts_is_for_pipelines_and_not_for_shards_of_experts(
+    demo_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "25%")
+    path = str(demo_checkpoint.path)
+    with pytest.raises(SettingError, match=r"CACHE=25%.*layers\.\d.*_proj; set it to off to shard"):
+        mlx_lm.utils.sharded_load(path)
+    if hasattr(qwen3_5.Qwen3_5TextModel, "pipeline"):
+        model, tokenizer = mlx_lm.utils.pipeline_load(path)
+        assert containers(model)
+        text = mlx_lm.generate(
+            model, tokenizer, demo_checkpoint.prompt, max_tokens=demo_checkpoint.max_tokens
+        )
+        assert text.strip() == demo_checkpoint.text.strip()
 
 
 STAGE = """

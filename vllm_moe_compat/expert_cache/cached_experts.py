@@ -31,7 +31,8 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from vllm_moe_compat.errors import CompatError, LayoutError
+from vllm_moe_compat.envs import EXPERT_CACHE
+from vllm_moe_compat.errors import CompatError, LayoutError, SettingError
 from vllm_moe_compat.expert_cache.counters import Counters, counters_of
 from vllm_moe_compat.expert_cache.current_pass import (
     CurrentPass,
@@ -73,6 +74,10 @@ class _Choice:
             if self.real is not None:
                 needs &= self.real
             self.current.fail(np.flatnonzero(needs), error)
+
+
+class ExpertsOnDiskError(SettingError, AttributeError):
+    """A layer of experts was asked for as a whole."""
 
 
 class CachedExperts(nn.Module):  # type: ignore[misc]
@@ -118,6 +123,7 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
                 self[name] = child
         self.layer, self.experts, self.slots = layer, source.experts, min(slots, source.experts)
         self.counters: Counters = counters_of(layer)
+        self._layers = frozenset(layers)
         self._source, self._policy = source, Policy(self.slots, self.experts)
         self._slots = Slots(layers, source.specs, self.slots, in_place=in_place)
         self._pending = pending or Pending()
@@ -125,6 +131,20 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         # A bound method: the container itself would be found among the module's children.
         self._call: Callable[[mx.array, mx.array], mx.array] = container.__call__
         self._rows_of: Callable[[mx.array], mx.array] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a child; a layer of experts is none, whoever wants to shard or change it.
+
+        Raises:
+            ExpertsOnDiskError: the container had such a layer.
+        """
+        if name in self.__dict__.get("_layers", ()):
+            raise ExpertsOnDiskError(
+                f"{EXPERT_CACHE.name}={EXPERT_CACHE.read()}: only a share of the experts of "
+                f"{self.layer} is in memory, so nobody can be given its {name}; set it to off to "
+                "shard or change the model."
+            )
+        return super().__getattr__(name)
 
     @property
     def resident(self) -> bool:

@@ -71,6 +71,8 @@ def install(
     setting: CacheSetting,
     per_token: int,
     settle: Callable[[nn.Module], None] | None = None,
+    *,
+    partial: bool = False,
 ) -> CachePlan:
     """Take the builds of experts out of ``sanitized``, and replace the containers of ``model``.
 
@@ -81,6 +83,7 @@ def install(
         setting: the size of the cache.
         per_token: experts that one token needs.
         settle: changes classes and dtypes of a module's layers, as for the served model.
+        partial: whether the files may lack layers; their containers stay as they are.
 
     Returns:
         The slots of each layer.
@@ -89,7 +92,7 @@ def install(
         InsufficientMemoryError: the cache is too small for one token.
         UnsupportedCheckpointError: an expert cannot be made by itself.
     """
-    found = list(_find(sanitized, model, settle))
+    found = list(_find(sanitized, model, settle, partial))
     if not found:
         raise UnsupportedCheckpointError(
             f"{stored.folder}: {type(model).__module__} has no experts of the kind that a cache "
@@ -126,7 +129,10 @@ def install(
 
 
 def _find(
-    sanitized: SanitizedLoad, model: nn.Module, settle: Callable[[nn.Module], None] | None
+    sanitized: SanitizedLoad,
+    model: nn.Module,
+    settle: Callable[[nn.Module], None] | None,
+    partial: bool,
 ) -> Iterator[_Found]:
     for path, container in model.named_modules():
         if not isinstance(container, CONTAINERS):
@@ -136,6 +142,8 @@ def _find(
             for packed in sanitized.builds
             if all(name.startswith(f"{path}.") for name in packed.names)
         )
+        if partial and not builds:
+            continue
         made = {
             name.removeprefix(f"{path}."): spec
             for packed in builds

@@ -46,4 +46,12 @@ class Arrangement:
             stamps=self._load.stamps,
         )
         per_token = experts_per_token(self._load.config, planned.module)
-        self.cache = install(sanitized, model, stored, setting, per_token, self._options.settle)
+        self.cache = install(
+            sanitized,
+            model,
+            stored,
+            setting,
+            per_token,
+            self._options.settle,
+            partial=not self._load.caller.strict,
+        )
