@@ -68,12 +68,13 @@ def test_a_range_has_the_weights_of_its_layers_only() -> None:
         assert held == rest + sum(wanted)
 
 
+@pytest.mark.parametrize("layers", [(0, 2), (2, 4)], ids=["first", "last"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_divided_is_refused(kind: str) -> None:
+def test_what_cannot_be_divided_is_refused(kind: str, layers: tuple[int, int]) -> None:
     whole, _ = models.build_mlx(kind)
 
     def compute() -> None:
-        pipeline.keep_range(whole, 0, 2, Hand())
+        pipeline.keep_range(whole, *layers, Hand())
         whole(mx.array([[1, 2]]), cache=whole.make_cache())
 
     with pytest.raises(UnsupportedServingError, match="cannot be divided into ranges of layers"):

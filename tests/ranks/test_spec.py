@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 import vllm_moe_compat
+from support import models
+from support.loading import new_model
 from vllm_moe_compat.errors import UnsupportedServingError
 from vllm_moe_compat.families.registry import TRANSFORMS_BY_MODULE
 from vllm_moe_compat.load.options import loading_with
@@ -44,6 +46,31 @@ def parameters(model: Any) -> dict[str, mx.array]:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_cuts_are_those_of_a_loaded_model(loaded: Callable[[], Any], count: int):
+    check(loaded, count)
+
+
+YOUTU = {
+    "model_type": "youtu_llm",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "vocab_size": 128,
+}
+
+
+def test_cuts_where_all_ranks_have_the_only_head_of_keys():
+    """The part of a rank is then as large as the whole, beside norms of one head."""
+    check(lambda: models.build_mlx("gemma4_text, k = v")[0], 2)
+
+
+def test_cuts_of_a_class_that_names_its_arguments_in_another_way():
+    check(lambda: new_model(YOUTU), 2)
+
+
+def check(loaded: Callable[[], Any], count: int) -> None:
     for rank in range(count):
         seat, model = RankOf(rank, count), loaded()
         # New handles, since a class may divide a bias in place.

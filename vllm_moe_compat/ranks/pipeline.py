@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from vllm_moe_compat.errors import UnsupportedServingError
+from vllm_moe_compat.errors import CompatError, UnsupportedServingError
 
 
 class Transport(Protocol):
@@ -69,6 +69,7 @@ class Stage:
             also where nothing else of the pass depends on it.
         dtypes: of what its first layer took and its last one gave in the last pass.
         twins: absent layer → a layer of the range with a cache of the same kind, if there is one.
+        has_passed: whether the model's code has run on the range.
     """
 
     begin: int
@@ -78,6 +79,7 @@ class Stage:
     given: list[mx.array] = field(default_factory=list)
     dtypes: tuple[Any, Any] = (None, None)
     twins: dict[int, int] = field(default_factory=dict)
+    has_passed: bool = False
 
     def caches(self, own: Sequence[Any]) -> list[Any]:
         """Return the list of caches that the model's code takes, from those of the range.
@@ -119,7 +121,15 @@ class _StageModel:
         stage.given = []
         if cache is not None:
             cache = stage.caches(cache)
-        return super().__call__(inputs, cache=cache, **more)  # type: ignore[misc]
+        try:
+            result = super().__call__(inputs, cache=cache, **more)  # type: ignore[misc]
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            if stage.has_passed or isinstance(error, CompatError):
+                raise
+            # An absent layer returns one array only, for which each code has words of its own.
+            raise _refusal(type(self), f"its code fails on a range ({error})") from error
+        stage.has_passed = True
+        return result
 
     def make_cache(self) -> list[Any]:
         """Return the caches of the range."""

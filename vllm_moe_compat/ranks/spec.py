@@ -11,6 +11,7 @@ a parameter is multiplied by.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -54,16 +55,27 @@ def cuts_of(make: Callable[[], Any], group: Group) -> dict[str, Cut]:
     shard(numbered, seat)
     found = {}
     for name, array in tree_flatten(numbered.parameters()):
-        values = np.array(array).reshape(-1)
-        cut = _cut(before[name], axes[name], values)
+        if axes[name] is None:
+            array = array[(0,) * array.ndim]
+        cut = _cut(before[name], axes[name], np.array(array).reshape(-1))
         if cut is not None:
             found[name] = cut
     return found
 
 
 def new_like(model: Any) -> Callable[[], Any]:
-    """Return what makes further models of the same class and arguments."""
-    return lambda: type(model)(model.args)
+    """Return what makes further models of the same class and arguments.
+
+    Raises:
+        UnsupportedServingError: the model does not keep its arguments.
+    """
+    arguments = next((value for value in vars(model).values() if is_dataclass(value)), None)
+    if arguments is None:
+        raise UnsupportedServingError(
+            f"{type(model).__module__} cannot be divided over ranks, since its model does not "
+            "keep the arguments that it was made with; use tensor_parallel_size 1."
+        )
+    return lambda: type(model)(arguments)
 
 
 def _shapes(model: Any) -> dict[str, Shape]:
@@ -92,7 +104,8 @@ def _axis(name: str, before: Shape, after: Shape) -> int | None:
 
 def _numbers(shape: Shape, axis: int | None) -> mx.array:
     if axis is None:
-        return mx.ones(shape if len(shape) == 1 else (1,) * len(shape))
+        # The recipes compare sizes, so it keeps its shape; a view of one number takes no memory.
+        return mx.broadcast_to(mx.ones(1), shape)
     thin = [1] * len(shape)
     thin[axis] = shape[axis]
     return mx.arange(shape[axis], dtype=mx.float32).reshape(thin)

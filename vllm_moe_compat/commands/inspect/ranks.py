@@ -35,7 +35,9 @@ _DIVIDED = (
     "linear_num_value_heads",
 )
 # Their layers hand on more than one array, or some have no cache.
-WITHOUT_STAGES = ("gemma3n", "gemma4", "gemma4_text", "nemotron_h")
+WITHOUT_STAGES = (
+    *("deepseek_v41", "gemma3n", "gemma4", "gemma4_text", "muse_spark", "nemotron_h"),
+)
 
 
 def ranks(planned: PlannedLoad, count: int) -> Ranks:
