@@ -286,8 +286,9 @@ class MlxWorker(OutOfStepCalls):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingOutput:
         """Return the tokens of the last step, or an output that waits for them."""
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         with self.ranks.heartbeat.naming() if self.ranks else nullcontext():
             return self.runner.sample_tokens(grammar_output)
 
