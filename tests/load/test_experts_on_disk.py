@@ -13,7 +13,10 @@ import vllm_moe_compat
 from parity.daily import DAILY
 from parity.families import FAMILIES
 from parity.forms import CELLS, FORM_BY_NAME, build
+from parity.mlx_families import MlxFamily
 from parity.refused import REFUSED
+from parity.test_without_transformers import CELLS as OTHERS
+from parity.test_without_transformers import checkpoint as without_transformers
 from support.loading import TOKENS, load, new_model, parameters, read
 from vllm_moe_compat.errors import CompatError, InsufficientMemoryError, LayoutError
 from vllm_moe_compat.expert_cache.install import containers
@@ -88,6 +91,24 @@ def test_the_logits_have_the_bits_of_the_resident_model(
         assert report.expert_cache.nbytes == sum(one.nbytes for one in cached)
         routed = [n for n in parameters(model) if any(n.startswith(f"{c.layer}.") for c in cached)]
         assert not routed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [(f, form) for f, form in OTHERS if f.runs],
+    ids=[f"{f.module}-{form}" for f, form in OTHERS if f.runs],
+)
+def test_the_logits_of_families_without_transformers(
+    family: MlxFamily, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = without_transformers(family, form).write(tmp_path, shards=1)
+    wanted = logits(load(folder))
+    for cache in ("75%", smallest(folder, monkeypatch)):
+        monkeypatch.setenv(CACHE, cache)
+        model = load(folder)
+        assert containers(model)
+        assert mx.array_equal(logits(model), wanted).item(), cache
 
 
 def test_a_cache_for_all_experts_is_a_whole_load(tmp_path: Path, monkeypatch):

@@ -53,3 +53,14 @@ def test_a_changed_file_ends_the_call_by_name_until_it_is_put_back(form: str, tm
     file.unlink()
     with pytest.raises(CheckpointFileError, match=f"^{path}: {file.name}: .*now there is none"):
         logits(model)
+
+
+def test_the_files_of_a_relative_path_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build(FAMILIES["qwen3_moe"], FORM_BY_NAME["release"]).write(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    model = load(Path(tmp_path.name))
+    wanted = logits(model)
+    monkeypatch.chdir("/")
+    assert mx.array_equal(logits(model), wanted).item()

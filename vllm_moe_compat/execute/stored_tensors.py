@@ -62,7 +62,8 @@ class StoredFile:
         Raises:
             CheckpointFileError: it cannot be opened, or is no longer that file.
         """
-        self.path, self.counter = path, counter
+        # The working folder may change before the file is looked at again.
+        self.path, self.counter = path.absolute(), counter
         try:
             self._descriptor = opened(path)
         except UnreadableError as error:

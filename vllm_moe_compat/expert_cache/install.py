@@ -26,7 +26,7 @@ from mlx_lm.models.switch_layers import (
 from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.checkpoint.operations import MlxFormat, Spec
 from vllm_moe_compat.dtypes import mlx_dtype, nbytes, stored_name
-from vllm_moe_compat.errors import UnsupportedCheckpointError
+from vllm_moe_compat.errors import InsufficientMemoryError, UnsupportedCheckpointError
 from vllm_moe_compat.execute.quantize import PackedBuild, SanitizedLoad
 from vllm_moe_compat.execute.stored_tensors import StoredTensors
 from vllm_moe_compat.expert_cache.cached_experts import CachedExperts
@@ -104,7 +104,10 @@ def install(
             "a bias, and no single expert of them can be read; set "
             "VLLM_MOE_COMPAT_EXPERT_CACHE=off, or use tensor_parallel_size 1."
         )
-    plan = divide([one.layer for one in found], per_token, setting)
+    try:
+        plan = divide([one.layer for one in found], per_token, setting)
+    except InsufficientMemoryError as error:
+        raise InsufficientMemoryError(f"{stored.folder}: {error}") from error
     pending = Pending()
     modules = dict(model.named_modules())
     for one, slots in zip(found, plan.slots, strict=True):
