@@ -138,6 +138,7 @@ def test_probing_leaves_the_process_alone(
 ):
     monkeypatch.setenv(envs.QUANTIZE.name, "4bit")
     monkeypatch.setenv(envs.DTYPE.name, "bfloat16")
+    monkeypatch.setenv(envs.EXPERT_CACHE.name, "1%")
     row = TRANSFORMS_BY_MODULE["mlx_lm.models.olmoe"]
     before = last_report()
     caplog.clear()

@@ -82,6 +82,6 @@ def judge(folder: Path, recipe: Recipe) -> Verdict:
 @contextlib.contextmanager
 def _isolated() -> Iterator[None]:
     """Load in float32 whatever the settings are, without logs and load reports."""
-    settings = {envs.DTYPE.name: "auto", envs.QUANTIZE.name: "none"}
+    settings = {v.name: v.default for v in (envs.DTYPE, envs.QUANTIZE, envs.EXPERT_CACHE)}
     with envs.override(settings), loading_with(dtype="float32", record=False), silence():
         yield

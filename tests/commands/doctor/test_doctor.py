@@ -94,6 +94,19 @@ def test_a_healthy_chain_from_python_to_the_golden_text(
     assert "MlxPlatform, the golden text" in serve["detail"]
 
 
+@pytest.mark.full
+def test_a_cache_too_small_for_the_demo_is_not_the_users_mistake(
+    demo_checkpoint: demo.DemoCheckpoint, tmp_path: Path
+):
+    cache = tmp_path / "vllm_moe_compat"
+    cache.mkdir()
+    (cache / "demo").symlink_to(demo_checkpoint.path)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "VLLM_MOE_COMPAT_EXPERT_CACHE": "10%"}
+    link = broken(doctor(**environment), "checkpoint")
+    assert "VLLM_MOE_COMPAT_EXPERT_CACHE=10%" in link["detail"]
+    assert link["remedy"].endswith("25%. Or name a MODEL to check that instead.")
+
+
 def test_settings_and_plugins_that_hide_us_are_all_named(model: Path):
     found = doctor(str(model), VLLM_MOE_COMPAT="0", VLLM_PLUGINS="moe_compat")
     assert "switches the plugin off" in broken(found, "settings")["detail"]

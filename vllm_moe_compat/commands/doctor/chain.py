@@ -132,6 +132,8 @@ class _Chain:
         if outcome.error:
             words, _, remedy = outcome.error.partition("; ")
             remedy = surroundings.sentence(remedy) or "`vllm-moe-compat inspect` gives details."
+            if self.model is None:  # A setting may be right for a larger model.
+                remedy += " Or name a MODEL to check that instead."
             return Link("checkpoint", title, BROKEN, words, remedy)
         return Link("checkpoint", title, OK, f"{self.path}: {outcome.found['words']}")
 
