@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support import rank_engine
+from support import models, rank_engine
 from support.engine import Greedy, in_process_llm
 
 pytestmark = pytest.mark.serve
@@ -52,3 +52,22 @@ def test_a_hybrid_in_two_ranges(demo_path: Path, greedy: Greedy) -> None:
     assert seeded == again
     assert [tokens for tokens, _ in scored] == wanted[:2]
     assert max(held) < 0.6 * sum(held)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_windows_beside_full_layers_in_four_ranges(tmp_path: Path) -> None:
+    """Each rank has layers of one kind only."""
+    path = models.write_mlx(tmp_path / "model", "gpt_oss")
+    (found,), _ = rank_engine.run(
+        path,
+        [{"prompts": PROMPTS[:2], "params": {"max_tokens": 6}}],
+        pipeline_parallel_size=4,
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=96,
+        max_model_len=512,
+        kv_cache_memory_bytes=1_200_000,
+        enable_prefix_caching=True,
+    )
+    one = Greedy(path)
+    assert [tokens for tokens, _ in found] == [one.tokens(prompt, 6) for prompt in PROMPTS[:2]]

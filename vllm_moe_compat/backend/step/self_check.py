@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 
-from vllm_moe_compat.backend.pages.layers import AttentionLayer
+from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Pass, Request, make_pass
 from vllm_moe_compat.backend.step.forward import Forward
@@ -35,16 +35,21 @@ TOKENS = range(1, 32)
 SMALL_WINDOW = 256
 
 
-def run(forward: Forward) -> None:
+def run(forward: Forward, layers: Sequence[Layer] | None = None) -> None:
     """Compare paged passes with mlx-lm's; leave pages and states as they were.
+
+    Args:
+        forward: what is checked.
+        layers: of all ranks of a pipeline, which have to check the same prompts; None for its own.
 
     Raises:
         UnsupportedServingError: the logits differ, or no token gives finite ones.
         CompatError: an expert cannot be read.
     """
-    if not _agree(forward, TOKENS):
+    layers = forward.storage.layers if layers is None else layers
+    if not _agree(forward, TOKENS, layers):
         tokens = _finite_tokens(forward.model)
-        if not tokens or not _agree(forward, tokens):
+        if not tokens or not _agree(forward, tokens, layers):
             raise UnsupportedServingError(
                 f"The embedded MLX backend cannot serve {type(forward.model).__module__}: mlx-lm's "
                 "own logits are NaN or infinite; the weights hold such values, or overflow "
@@ -52,10 +57,10 @@ def run(forward: Forward) -> None:
             )
 
 
-def _agree(forward: Forward, tokens: Sequence[int]) -> bool:
+def _agree(forward: Forward, tokens: Sequence[int], layers: Sequence[Layer]) -> bool:
     """Compare on prompts of ``tokens``; return False if mlx-lm's logits are not finite."""
     storage = forward.storage
-    requests = _requests(storage, tokens)
+    requests = _requests(storage, tokens, layers)
     answers = [tokens[row % len(tokens)] for row in range(len(requests))]
     own = [_own_logits(forward.model, *pair) for pair in zip(requests, answers, strict=True)]
     if not all(mx.isfinite(logits.max()).item() for logits in own):
@@ -117,12 +122,14 @@ def _finite_tokens(model: nn.Module) -> list[int]:
     return found
 
 
-def _requests(storage: LayerStorage, tokens: Sequence[int]) -> list[Request]:
+def _requests(
+    storage: LayerStorage, tokens: Sequence[int], layers: Sequence[Layer]
+) -> list[Request]:
     """Return two requests on the blocks from 1 on, or one if the pool is too small for two."""
     requests, block = [], 1
     sizes = storage.block_sizes
     available = storage.distinct_pools[0].num_blocks
-    for row, length in enumerate(_lengths(storage, available)):
+    for row, length in enumerate(_lengths(storage, available, layers)):
         blocks = []
         for size in sizes:
             need = -(-(length + STEPS) // size)
@@ -136,9 +143,9 @@ def _requests(storage: LayerStorage, tokens: Sequence[int]) -> list[Request]:
     return requests
 
 
-def _lengths(storage: LayerStorage, available: int) -> tuple[int, int]:
+def _lengths(storage: LayerStorage, available: int, layers: Sequence[Layer]) -> tuple[int, int]:
     """Return the lengths of the prompts; the first exceeds the smallest window if it is small."""
-    windows = [x.window for x in storage.layers if isinstance(x, AttentionLayer) and x.window]
+    windows = [x.window for x in layers if isinstance(x, AttentionLayer) and x.window]
     long = min(windows, default=0) + LENGTHS[0]
     blocks = sum(long // size + 2 for size in storage.block_sizes)
     fits = long <= SMALL_WINDOW + LENGTHS[0] and blocks < available

@@ -241,7 +241,7 @@ class MlxWorker(OutOfStepCalls):
         with ExitStack() as on_failure:
             # vLLM may not call ``shutdown`` on a worker that failed to start.
             on_failure.callback(self.runner.close)
-            self_check.run(self.runner.forward)
+            self_check.run(self.runner.forward, self.all_layers.layers)
             on_failure.pop_all()
         torch.manual_seed(self.model_config.seed)
         enabled = bool(self.model_config.enable_sleep_mode)
