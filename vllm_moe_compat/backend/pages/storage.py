@@ -25,6 +25,7 @@ class LayerStorage:
         block_sizes: Sequence[int],
         *,
         keep_boundaries: bool,
+        of_all_ranks: Sequence[Layer] | None = None,
     ) -> None:
         """Take the plan.
 
@@ -35,7 +36,10 @@ class LayerStorage:
             block_sizes: tokens per block by KV group.
             keep_boundaries: states at block boundaries have to be saved, since prefix caching
                 may come back to them.
+            of_all_ranks: descriptions of the caches of all ranks of a pipeline, which make the
+                same passes; None for ``layers``.
         """
+        self.of_all_ranks = list(layers if of_all_ranks is None else of_all_ranks)
         self.layers, self.pools, self.groups = list(layers), pools, groups
         self.block_sizes = list(block_sizes)
         self.keep_boundaries = keep_boundaries

@@ -68,7 +68,7 @@ class Forward:
         self.model, self.storage = model, storage
         # Also removed when this object is collected without ``close``, as after a failed start.
         self._remove_hook = weakref.finalize(self, attention_hook.install(model))
-        self._batching = batching_of(storage.layers)
+        self._batching = batching_of(storage.of_all_ranks)
         self._pools = storage.distinct_pools
         self._builder = GraphBuilder(model, storage)
         self.expert_reads = ExpertReads(model)

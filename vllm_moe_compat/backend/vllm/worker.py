@@ -208,6 +208,7 @@ class MlxWorker(OutOfStepCalls):
             groups,
             block_sizes,
             keep_boundaries=bool(self.cache_config.enable_prefix_caching),
+            of_all_ranks=self.all_layers.layers,
         )
 
     def _check_pages(
