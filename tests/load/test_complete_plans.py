@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 import vllm_moe_compat
-from parity.daily import DAILY
 from parity.families import FAMILIES
-from parity.forms import CELLS, FORM_BY_NAME, build
-from parity.refused import REFUSED
+from parity.forms import FORM_BY_NAME, build
+from support.cells import daily
 from support.loading import load, parameters, same_bits
 from vllm_moe_compat.execute.quantize import SanitizedLoad
 from vllm_moe_compat.load.options import loading_with
@@ -33,15 +32,6 @@ EACH_DAY = [
 ]
 
 
-def cells() -> list[Any]:
-    return [
-        pytest.param(f.name, o.name, marks=() if (f.name, o.name) in EACH_DAY else pytest.mark.full)
-        for f, o in CELLS
-        if (f.name, o.name) not in REFUSED
-        and ((f.name, o.name) in DAILY or (f.name, o.name) in EACH_DAY)
-    ]
-
-
 @pytest.fixture(autouse=True)
 def _hooks(monkeypatch):
     monkeypatch.setenv("VLLM_MOE_COMPAT_DTYPE", "float32")
@@ -49,7 +39,7 @@ def _hooks(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize(("family", "form"), cells())
+@pytest.mark.parametrize(("family", "form"), daily(EACH_DAY))
 def test_the_tensors_are_the_same_and_no_expert_is_made_early(
     family: str, form: str, tmp_path: Path
 ):
