@@ -139,7 +139,7 @@ def test_every_kind_beside_good_requests(
     check(llm, reference, odd, seed=1)
 
 
-@pytest.mark.parametrize("name", ["async", "starved"])
+@pytest.mark.parametrize("name", [pytest.param("async", marks=pytest.mark.full), "starved"])
 def test_random_mixtures(
     name: str, checkpoint: Path, reference: Greedy, schedule_budget: int
 ) -> None:
