@@ -39,7 +39,7 @@ class LayerStorage:
             of_all_ranks: descriptions of the caches of all ranks of a pipeline, which make the
                 same passes; None for ``layers``.
         """
-        self.of_all_ranks = list(layers if of_all_ranks is None else of_all_ranks)
+        self._of_all_ranks = of_all_ranks
         self.layers, self.pools, self.groups = list(layers), pools, groups
         self.block_sizes = list(block_sizes)
         self.keep_boundaries = keep_boundaries
@@ -55,6 +55,11 @@ class LayerStorage:
             for layer in layers
             if isinstance(layer, AttentionLayer)
         }
+
+    @property
+    def of_all_ranks(self) -> Sequence[Layer]:
+        """Descriptions of the caches of all ranks of a pipeline."""
+        return self.layers if self._of_all_ranks is None else self._of_all_ranks
 
     @property
     def distinct_pools(self) -> list[PagePool]:
