@@ -20,9 +20,9 @@ import mlx.nn as nn
 import numpy as np
 
 from vllm_moe_compat.errors import CompatError
+from vllm_moe_compat.execute.stored_tensors import bytes_of
 from vllm_moe_compat.expert_cache.protocol import Bytes, ExpertSource, Spec
 
-_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 _STAGED = 2**26
 """Bytes that are staged at once, at least one expert."""
 
@@ -88,7 +88,7 @@ class Slots:
             mx.eval(array)
             self._homes[name] = layer, key
             if self.in_place:
-                self._views[name] = _bytes_of(array)
+                self._views[name] = bytes_of(array).reshape(count, -1)
         self._sizes = {
             name: prod(spec.shape) * spec.dtype.size for name, spec in self._specs.items()
         }
@@ -145,11 +145,3 @@ class Slots:
 
 def _shares_memory() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu or mx.metal.is_available()
-
-
-def _bytes_of(array: mx.array) -> Bytes:
-    """Return a view of the memory of an evaluated array ``[C, …]``, as uint8 ``[C, bytes]``."""
-    unsigned = array.view(_UNSIGNED[array.dtype.size])
-    mx.eval(unsigned)
-    view = np.array(unsigned, copy=False)
-    return view.reshape(len(view), -1).view(np.uint8)
