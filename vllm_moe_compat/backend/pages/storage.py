@@ -26,6 +26,7 @@ class LayerStorage:
         *,
         keep_boundaries: bool,
         of_all_ranks: Sequence[Layer] | None = None,
+        heads: LayerStorage | None = None,
     ) -> None:
         """Take the plan.
 
@@ -38,7 +39,10 @@ class LayerStorage:
                 may come back to them.
             of_all_ranks: descriptions of the caches of all ranks of a pipeline, which make the
                 same passes; None for ``layers``.
+            heads: storage of the prediction heads' layers, which lie in the same blocks; None
+                without heads.
         """
+        self.heads = heads
         self._of_all_ranks = of_all_ranks
         self.layers, self.pools, self.groups = list(layers), pools, groups
         self.block_sizes = list(block_sizes)
@@ -63,18 +67,24 @@ class LayerStorage:
 
     @property
     def distinct_pools(self) -> list[PagePool]:
-        """Every pool once."""
+        """Every pool of these layers once."""
         return list({id(pool): pool for pool in self.pools.values()}.values())
+
+    @property
+    def all_pools(self) -> list[PagePool]:
+        """Every pool of these layers and of the prediction heads once."""
+        pools = self.distinct_pools + (self.heads.distinct_pools if self.heads else [])
+        return list({id(pool): pool for pool in pools}.values())
 
     def release(self) -> None:
         """Give the memory of all pages and resident states back."""
         self.states.banks = []
-        for pool in self.distinct_pools:
+        for pool in self.all_pools:
             pool.release()
 
     def allocate(self) -> None:
         """Make the pages of ``release`` anew, of zeros."""
-        for pool in self.distinct_pools:
+        for pool in self.all_pools:
             pool.allocate()
             mx.eval(pool.pages)
 

@@ -191,7 +191,7 @@ class OutOfStepCalls(WorkerBase):
 
     def get_cache_block_size_bytes(self) -> int:
         """Return the bytes of one block in all layers."""
-        pools = self.runner.storage.distinct_pools
+        pools = self.runner.storage.all_pools
         return sum(pool.full_bytes // pool.num_blocks for pool in pools)
 
     def get_kv_connector_handshake_metadata(self) -> None:

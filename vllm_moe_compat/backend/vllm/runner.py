@@ -156,7 +156,7 @@ class ModelRunner:
         self._drop_preempted(schedule)
         if schedule.page_copies:
             self.forward.discard_next()
-        for pool in self.storage.distinct_pools:
+        for pool in self.storage.all_pools:
             pool.copy(schedule.page_copies)
         scheduled = schedule.scheduled
         if not scheduled:

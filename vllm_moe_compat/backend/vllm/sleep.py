@@ -238,7 +238,7 @@ class SleepMode:
             UnsupportedServingError: they are larger than the free memory.
         """
         storage = self._worker.runner.storage
-        need = sum(pool.full_bytes for pool in storage.distinct_pools)
+        need = sum(pool.full_bytes for pool in storage.all_pools)
         _, free = device_memory()
         if need > free:
             raise UnsupportedServingError(

@@ -166,7 +166,7 @@ class MlxWorker(OutOfStepCalls):
             ranks=self.ranks,
             expert_counts=self._expert_counts,
         )
-        pools = storage.distinct_pools
+        pools = storage.all_pools
         need = kv_specs.demand(self.vllm_config, self.all_layers.layers)
         fit = need.sequences(kv_cache_config.num_blocks)
         logger.info(
