@@ -22,6 +22,7 @@ import numpy as np
 
 from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
+from vllm_moe_compat.backend.pages.states_by_position import StatesByPosition
 
 State = tuple[mx.array, ...]
 """State of one layer, rows first: for gated-delta a convolution tail and ``[B, Hv, Dv, Dk]``."""
@@ -128,6 +129,24 @@ class StatePool:
         """Keep the states of ``req_ids``, per layer, for the next step; the pass evaluates them."""
         self.banks.append(_Bank(list(req_ids), states))
 
+    def put_positions(
+        self,
+        req_ids: Sequence[str],
+        by_position: Sequence[StatesByPosition],
+        counts: Sequence[int],
+    ) -> None:
+        """Keep the states of a pass after ``counts[i]`` tokens of its row ``i``, ``req_ids[i]``.
+
+        Args:
+            req_ids: the rows of the pass; none has a resident state.
+            by_position: states after every token of the pass, per layer; evaluated.
+            counts: 1 to the number of tokens of the pass.
+        """
+        states = [layer.after(range(len(req_ids)), counts) for layer in by_position]
+        # Now, so that the states after other tokens are freed.
+        mx.eval(states)
+        self.put_in(req_ids, states)
+
     def save(self, req_ids: Sequence[str], blocks: Mapping[int, Sequence[int]]) -> None:
         """Write the states to the pages ``blocks[group][i]``; they also stay resident."""
         place = {req_id: i for i, req_id in enumerate(req_ids)}
@@ -136,13 +155,37 @@ class StatePool:
             if not index:
                 continue
             at = [place[bank.req_ids[i]] for i in index]
-            for number, (pool, state) in enumerate(zip(self.pools, bank.rows(index), strict=True)):
-                page = [blocks[self.groups[number]][i] for i in at]
-                values = mx.concatenate(
-                    [part.view(pool.raw).reshape(len(index), -1) for part in state], axis=1
-                )
-                pool.write_head(mx.array(np.asarray(page, dtype=np.uint32)), values)
-                mx.eval(pool.pages)
+            for number, state in enumerate(bank.rows(index)):
+                self._write(number, state, [blocks[self.groups[number]][i] for i in at])
+
+    def save_positions(
+        self,
+        by_position: Sequence[StatesByPosition],
+        rows: Sequence[int],
+        counts: Sequence[int],
+        blocks: Mapping[int, Sequence[int]],
+    ) -> None:
+        """Write states from inside a pass to pages: block boundaries that a row went over.
+
+        Args:
+            by_position: states after every token of the pass, per layer; evaluated.
+            rows: of the pass; a row that went over several boundaries occurs several times.
+            counts: tokens of the row ``rows[i]`` after which the state is written, from 1 on.
+            blocks: the pages ``blocks[group][i]``.
+        """
+        if not rows:
+            return
+        for number, layer in enumerate(by_position):
+            self._write(number, layer.after(rows, counts), blocks[self.groups[number]])
+
+    def _write(self, number: int, state: State, page: Sequence[int]) -> None:
+        """Write a state of layer ``number``, with one row per page."""
+        pool = self.pools[number]
+        values = mx.concatenate(
+            [part.view(pool.raw).reshape(len(page), -1) for part in state], axis=1
+        )
+        pool.write_head(mx.array(np.asarray(page, dtype=np.uint32)), values)
+        mx.eval(pool.pages)
 
     def _read(self, number: int, page: Sequence[int]) -> State:
         layer, pool = self.layers[number], self.pools[number]
