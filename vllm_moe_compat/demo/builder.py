@@ -2,7 +2,8 @@
 
 The golden text is computed: transformers runs the dequantised weights in float32 and in
 bfloat16, and both must recite the Zen of Python. If they do not, training continues for a
-bounded number of steps, and then the build fails.
+bounded number of steps, and then the build fails. The prediction head is trained afterwards, on
+the finished model, until most of its drafts are what the model says.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_compat.demo import hub_form
-from vllm_moe_compat.demo.reference import reference_model
+from vllm_moe_compat.demo.prediction_head import HORIZON, HeadTrainer, accepted, new_head
+from vllm_moe_compat.demo.reference import reference_head, reference_model
 from vllm_moe_compat.demo.text import chat_prompt, make_tokenizer, zen
 from vllm_moe_compat.demo.training import Progress, Trainer, recite, reproducible, text_config
 from vllm_moe_compat.errors import SettingError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint; a folder with another version is rebuilt."""
 
 PROMPT = "Beautiful is better than"
 CHAT_MESSAGE = "What is the Zen of Python?"
 MAX_TOKENS = 64
 EXTRA_ROUNDS, EXTRA_STEPS = 4, 40
+HEAD_SEQUENCES, HEAD_LENGTH = 16, 160
+HEAD_DRAFTS = 4
+HEAD_ACCEPTED = 0.9
+"""The least share of positions at which the head's first two drafts have to be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,8 @@ def build(
     work.mkdir()
     try:
         with reproducible(seed), _quiet():
-            _build(work, steps, seed, progress or (lambda line: None))
-        hub_form.write_json(work / "demo.json", stamp)
+            head = _build(work, steps, seed, progress or (lambda line: None))
+        hub_form.write_json(work / "demo.json", stamp | {"prediction_head": head})
         return _move_into_place(work, folder, stamp)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -98,7 +104,8 @@ def build(
 
 def _found(folder: Path, stamp: dict[str, int]) -> DemoCheckpoint | None:
     try:
-        if json.loads((folder / "demo.json").read_text(encoding="utf-8")) != stamp:
+        built = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+        if any(built.get(key) != value for key, value in stamp.items()):
             return None
         golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
         return DemoCheckpoint(path=folder, **golden)
@@ -106,7 +113,8 @@ def _found(folder: Path, stamp: dict[str, int]) -> DemoCheckpoint | None:
         return None
 
 
-def _build(work: Path, steps: int, seed: int, progress: Progress) -> None:
+def _build(work: Path, steps: int, seed: int, progress: Progress) -> dict[str, Any]:
+    """Write the checkpoint and its golden text; return what is known of the prediction head."""
     text = zen()
     tokenizer = make_tokenizer(text)
     trainer = Trainer(text, tokenizer, seed=seed)
@@ -114,7 +122,7 @@ def _build(work: Path, steps: int, seed: int, progress: Progress) -> None:
     progress(f"training a model of {parameters / 1e6:.1f} M parameters on the Zen of Python")
     trainer.run(steps, horizon=steps, progress=progress)
     for extra in range(EXTRA_ROUNDS + 1):
-        tensors = hub_form.hub_tensors(trainer.model, seed=seed)
+        tensors = hub_form.language_tensors(trainer.model)
         golden, wrong = _golden(tensors, tokenizer, text)
         if wrong is None:
             break
@@ -126,8 +134,60 @@ def _build(work: Path, steps: int, seed: int, progress: Progress) -> None:
         progress(f"not right yet ({wrong}); training {EXTRA_STEPS} steps more")
         trainer.run(EXTRA_STEPS, horizon=steps, progress=progress)
     progress(f"recites after FP8: {golden['prompt']}{golden['text'].splitlines()[0]} ...")
-    hub_form.write(work, tensors, tokenizer)
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    sequences = trainer.sequences(HEAD_SEQUENCES, HEAD_LENGTH)
+    head, shares = _prediction_head(
+        tensors, generator, sequences, _verses(tokenizer, text), progress
+    )
+    hub_form.write(work, tensors | head | hub_form.vision_tensors(generator), tokenizer)
     hub_form.write_json(work / "golden.json", golden)
+    return {"accepted": shares}
+
+
+def _prediction_head(
+    tensors: dict[str, Any],
+    generator: Any,
+    sequences: list[list[int]],
+    verses: tuple[list[int], int],
+    progress: Progress,
+) -> tuple[dict[str, Any], list[float]]:
+    """Return the head's tensors, and the shares of its drafts that the quantised model says."""
+    import torch
+
+    model = reference_model(tensors, text_config(), torch.float32)
+    said_by = reference_model(tensors, text_config(), torch.bfloat16)
+    noise = {
+        name: hub_form.noise(generator, *value.shape)
+        for name, value in new_head(model.config).state_dict().items()
+    }
+    trainer = HeadTrainer(model, noise, sequences)
+    trainer.run(HORIZON, progress)
+    for extra in range(EXTRA_ROUNDS + 1):
+        head = hub_form.head_tensors(trainer.head)
+        quantized = reference_head(head, text_config(), torch.bfloat16)
+        shares = accepted(quantized, said_by, *verses, HEAD_DRAFTS)
+        if shares[1] >= HEAD_ACCEPTED:
+            break
+        if extra == EXTRA_ROUNDS:
+            raise RuntimeError(
+                f"of the prediction head's first two drafts only {shares[1]:.0%} are accepted, "
+                f"expected {HEAD_ACCEPTED:.0%}; try another seed."
+            )
+        progress(
+            f"not right yet ({shares[1]:.0%} of two drafts); training {EXTRA_STEPS} steps more"
+        )
+        trainer.run(EXTRA_STEPS, progress)
+    progress(f"accepted of the head's first {HEAD_DRAFTS} drafts after FP8: {shares}")
+    return head, shares
+
+
+def _verses(tokenizer: Any, text: str) -> tuple[list[int], int]:
+    """Return the tokens of the text from the golden prompt on, and the prompt's last position."""
+    verses = text.split("\n\n", 1)[1].strip()
+    prompt = len(tokenizer(PROMPT).input_ids)
+    return tokenizer(verses).input_ids, prompt - 1
 
 
 def _golden(

@@ -7,7 +7,7 @@ The traits of that form that a loader must handle:
 * matrices are E4M3, with one bfloat16 scale for each block of 128x128
   (``weight_scale_inv``, ``[ceil(O/128), ceil(I/128)]``): w = q * scale;
 * small or sensitive modules stay bfloat16 and are listed in ``modules_to_not_convert``;
-* a multi-token-prediction layer and a vision tower are included (random here);
+* a multi-token-prediction head is included, and a vision tower (random here);
 * several shards, with an index.
 
 Norms are stored less 1 (the module computes 1 + weight) and convolutions as ``[C, 1, K]``,
@@ -58,33 +58,35 @@ def quantize(weight: Any) -> tuple[Any, Any]:
     return values, scales
 
 
-def hub_tensors(model: Any, *, seed: int) -> dict[str, Any]:
-    """Return every tensor of the checkpoint; published name → tensor."""
+def language_tensors(model: Any) -> dict[str, Any]:
+    """Return the language model's tensors; published name → tensor."""
+    tensors: dict[str, Any] = {}
+    for name, value in model.state_dict().items():
+        _put(tensors, name.replace("model.", "model.language_model.", 1), value.detach())
+    return tensors
+
+
+def head_tensors(head: Any) -> dict[str, Any]:
+    """Return the prediction head's tensors; published name → tensor."""
+    tensors: dict[str, Any] = {}
+    for name, value in head.state_dict().items():
+        _put(tensors, f"mtp.{name}", value.detach())
+    return tensors
+
+
+def vision_tensors(generator: Any) -> dict[str, Any]:
+    """Return a vision tower of noise; published name → tensor."""
+    tensors: dict[str, Any] = {}
+    for name, shape in _vision_shapes(text_config()["hidden_size"]).items():
+        _put(tensors, f"model.visual.{name}", noise(generator, *shape))
+    return tensors
+
+
+def noise(generator: Any, *shape: int) -> Any:
+    """Return the normal noise with which weights are initialised."""
     import torch
 
-    tensors: dict[str, Any] = {}
-    layer = {}  # the softmax layer; the prediction layer has the same shapes
-    for name, value in model.state_dict().items():
-        name = name.replace("model.", "model.language_model.", 1)
-        _put(tensors, name, value.detach())
-        head, _, tail = name.partition(".layers.3.")
-        if head == "model.language_model" and tail:
-            layer[tail] = value
-
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def noise(*shape: int) -> Any:
-        return 0.02 * torch.randn(shape, generator=generator)
-
-    hidden = text_config()["hidden_size"]
-    for tail, value in layer.items():
-        _put(tensors, f"mtp.layers.0.{tail}", noise(*value.shape))
-    _put(tensors, "mtp.fc.weight", noise(hidden, 2 * hidden))
-    for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
-        _put(tensors, f"mtp.{norm}.weight", noise(hidden))
-    for name, shape in _vision_shapes(hidden).items():
-        _put(tensors, f"model.visual.{name}", noise(*shape))
-    return tensors
+    return 0.02 * torch.randn(shape, generator=generator)
 
 
 def _put(tensors: dict[str, Any], name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_compat.demo.prediction_head import new_head
 from vllm_moe_compat.errors import SettingError
 
 BLOCK = 128
@@ -24,14 +25,28 @@ def load_reference(path: str | Path, dtype: str = "float32") -> Any:
     ``"float32"`` or ``"bfloat16"``, in which the model computes.
     """
     import torch
+
+    tensors, config = _read(Path(path))
+    return reference_model(tensors, config, getattr(torch, _checked(dtype)))
+
+
+def load_reference_head(path: str | Path, dtype: str = "float32") -> Any:
+    """Return the checkpoint's prediction head, for ``prediction_head.draft_logits``."""
+    import torch
+
+    tensors, config = _read(Path(path))
+    return reference_head(tensors, config, getattr(torch, _checked(dtype)))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors under their published names, and ``text_config``."""
     from safetensors.torch import load_file
 
-    folder = Path(path)
     tensors: dict[str, Any] = {}
     for shard in sorted(folder.glob("model-*.safetensors")):
         tensors |= load_file(shard)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return reference_model(tensors, config["text_config"], getattr(torch, _checked(dtype)))
+    return tensors, config["text_config"]
 
 
 def reference_model(tensors: dict[str, Any], text_config: dict[str, Any], dtype: Any) -> Any:
@@ -40,9 +55,21 @@ def reference_model(tensors: dict[str, Any], text_config: dict[str, Any], dtype:
 
     config = Qwen3_5MoeTextConfig(**(text_config | {"dtype": str(dtype).removeprefix("torch.")}))
     model = Qwen3_5MoeForCausalLM(config).to(dtype)
-    state = _combine_experts(_dequantize(tensors, dtype), config.num_experts)
+    names = {PREFIX: "model.", "lm_head.": "lm_head."}
+    state = _combine_experts(_dequantize(tensors, names, dtype), config.num_experts)
     model.load_state_dict(state, strict=True)
     return model.eval()
+
+
+def reference_head(tensors: dict[str, Any], text_config: dict[str, Any], dtype: Any) -> Any:
+    """Build the prediction head from the checkpoint's tensors under their published names."""
+    from transformers import Qwen3_5MoeTextConfig
+
+    config = Qwen3_5MoeTextConfig(**(text_config | {"dtype": str(dtype).removeprefix("torch.")}))
+    head = new_head(config).to(dtype)
+    state = _combine_experts(_dequantize(tensors, {"mtp.": ""}, dtype), config.num_experts)
+    head.load_state_dict(state, strict=True)
+    return head.eval()
 
 
 def _checked(dtype: str) -> str:
@@ -51,18 +78,19 @@ def _checked(dtype: str) -> str:
     return dtype
 
 
-def _dequantize(tensors: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Return the language model's tensors under transformers' names, as ``dtype``."""
+def _dequantize(tensors: dict[str, Any], names: dict[str, str], dtype: Any) -> dict[str, Any]:
+    """Return the tensors whose prefix is in ``names``, under its replacement, as ``dtype``."""
     state = {}
     for name, value in tensors.items():
-        if name.endswith("_scale_inv") or not name.startswith((PREFIX, "lm_head.")):
+        prefix = next((p for p in names if name.startswith(p)), None)
+        if prefix is None or name.endswith("_scale_inv"):
             continue
         scale = tensors.get(f"{name}_scale_inv")
         if scale is not None:
             rows, columns = value.shape
             grid = scale.float().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
             value = value.float() * grid[:rows, :columns]
-        state[name.replace(PREFIX, "model.", 1)] = value.to(dtype)
+        state[names[prefix] + name.removeprefix(prefix)] = value.to(dtype)
     return state
 
 

@@ -6,7 +6,7 @@ used, a shared expert. The hidden size, 192, is a multiple of 64 and not of 128,
 so that FP8 blocks are ragged at the edge. Heads are at least 32 wide, as MLX's gated-delta kernel
 for Metal requires.
 
-Training takes about twenty seconds on two cores. It is seeded and runs on a fixed
+Training takes about half a minute on two cores. It is seeded and runs on a fixed
 number of threads, which determines the order of sums. Another machine or torch release
 may still give other weights, so the builder checks the generated text.
 """
@@ -140,6 +140,10 @@ class Trainer:
                 progress(f"training: step {self._step}, loss {loss:.3f}")
         self.model.eval()
         return loss
+
+    def sequences(self, count: int, length: int) -> list[list[int]]:
+        """Return more text of the kind that the model was trained on, a quarter of it chat."""
+        return [self._chat(length) if n % 4 == 0 else self._plain(length) for n in range(count)]
 
     def _batch(self) -> list[list[int]]:
         if self._step % 8 == 7:
