@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from vllm_moe_compat.backend.model.rows import TokenRows
 from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.state_pool import StatePool
@@ -107,7 +108,8 @@ def test_a_state_has_as_many_arrays_as_the_layer_says(shapes: Any) -> None:
 
 
 def runner_with(*requests: Request) -> ModelRunner:
-    runner = ModelRunner(nn.Module(), storage(), None)  # type: ignore[arg-type]
+    sampler = SimpleNamespace(rows=TokenRows(512, 512))
+    runner = ModelRunner(nn.Module(), storage(), sampler)  # type: ignore[arg-type]
     for request in requests:
         runner.batch.requests[request.req_id] = request
     runner.storage.states.put_in([r.req_id for r in requests], states(len(requests), 2.0))

@@ -14,7 +14,7 @@ read, so vLLM may have given them to another request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -101,6 +101,8 @@ class AttentionMetadata:
         block: tokens per block.
         window: sliding window in tokens; None if every earlier token is visible.
         before: ``[B]``, tokens in front of the first block of the table; None means 0.
+        by_token: of the same tokens as ``B*T`` rows of one token each, in a pass whose tokens
+            attend one by one; else None.
     """
 
     offsets: Int
@@ -109,6 +111,7 @@ class AttentionMetadata:
     block: int
     window: int | None = None
     before: Int | None = None
+    by_token: AttentionMetadata | None = None
     _rows: dict[int, mx.array] = field(default_factory=dict)
     _runs: dict[tuple[int, int], list[mx.array]] = field(default_factory=dict)
     _tiles: dict[int, Tiles] = field(default_factory=dict)
@@ -122,7 +125,7 @@ class AttentionMetadata:
         self.positions = self.offsets if self.before is None else self.offsets + self.before
         self.offset = mx.array(self.positions.astype(np.int32))
         # A prompt computed from its first token attends only to itself: nothing to read.
-        self.from_start = not self.offsets.any() and self.width > 1
+        self.from_start = not self.offsets.any() and self.width > 1 and self.by_token is None
         self.single = len(self.offsets) == 1
         self.total = int((self.offsets + self.lengths).max())
 
@@ -137,7 +140,22 @@ class AttentionMetadata:
         tables = np.take_along_axis(self.tables, np.where(inside, index, 0), axis=1)
         before = first * self.block
         offsets, tables = self.offsets - before, np.where(inside, tables, 0)
-        return AttentionMetadata(offsets, self.lengths, tables, self.block, window, before)
+        by_token = None if self.by_token is None else self.by_token.with_window(window)
+        return AttentionMetadata(
+            offsets, self.lengths, tables, self.block, window, before, by_token
+        )
+
+    def attending_by_token(self) -> AttentionMetadata:
+        """Return this metadata for a pass whose tokens attend as in passes of one token.
+
+        Padding attends like the last token of its row.
+        """
+        step = np.minimum(np.arange(self.width), self.lengths[:, None] - 1)
+        offsets = (self.offsets[:, None] + step).reshape(-1)
+        tables = np.repeat(self.tables, self.width, axis=0)
+        need = int((offsets // self.block).max()) + 1
+        single = AttentionMetadata(offsets, np.ones_like(offsets), tables[:, :need], self.block)
+        return replace(self, by_token=single)
 
     @property
     def tokens(self) -> mx.array | None:

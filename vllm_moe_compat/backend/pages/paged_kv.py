@@ -8,7 +8,7 @@ values visible to each row, ``[B, H, L, D]``, are read back.
 Where a model passes the cache's keys and values unchanged to its attention function
 (``AttentionLayer.attends_itself``), a pass of one token per row skips the read: the hook of
 ``model.attention_hook`` calls ``attend``, which computes attention on the pages
-(``decode_attention``).
+(``decode_attention``). So does a pass that verifies drafts, token by token.
 
 Page layout: ``[2, H, block, D]``, keys before values, head-major. One row of D elements is the
 unit of writing; a run of ``block`` rows of one head is the unit of reading, so that gathered runs
@@ -45,7 +45,7 @@ class PagedKV:
         self.layer, self.pool, self.metadata = layer, pool, metadata
         # Code for a single sequence computes with ``offset`` as an int.
         self.offset = int(metadata.positions[0]) if layer.single_sequence else metadata.offset
-        self.on_pages = attends_itself and metadata.width == 1
+        self.on_pages = attends_itself and (metadata.width == 1 or metadata.by_token is not None)
 
     def maybe_trim_front(self) -> None:
         """Member of mlx-lm's chunked cache; nothing to trim, since pages keep every token."""
@@ -101,6 +101,14 @@ class PagedKV:
 
         ``sinks [Hq]``: logit of an additional key per query head, whose value is zero.
         """
+        if self.on_pages and self.metadata.by_token is not None:
+            # [B, Hq, T, D] → [B*T, Hq, 1, D] and back.
+            batch, heads, width, _ = queries.shape
+            single = queries.swapaxes(1, 2).reshape(batch * width, heads, 1, -1)
+            out = decode_attention.decode(
+                single, self.pool, self.metadata.by_token, self.layer, scale, sinks
+            )
+            return out.reshape(batch, width, heads, -1).swapaxes(1, 2)
         if self.on_pages:
             return decode_attention.decode(
                 queries, self.pool, self.metadata, self.layer, scale, sinks

@@ -13,8 +13,10 @@ before the later pass as well.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -53,6 +55,7 @@ class Request:
         output: generated token ids.
         done: tokens computed when the last step ended.
         failed: it has no answer any more; whatever its rows hold is right.
+        drafts: proposed tokens after the last known one, which this step verifies.
     """
 
     req_id: str
@@ -63,6 +66,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     done: int = 0
     failed: bool = False
+    drafts: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -89,12 +93,14 @@ class Pass:
             another token may be NaN, which no mask stops.
         offsets: ``[B]``, tokens of each row computed before.
         lengths: ``[B]``, tokens of each row in this pass.
+        verifies: the tokens of a row after its first are drafts, which may be discarded.
     """
 
     requests: tuple[Request, ...]
     tokens: npt.NDArray[np.int32]
     offsets: Int
     lengths: Int
+    verifies: bool = False
 
     @property
     def req_ids(self) -> list[str]:
@@ -106,7 +112,16 @@ class Pass:
         for row, length in enumerate(self.lengths):
             tokens = self.tokens[row : row + 1, :length]
             one = slice(row, row + 1)
-            yield row, Pass(self.requests[one], tokens, self.offsets[one], self.lengths[one])
+            yield (
+                row,
+                Pass(
+                    self.requests[one],
+                    tokens,
+                    self.offsets[one],
+                    self.lengths[one],
+                    self.verifies,
+                ),
+            )
 
     def tables(self, group: int, block: int) -> Int:
         """Return the blocks of KV group ``group`` that hold the rows' tokens, ``[B, W]``.
@@ -148,7 +163,9 @@ def _in_parts(rows: list[Row]) -> Iterator[list[Row]]:
 class Batch:
     """All requests that have not ended, and the passes of the current step."""
 
-    def __init__(self) -> None:
+    def __init__(self, token_rows: int | None = None) -> None:
+        """``token_rows``: ids below it have a row in the model's embeddings; None for all."""
+        self._token_rows = sys.maxsize if token_rows is None else token_rows
         self.requests: dict[str, Request] = {}
         self._prefix_hits: set[str] = set()
 
@@ -170,7 +187,13 @@ class Batch:
             self._continue(self.requests[running.req_id], running)
             if running.resumed:
                 lost.add(running.req_id)
+        for req_id in schedule.scheduled:
+            self.requests[req_id].drafts = self._drafts(schedule.drafts.get(req_id, ()))
         return lost
+
+    def _drafts(self, proposed: Sequence[int]) -> list[int]:
+        """Return the drafts before the first one that the model cannot compute."""
+        return list(takewhile(lambda token: 0 <= token < self._token_rows, proposed))
 
     @staticmethod
     def _begin(new: NewRequest) -> Request:
@@ -220,6 +243,8 @@ class Batch:
                 ends = [p for p in range(request.computed + most, end, most) if p % size]
                 if end % size or end >= request.num_tokens:
                     ends.append(end)
+                # Drafts that are not accepted leave a block partly filled.
+                ends += range(end + 1, end + len(request.drafts) + 1)
                 for last in dict.fromkeys((p - 1) // size for p in ends):
                     if last * size >= request.computed:
                         partial[group].append(request.blocks[group][last])
@@ -293,10 +318,19 @@ class Batch:
         return turns, needed_first
 
     def decodes(self, req_ids: Sequence[str], scheduled: dict[str, int]) -> Pass:
-        """Return the pass of one token per request in ``req_ids``, all of which sample."""
+        """Return the pass of the requests in ``req_ids``, all of which sample.
+
+        A row has the request's last token and its drafts.
+        """
         rows = tuple(self.requests[req_id] for req_id in req_ids)
         ends = [r.computed + scheduled[r.req_id] for r in rows]
         # A request samples only at its last token.
-        tokens = [[r.output[-1] if r.output else r.prompt[-1]] for r in rows]
+        known = [r.output[-1] if r.output else r.prompt[-1] for r in rows]
+        lengths = np.asarray([1 + len(r.drafts) for r in rows], dtype=np.int64)
+        width = int(lengths.max())
+        tokens = np.empty((len(rows), width), dtype=np.int32)
+        for i, request in enumerate(rows):
+            tokens[i] = known[i]
+            tokens[i, 1 : lengths[i]] = request.drafts
         offsets = np.asarray(ends, dtype=np.int64) - 1
-        return Pass(rows, np.asarray(tokens, dtype=np.int32), offsets, np.ones_like(offsets))
+        return Pass(rows, tokens, offsets, lengths, verifies=width > 1)

@@ -19,7 +19,7 @@ Where experts are read from disk (``expert_reads``), building computes, so nothi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -36,7 +36,8 @@ from vllm_moe_compat.backend.step.compiled_decode import (
     CompiledDecode,
 )
 from vllm_moe_compat.backend.step.expert_reads import ExpertReads
-from vllm_moe_compat.backend.step.graph import Graph, GraphBuilder
+from vllm_moe_compat.backend.step.graph import Graph, GraphBuilder, StateRecording
+from vllm_moe_compat.backend.step.verified import Verified
 
 
 @dataclass(slots=True)
@@ -75,6 +76,9 @@ class Forward:
         self.compiled = CompiledDecode(self._builder, enabled=compiles)
         self._next: _NextPass | None = None
         self._running: list[mx.array] = []
+        # The passes of ``verify``, until ``accept``.
+        self._verified: list[Verified] = []
+        self.recording: StateRecording | None = None
         # Called before a pass is evaluated; whether it has logits.
         self.before_pass: Callable[[Pass, bool], None] = lambda work, logits: None
         self.hits = 0  # passes that had been built early and were used
@@ -171,6 +175,42 @@ class Forward:
             self._build_next(work, tokens)
         return logits, tokens
 
+    def verify(self, work: Pass) -> mx.array:
+        """Run a pass that verifies drafts, and evaluate it; ``accept`` must follow.
+
+        Returns:
+            Logits ``[R, V]`` of all tokens of the rows, one row of the pass after the other.
+        """
+        self.discard_next()
+        parts = list(work.split()) if self._must_split(work) else [(0, work)]
+        found, failed = [], dict[int, Exception]()
+        for first, part in parts:
+            self.before_pass(part, True)
+            with self.expert_reads.during(part):
+                graph = self._build(part, mx.array(part.tokens), early=False)
+                assert graph is not None
+                self._commit(part, graph)
+                flat = graph.logits.reshape(-1, graph.logits.shape[-1])
+                real = np.arange(part.tokens.shape[1]) < part.lengths[:, None]
+                if not real.all():
+                    flat = flat[mx.array(np.flatnonzero(real).astype(np.uint32))]
+                finite = mx.isfinite(flat.max(axis=-1))
+                mx.eval(graph.written, flat, finite)
+            found.append(flat)
+            self._verified.append(Verified(part, graph.positions, np.array(finite)))
+            failed |= {first + row: error for row, error in self.failed_rows.items()}
+        self.expert_reads.failed_rows = failed
+        return found[0] if len(found) == 1 else mx.concatenate(found)
+
+    def accept(self, counts: Mapping[str, int]) -> None:
+        """Keep the states after the tokens that stay, of the pass of ``verify``.
+
+        ``counts``: request id → tokens of its row that stay, the first one included.
+        """
+        verified, self._verified = self._verified, []
+        for one in verified:
+            one.keep(self._builder, counts)
+
     def _must_split(self, work: Pass) -> bool:
         """Return whether the model's code cannot take the rows of ``work`` together."""
         if self._batching is Batching.PADDED or len(work.requests) == 1:
@@ -194,10 +234,12 @@ class Forward:
         """
         metadata = self._builder.metadata(work)
         states = self._builder.take_states(work)
-        compiles = work.tokens.shape[1] == 1 and not self.expert_reads.may_miss()
+        single = work.tokens.shape[1] == 1 and not work.verifies
+        compiles = single and not self.expert_reads.may_miss()
         inputs = self.compiled.inputs(metadata) if compiles else None
         if inputs is None:
-            return self._builder.build(tokens, metadata, states, work.lengths)
+            recording = self.recording if work.verifies else None
+            return self._builder.build(tokens, metadata, states, work.lengths, recording)
         on_trial = self.compiled.on_trial(inputs)
         if on_trial and early:
             return None

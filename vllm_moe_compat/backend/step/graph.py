@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_compat.backend.pages import state_caches
+from vllm_moe_compat.backend.pages import decode_attention, state_caches
 from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, has_nested_caches, nest_caches
 from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 from vllm_moe_compat.backend.pages.state_pool import State
+from vllm_moe_compat.backend.pages.states_by_position import StatesByPosition
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Pass
 from vllm_moe_compat.ranks import pipeline
+
+
+class StateRecording(Protocol):
+    """Keeps the states after each token of the passes that are built during it."""
+
+    def during(self) -> AbstractContextManager[None]:
+        """Record the passes that are built inside."""
+        ...
+
+    def caches(self, states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list[Any]:
+        """Return one cache per layer, as ``state_caches.make_caches``."""
+        ...
+
+    def by_position(self, caches: Sequence[Any]) -> list[StatesByPosition]:
+        """Return the states after each token, per layer; nothing is evaluated."""
+        ...
 
 
 @dataclass(slots=True)
@@ -30,17 +48,21 @@ class Graph:
         pages: arrays of all pools after the pass.
         states: resident states of its requests after the pass, per layer.
         given: what the pass gives to the next rank of a pipeline.
+        positions: states after each token, per layer, of a pass that verifies drafts; else empty.
     """
 
     logits: mx.array
     pages: list[mx.array]
     states: list[State]
     given: list[mx.array] = field(default_factory=list)
+    positions: list[StatesByPosition] = field(default_factory=list)
 
     @property
     def written(self) -> list[mx.array]:
         """All arrays that the pass writes."""
-        return self.pages + self.given + [part for state in self.states for part in state]
+        states = [part for state in self.states for part in state]
+        states += [part for layer in self.positions for part in layer.held]
+        return self.pages + self.given + states
 
 
 class GraphBuilder:
@@ -53,6 +75,9 @@ class GraphBuilder:
 
     def metadata(self, work: Pass) -> list[AttentionMetadata | None]:
         """Return the metadata of each cache: one per KV group, one more per window in it.
+
+        Tokens that verify drafts attend one by one where attention of one token is computed on
+        the pool: the result has the bits of a pass without drafts, and nothing is copied.
 
         Caches of states have None.
         """
@@ -67,7 +92,9 @@ class GraphBuilder:
             if group not in by_group:
                 block = storage.block_sizes[group]
                 table = work.tables(group, block)
-                by_group[group] = AttentionMetadata(work.offsets, work.lengths, table, block)
+                whole = AttentionMetadata(work.offsets, work.lengths, table, block)
+                by_token = work.verifies and decode_attention.computes_on_pool(layer.dtype)
+                by_group[group] = whole.attending_by_token() if by_token else whole
             metadata = by_group[group]
             if layer.window is not None:
                 key = (group, layer.window)
@@ -92,10 +119,16 @@ class GraphBuilder:
         metadata: Sequence[Any],
         states: list[State],
         lengths: npt.NDArray[np.int64],
+        recording: StateRecording | None = None,
     ) -> Graph:
         """Run the model's code on the current pools; this replaces their arrays.
 
-        ``metadata``: as returned by ``metadata``; ``lengths [B]``: new tokens of each row.
+        Args:
+            tokens: ``[B, T]``.
+            metadata: as returned by ``metadata``.
+            states: of the rows, per layer.
+            lengths: ``[B]``, new tokens of each row.
+            recording: keeps the states after each token; None to keep the last ones.
         """
         storage = self.storage
         caches: list[Any] = [None] * len(storage.layers)
@@ -107,11 +140,16 @@ class GraphBuilder:
                     metadata[layer.index],
                     attends_itself=layer.attends_itself,
                 )
-        with_state = state_caches.make_caches(states, lengths)
+        make_caches = recording.caches if recording else state_caches.make_caches
+        with_state = make_caches(states, lengths)
         for stateful, cache in zip(storage.states.layers, with_state, strict=True):
             caches[stateful.index] = cache
         nested = nest_caches(storage.layers, caches) if self._nested else caches
-        logits: mx.array = self.model(tokens, cache=nested)
-        pages = [pool.pages for pool in self._pools]
-        written = state_caches.new_states(with_state)
-        return Graph(logits, pages, written, pipeline.given(self.model))
+        with recording.during() if recording else nullcontext():
+            logits: mx.array = self.model(tokens, cache=nested)
+        graph = Graph(logits, [pool.pages for pool in self._pools], [], pipeline.given(self.model))
+        if recording:
+            graph.positions = recording.by_position(with_state)
+        else:
+            graph.states = state_caches.new_states(with_state)
+        return graph

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -55,8 +56,10 @@ class Schedule:
         finished: ids of requests that ended.
         new: requests that begin.
         running: requests that continue; preempted ones are absent.
-        scheduled: request id → number of tokens in this step.
+        scheduled: request id → number of known tokens computed in this step.
         page_copies: (source block, destination block) of vLLM's copy-on-write.
+        drafts: request id → proposed tokens that this step verifies, after the last known one;
+            -1 stands for none.
     """
 
     finished: frozenset[str]
@@ -64,6 +67,7 @@ class Schedule:
     running: tuple[RunningRequest, ...]
     scheduled: dict[str, int]
     page_copies: tuple[tuple[int, int], ...]
+    drafts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def assigned_blocks(self) -> set[int]:
         """Return every block that this step assigns to some request."""

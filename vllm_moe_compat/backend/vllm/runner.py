@@ -87,7 +87,7 @@ class ModelRunner:
         compiles = compiles and ranks is None
         # Request id → its last token, drawn by a head with more columns than embeddings.
         self._drawn_without_row: dict[str, int] = {}
-        self.batch = Batch()
+        self.batch = Batch(sampler.rows.embedding)
         self._compiles = compiles
         self.forward = Forward(model, storage, compiles=compiles)
         self._check: OrderCheck | None = None

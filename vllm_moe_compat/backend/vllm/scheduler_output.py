@@ -24,11 +24,8 @@ def read_schedule(output: SchedulerOutput) -> Schedule:
     """Translate one scheduler output.
 
     Raises:
-        UnsupportedServingError: it is in the V2 encoding, or contains speculative tokens or
-            encoder inputs.
+        UnsupportedServingError: it is in the V2 encoding, or contains encoder inputs.
     """
-    if output.scheduled_spec_decode_tokens:
-        raise UnsupportedServingError("The embedded MLX backend has no speculative decoding.")
     if output.scheduled_encoder_inputs:
         raise UnsupportedServingError("The embedded MLX backend takes text, no images or audio.")
     if bridge.uses_v2_encoding(output):
@@ -68,10 +65,16 @@ def _decode_v1(output: SchedulerOutput) -> Schedule:
         )
         for i, req_id in enumerate(cached.req_ids)
     )
+    drafts = output.scheduled_spec_decode_tokens
     return Schedule(
         frozenset(output.finished_req_ids),
         tuple(new),
         running,
-        dict(output.num_scheduled_tokens),
+        # vLLM counts drafts as scheduled tokens.
+        {
+            req_id: count - len(drafts.get(req_id, ()))
+            for req_id, count in output.num_scheduled_tokens.items()
+        },
         bridge.page_copies(output),
+        drafts,
     )

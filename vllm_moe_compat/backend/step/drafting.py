@@ -1,0 +1,112 @@
+"""Drafts between two steps: who gets them, and what became of them.
+
+vLLM schedules the drafts that the runner proposed after the step before, so they are known to it
+and come back in the schedule. A step that verifies drafts tells how many were right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from vllm_moe_compat.backend.step.batch import Request
+from vllm_moe_compat.backend.step.drafter import Drafter
+
+
+class Lengths(Protocol):
+    """Decides how many drafts each request gets."""
+
+    def lengths(self, requests: Sequence[Request]) -> list[int]:
+        """Return how many drafts to propose for each request; 0 for none."""
+        ...
+
+    def observe(
+        self,
+        requests: Sequence[Request],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        seconds: float,
+    ) -> None:
+        """Take note of a step that gave each request ``1 + accepted[i]`` tokens.
+
+        Args:
+            requests: of the rows.
+            drafted: drafts of each row that the pass verified.
+            accepted: how many of them were right.
+            seconds: that the pass, the sampling and the drafting took.
+        """
+        ...
+
+    def forget(self, req_id: str) -> None:
+        """Let go of what is known of a request."""
+        ...
+
+
+class Always:
+    """Gives every request the same number of drafts."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def lengths(self, requests: Sequence[Request]) -> list[int]:
+        """Return ``most`` for each request."""
+        return [self.most] * len(requests)
+
+    def observe(
+        self,
+        requests: Sequence[Request],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        seconds: float,
+    ) -> None:
+        """Take no note."""
+
+    def forget(self, req_id: str) -> None:
+        """There is nothing to let go of."""
+
+
+def useful(request: Request) -> int:
+    """Return how many drafts a request could accept before it has all tokens it asked for."""
+    most: int | None = request.params.max_tokens
+    return sys.maxsize if most is None else max(0, most - len(request.output) - 1)
+
+
+class Drafting:
+    """The drafts of one engine."""
+
+    def __init__(self, drafter: Drafter, lengths: Lengths) -> None:
+        """Make the drafts of an engine.
+
+        Args:
+            drafter: proposes tokens.
+            lengths: decides how many.
+        """
+        self.drafter, self.lengths = drafter, lengths
+        # Whether nobody was to get a draft in the last step that proposed.
+        self.idle = False
+        self._proposed: dict[str, list[int]] = {}
+
+    def propose(self, requests: Sequence[Request]) -> None:
+        """Draft for the requests that drew tokens."""
+        wanted = self.lengths.lengths(requests)
+        self.idle = not any(wanted)
+        lengths = [min(count, useful(r)) for r, count in zip(requests, wanted, strict=True)]
+        drafted = [(r, count) for r, count in zip(requests, lengths, strict=True) if count]
+        found: list[list[int]] = []
+        if drafted:
+            most = max(count for _, count in drafted)
+            found = self.drafter.propose([request for request, _ in drafted], most)
+        self._proposed = {request.req_id: [] for request in requests}
+        for (request, count), drafts in zip(drafted, found, strict=True):
+            self._proposed[request.req_id] = drafts[:count]
+
+    def take(self) -> dict[str, list[int]]:
+        """Return the drafts of the last ``propose`` by request, once."""
+        proposed, self._proposed = self._proposed, {}
+        return proposed
+
+    def forget(self, req_id: str) -> None:
+        """Let go of a request that ended."""
+        self.drafter.forget(req_id)
+        self.lengths.forget(req_id)
