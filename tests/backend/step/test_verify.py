@@ -195,3 +195,29 @@ def test_logits_are_those_of_passes_of_one_token(family: Callable[[], Any], patt
         step += 1
     assert step < STEPS or pattern == "none right"
     forward.close()
+
+
+def test_a_discarded_draft_that_computes_nan_leaves_nothing_behind() -> None:
+    served = plain()
+    poison = 7
+    served.model.embed_tokens.weight[poison] = mx.array(float("nan"))
+    expected = unspeculated(served)
+    tokens = [[int(one.argmax()) for one in row] for row in expected]
+    assert all(poison not in row for row in tokens), "choose another token"
+    forward, storage, rows = _begin(served)
+    rows = [row for row in rows if poison not in row.prompt]
+    for place in range(STEPS - 2):
+        for number, row in enumerate(rows):
+            row.drafts = [poison] * (2 + number)
+        batch, scheduled = _prepare(storage, rows)
+        work = batch.decodes([row.req_id for row in rows], scheduled)
+        logits = np.array(forward.verify(work))
+        first = 0
+        for row in rows:
+            number = int(row.req_id[1:])
+            assert (logits[first] == expected[number][place]).all()
+            assert np.isnan(logits[first + 1]).all()
+            row.output.append(tokens[number][place])
+            first += 1 + len(row.drafts)
+        forward.accept({row.req_id: 1 for row in rows})
+    forward.close()

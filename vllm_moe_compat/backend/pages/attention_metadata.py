@@ -101,6 +101,7 @@ class AttentionMetadata:
         block: tokens per block.
         window: sliding window in tokens; None if every earlier token is visible.
         before: ``[B]``, tokens in front of the first block of the table; None means 0.
+        verifies: tokens after a row's first are drafts, which may be discarded.
         by_token: of the same tokens as ``B*T`` rows of one token each, in a pass whose tokens
             attend one by one; else None.
     """
@@ -111,6 +112,7 @@ class AttentionMetadata:
     block: int
     window: int | None = None
     before: Int | None = None
+    verifies: bool = False
     by_token: AttentionMetadata | None = None
     _rows: dict[int, mx.array] = field(default_factory=dict)
     _runs: dict[tuple[int, int], list[mx.array]] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class AttentionMetadata:
         self.positions = self.offsets if self.before is None else self.offsets + self.before
         self.offset = mx.array(self.positions.astype(np.int32))
         # A prompt computed from its first token attends only to itself: nothing to read.
-        self.from_start = not self.offsets.any() and self.width > 1 and self.by_token is None
+        self.from_start = not self.offsets.any() and self.width > 1 and not self.verifies
         self.single = len(self.offsets) == 1
         self.total = int((self.offsets + self.lengths).max())
 
@@ -142,7 +144,7 @@ class AttentionMetadata:
         offsets, tables = self.offsets - before, np.where(inside, tables, 0)
         by_token = None if self.by_token is None else self.by_token.with_window(window)
         return AttentionMetadata(
-            offsets, self.lengths, tables, self.block, window, before, by_token
+            offsets, self.lengths, tables, self.block, window, before, self.verifies, by_token
         )
 
     def attending_by_token(self) -> AttentionMetadata:

@@ -100,10 +100,6 @@ class PagePool:
         flat[rows] = values
         self.pages = flat.reshape(shape)
 
-    def clear_rows(self, rows: mx.array, width: int) -> None:
-        """Write zeros at ``rows [...]`` of the pool seen as ``[-1, width]``."""
-        self.write_rows(rows, mx.zeros((*rows.shape, width), dtype=self.raw))
-
     def read_runs(self, runs: mx.array, length: int, width: int) -> mx.array:
         """Return raw runs of ``length`` rows: ``runs [...]`` → ``[..., length, width]``."""
         return self.pages.reshape(-1, length, width)[runs]

@@ -45,6 +45,9 @@ class PagedKV:
         self.layer, self.pool, self.metadata = layer, pool, metadata
         # Code for a single sequence computes with ``offset`` as an int.
         self.offset = int(metadata.positions[0]) if layer.single_sequence else metadata.offset
+        # ``[B, T]``, tokens of a pass over drafts whose keys or values are not finite; they are
+        # stored as zeros.
+        self.broken: mx.array | None = None
         self.on_pages = attends_itself and (metadata.width == 1 or metadata.by_token is not None)
 
     def maybe_trim_front(self) -> None:
@@ -74,6 +77,11 @@ class PagedKV:
         are returned.
         """
         metadata, layer = self.metadata, self.layer
+        if metadata.verifies:
+            # A mask does not stop NaN, and a draft must not harm the tokens before it.
+            finite = mx.isfinite(keys).all(axis=(1, 3)) & mx.isfinite(values).all(axis=(1, 3))
+            self.broken = ~finite
+            keys, values = (mx.where(finite[:, None, :, None], x, 0) for x in (keys, values))
         # [B, planes, H, T, D] → [B*T, planes*H, D]: the order of ``metadata.rows``.
         if layer.planes == 2:
             both = mx.stack([keys, values], axis=1).astype(layer.dtype)

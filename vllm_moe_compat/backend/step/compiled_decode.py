@@ -121,7 +121,7 @@ class TracedMetadata:
     Anything else would be a constant of the trace, so it does not exist here.
     """
 
-    width, from_start, tokens, by_token = 1, False, None, None
+    width, from_start, tokens, verifies, by_token = 1, False, None, False, None
 
     def __init__(self, part: _Part, arrays: Iterator[mx.array]) -> None:
         self.block, self.offset = part.block, next(arrays)

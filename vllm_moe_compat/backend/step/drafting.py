@@ -7,6 +7,7 @@ and come back in the schedule. A step that verifies drafts tells how many were r
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -86,9 +87,22 @@ class Drafting:
         # Whether nobody was to get a draft in the last step that proposed.
         self.idle = False
         self._proposed: dict[str, list[int]] = {}
+        self._seconds = 0.0  # of the last ``propose``
+
+    def observe(self, requests: Sequence[Request], accepted: Sequence[int], seconds: float) -> None:
+        """Take note of a step, before the next ``propose``.
+
+        Args:
+            requests: that drew tokens.
+            accepted: drafts of each that were right.
+            seconds: that the pass and the sampling took.
+        """
+        drafted = [len(request.drafts) for request in requests]
+        self.lengths.observe(requests, drafted, accepted, seconds + self._seconds)
 
     def propose(self, requests: Sequence[Request]) -> None:
         """Draft for the requests that drew tokens."""
+        begin = time.perf_counter()
         wanted = self.lengths.lengths(requests)
         self.idle = not any(wanted)
         lengths = [min(count, useful(r)) for r, count in zip(requests, wanted, strict=True)]
@@ -100,6 +114,7 @@ class Drafting:
         self._proposed = {request.req_id: [] for request in requests}
         for (request, count), drafts in zip(drafted, found, strict=True):
             self._proposed[request.req_id] = drafts[:count]
+        self._seconds = time.perf_counter() - begin
 
     def take(self) -> dict[str, list[int]]:
         """Return the drafts of the last ``propose`` by request, once."""

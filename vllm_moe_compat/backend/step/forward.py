@@ -194,10 +194,9 @@ class Forward:
                 real = np.arange(part.tokens.shape[1]) < part.lengths[:, None]
                 if not real.all():
                     flat = flat[mx.array(np.flatnonzero(real).astype(np.uint32))]
-                finite = mx.isfinite(flat.max(axis=-1))
-                mx.eval(graph.written, flat, finite)
+                mx.eval(graph.written, flat)
             found.append(flat)
-            self._verified.append(Verified(part, graph.positions, np.array(finite)))
+            self._verified.append(Verified(part, graph.positions))
             failed |= {first + row: error for row, error in self.failed_rows.items()}
         self.expert_reads.failed_rows = failed
         return found[0] if len(found) == 1 else mx.concatenate(found)
@@ -209,7 +208,7 @@ class Forward:
         """
         verified, self._verified = self._verified, []
         for one in verified:
-            one.keep(self._builder, counts)
+            one.keep(self.storage, counts)
 
     def _must_split(self, work: Pass) -> bool:
         """Return whether the model's code cannot take the rows of ``work`` together."""

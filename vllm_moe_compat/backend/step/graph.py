@@ -92,7 +92,9 @@ class GraphBuilder:
             if group not in by_group:
                 block = storage.block_sizes[group]
                 table = work.tables(group, block)
-                whole = AttentionMetadata(work.offsets, work.lengths, table, block)
+                whole = AttentionMetadata(
+                    work.offsets, work.lengths, table, block, verifies=work.verifies
+                )
                 by_token = work.verifies and decode_attention.computes_on_pool(layer.dtype)
                 by_group[group] = whole.attending_by_token() if by_token else whole
             metadata = by_group[group]
@@ -147,9 +149,20 @@ class GraphBuilder:
         nested = nest_caches(storage.layers, caches) if self._nested else caches
         with recording.during() if recording else nullcontext():
             logits: mx.array = self.model(tokens, cache=nested)
+        logits = _nan_where_broken(logits, caches)
         graph = Graph(logits, [pool.pages for pool in self._pools], [], pipeline.given(self.model))
         if recording:
             graph.positions = recording.by_position(with_state)
         else:
             graph.states = state_caches.new_states(with_state)
         return graph
+
+
+def _nan_where_broken(logits: mx.array, caches: Sequence[Any]) -> mx.array:
+    """Return the logits ``[B, T, V]`` of tokens whose keys or values were not finite as NaN."""
+    broken = [cache.broken for cache in caches if isinstance(cache, PagedKV)]
+    found = [one for one in broken if one is not None]
+    if not found:
+        return logits
+    anywhere = mx.any(mx.stack(found), axis=0)[..., None]
+    return mx.where(anywhere, mx.array(float("nan"), dtype=logits.dtype), logits)
