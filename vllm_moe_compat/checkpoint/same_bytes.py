@@ -14,7 +14,14 @@ from vllm_moe_compat.errors import CheckpointFileError
 _CHUNK = 4 * 2**20
 
 
-def same_bytes(folder: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
+def same_bytes(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    one: str,
+    other: str,
+    *,
+    most: int | None = None,
+) -> bool:
     """Whether two tensors have the same dtype, shape and bytes.
 
     At most 8 MiB are held, and reading ends at the first difference.
@@ -24,6 +31,7 @@ def same_bytes(folder: Path, tensors: Mapping[str, TensorInfo], one: str, other:
         tensors: its tensors, by their headers.
         one: name of a tensor.
         other: name of another.
+        most: number of bytes that are compared, from the beginning; None for all.
 
     Raises:
         CheckpointFileError: a file cannot be read, or has changed since its header was read.
@@ -38,6 +46,7 @@ def same_bytes(folder: Path, tensors: Mapping[str, TensorInfo], one: str, other:
             try:
                 if size != length:
                     return False
+                size = size if most is None else min(size, most)
                 for start in range(0, size, _CHUNK):
                     count = min(_CHUNK, size - start)
                     if os.pread(first, count, at + start) != os.pread(second, count, there + start):

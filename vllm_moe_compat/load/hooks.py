@@ -81,6 +81,9 @@ def load_config_hook(
     if not called.strict:
         headers = present_part(headers)
     planned = make(headers, copy.deepcopy(config), serving_here())
+    if (view := load_options().view) is not None:
+        planned.refuse()
+        planned = view(planned)
     if planned.row is not None and planned.layout is not None:
         try:
             importlib.import_module(planned.row.module)

@@ -16,6 +16,7 @@ from vllm_moe_compat.plan.serving import Serving, serving
 
 if TYPE_CHECKING:
     from vllm_moe_compat.execute.quantize import Arrange, LoadExecutor
+    from vllm_moe_compat.plan.planned_load import PlannedLoad
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -41,6 +42,8 @@ class LoadOptions:
         layers: the first layer that is loaded and the one after the last, by the number of
             layers, where ranks have layers each; None where each has a part of all layers.
         processes: the number of processes of this machine that load as much at the same time.
+        view: takes the planned load, and returns that of a part of the checkpoint as a model of
+            its own, which is loaded instead.
     """
 
     dtype: str | None = None
@@ -54,6 +57,7 @@ class LoadOptions:
     ranks: int = 1
     layers: Callable[[int], tuple[int, int]] | None = None
     processes: int = 1
+    view: Callable[[PlannedLoad], PlannedLoad] | None = None
 
 
 _current: ContextVar[LoadOptions] = ContextVar("vllm_moe_compat_load_options")

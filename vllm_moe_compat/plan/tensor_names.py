@@ -47,19 +47,25 @@ class TensorNames:
         copies: pairs of an absent tensor and the one whose values it has.
         drops: tensors that are left out.
         words: what was changed, for messages; empty for nothing.
+        alone: whether every tensor that is not in ``renamed`` is left out.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     drops: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    alone: bool = False
 
     def of(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Return the tensors under the plan's names."""
-        if not (self.renamed or self.copies or self.drops):
+        if not (self.renamed or self.copies or self.drops or self.alone):
             return dict(tensors)
         new = dict(self.renamed)
-        found = {new.get(name, name): tensor for name, tensor in tensors.items()}
+        found = {
+            new.get(name, name): tensor
+            for name, tensor in tensors.items()
+            if not self.alone or name in new
+        }
         found.update({copy: found[source] for copy, source in self.copies if source in found})
         for name in self.drops:
             found.pop(name, None)
@@ -67,7 +73,7 @@ class TensorNames:
 
     def apply(self, weights: MutableMapping[str, T]) -> None:
         """Change the names in the loader's dict, in place; arrays are shared, not copied."""
-        if self.renamed or self.copies or self.drops:
+        if self.renamed or self.copies or self.drops or self.alone:
             found = self.of(weights)
             weights.clear()
             weights.update(found)
