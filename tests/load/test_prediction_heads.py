@@ -16,13 +16,10 @@ from mlx.utils import tree_flatten
 import vllm_moe_compat
 from parity.families import FAMILIES
 from parity.forms import FORM_BY_NAME, Cell, applies, build
-from parity.fp8 import quantize
+from support.checkpoint_heads import add_head, layer_count
 from support.loading import same_bits
-from support.prediction_heads import add_head, layer_count
-from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families.prediction_heads import HEADS_BY_MODULE
 from vllm_moe_compat.load.prediction_heads import HeadParts, load_heads
-from vllm_moe_compat.load.report import last_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
@@ -67,7 +64,10 @@ ALIKE = [
 ]
 CELLS = [
     pytest.param(
-        family, form, marks=() if (family, form) in DAILY else pytest.mark.full, id=f"{family} {form}"
+        family,
+        form,
+        marks=() if (family, form) in DAILY else pytest.mark.full,
+        id=f"{family} {form}",
     )
     for family in ALIKE
     for form in FORMS

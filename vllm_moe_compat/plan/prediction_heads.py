@@ -23,7 +23,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_moe_compat.checkpoint.config import layer_count, quantization_configs, sections, whole_number
+from vllm_moe_compat.checkpoint.config import (
+    layer_count,
+    quantization_configs,
+    sections,
+    whole_number,
+)
 from vllm_moe_compat.checkpoint.extras import Extras
 from vllm_moe_compat.checkpoint.findings import refuse
 from vllm_moe_compat.checkpoint.headers import TensorInfo
