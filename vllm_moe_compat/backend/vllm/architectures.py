@@ -18,6 +18,7 @@ PLAIN = (
     "DeepseekV3ForCausalLM",
     "Dots1ForCausalLM",
     "Ernie4_5_MoeForCausalLM",
+    "ExaoneMoEForCausalLM",
     "ExaoneMoeForCausalLM",
     "Gemma4ForCausalLM",
     "Gemma4ForConditionalGeneration",
@@ -102,4 +103,22 @@ GATED_DELTA = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForCausalLM",
     "Qwen3_5MoeForConditionalGeneration",
+)
+# Prediction heads, of which vLLM makes a model config of their own (``--speculative-config``).
+HEADS = (
+    "BailingMoeV25MTPModel",
+    "DeepSeekMTPModel",
+    "DeepseekV32MTPModel",
+    "ErnieMTPModel",
+    "ExaoneMoeMTP",
+    "Glm4MoeLiteMTPModel",
+    "Glm4MoeMTPModel",
+    "LongCatFlashMTPModel",
+    "MiMoMTPModel",
+    "MiMoV2MTPModel",
+    "NemotronHMTPModel",
+    "Qwen3NextMTP",
+    "Qwen3_5MTP",
+    "Qwen3_5MoeMTP",
+    "Step3p5MTP",
 )

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_moe_compat.backend.vllm import architectures, bridge
+from vllm_moe_compat.backend.vllm import architectures, bridge, bridge_speculation, speculation
 
 
 class MlxCausalLM(nn.Module):
@@ -186,10 +186,13 @@ for _method in METHODS:
 def register() -> None:
     """Register the stubs; idempotent."""
     bridge.allow_one_head_size_for_all_layers()
+    bridge_speculation.check_before_vllm(speculation.refusal, speculation.no_heads)
+    bridge_speculation.read_heads_of_text_configs()
     for method in METHODS:
         register_quantization_config(method)(config_class(method))
     for names, stub in (
         (architectures.PLAIN, MlxCausalLM),
+        (architectures.HEADS, MlxCausalLM),
         (architectures.STATEFUL, MlxHybridCausalLM),
         (architectures.GATED_DELTA, MlxGatedDeltaCausalLM),
     ):

@@ -21,6 +21,7 @@ from vllm_moe_compat.backend.vllm import (
     data_parallel,
     refusals,
     request_checks,
+    speculation,
     token_rows,
 )
 from vllm_moe_compat.backend.vllm.front_end_stats import log_expert_cache
@@ -158,6 +159,7 @@ class MlxPlatform(Platform):
         if refusal:
             raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {refusal}")
         data_parallel.settle(vllm_config)
+        speculation.settle(vllm_config)
         cls.apply_config_platform_defaults(vllm_config)
         bridge.mark_default_memory_share(vllm_config)
         parallel = vllm_config.parallel_config

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_moe_compat.backend.vllm import bridge, data_parallel, rank_refusals
+from vllm_moe_compat.backend.vllm import bridge, data_parallel, rank_refusals, speculation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,7 +30,9 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     model = vllm_config.model_config
     yield from data_parallel.refused(vllm_config)
     yield from rank_refusals.settings(vllm_config)
-    yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
+    speculative = speculation.first_refusal(vllm_config)
+    yield speculative, speculative or ""
+    if 0: yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
     yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
     yield vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."
     yield (

@@ -1,0 +1,82 @@
+"""vLLM's assumptions about speculation that do not hold here; see ``bridge``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+from vllm_moe_compat.errors import UnsupportedServingError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+Check = Callable[[Mapping[str, Any], Any], str | None]
+
+
+def check_before_vllm(refusal: Check, no_heads: Callable[[ModelConfig], str]) -> None:
+    """Let ``refusal`` read ``--speculative-config`` before vLLM acts on it; idempotent.
+
+    vLLM asks for packages and reads draft models before the platform sees the configuration, and
+    has no sentence for a checkpoint without prediction heads: it raises ``NotImplementedError``
+    for a family that it knows none of, ``ZeroDivisionError`` if the config says 0. ``no_heads``
+    returns that sentence. Remove when a platform is asked for the methods that it supports.
+    """
+    register_post_import_hook(
+        functools.partial(_check_before_vllm, refusal, no_heads), "vllm.engine.arg_utils"
+    )
+
+
+def _check_before_vllm(refusal: Check, no_heads: Callable[[ModelConfig], str], module: Any) -> None:
+    create = module.EngineArgs.create_speculative_config
+    if hasattr(create, "__wrapped__"):
+        return
+
+    @functools.wraps(create)
+    def create_checked(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        given = _given(self)
+        text = refusal(given, target_model_config) if given else None
+        if text:
+            raise UnsupportedServingError(f"The embedded MLX backend cannot serve with {text}")
+        try:
+            return create(self, target_model_config, target_parallel_config)
+        except (NotImplementedError, ZeroDivisionError) as error:
+            raise UnsupportedServingError(no_heads(target_model_config)) from error
+
+    module.EngineArgs.create_speculative_config = create_checked
+
+
+def _given(arguments: Any) -> dict[str, Any]:
+    """Return the fields that are set by ``--speculative-config`` and by flags of their own."""
+    flags = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+    given = {
+        name.replace("-", "_"): value
+        for name, value in (arguments.speculative_config or {}).items()
+    }
+    for flag, name in flags.items():
+        if getattr(arguments, flag, None) is not None:
+            given.setdefault(name, getattr(arguments, flag))
+    return given
+
+
+def read_heads_of_text_configs() -> None:
+    """Let vLLM 0.27 find the heads of a Qwen3.5 that was saved without its vision part; idempotent.
+
+    It knows the heads of ``qwen3_5_moe`` and not those of ``qwen3_5_moe_text``, which have the
+    same config; 0.32 knows both. Remove when 0.27 leaves the tested range.
+    """
+    from vllm.config.speculative import SpeculativeConfig
+
+    override = SpeculativeConfig.hf_config_override
+    if hasattr(override, "__wrapped__"):
+        return
+
+    @functools.wraps(override)
+    def override_text_too(hf_config: Any) -> Any:
+        if hf_config.model_type in ("qwen3_5_text", "qwen3_5_moe_text"):
+            hf_config.model_type = hf_config.model_type.removesuffix("_text")
+        return override(hf_config)
+
+    SpeculativeConfig.hf_config_override = staticmethod(override_text_too)
