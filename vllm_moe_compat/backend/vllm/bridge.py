@@ -1,9 +1,9 @@
 """Differences between vLLM's releases, and vLLM's assumptions about hardware.
 
-Only this file and ``bridge_kv``, for plans of KV caches, know which vLLM is installed. Differences
-are detected by the thing itself (a field, a parameter) and not by version number, since
-vllm-metal and nightlies number their builds differently. Each function says how releases differ,
-why that matters here, and when it, or a branch of it, can be removed.
+Only this file, ``bridge_kv``, for plans of KV caches, and ``bridge_speculation`` know which vLLM
+is installed. Differences are detected by the thing itself (a field, a parameter) and not by version
+number, since vllm-metal and nightlies number their builds differently. Each function says how
+releases differ, why that matters here, and when it, or a branch of it, can be removed.
 """
 
 from __future__ import annotations

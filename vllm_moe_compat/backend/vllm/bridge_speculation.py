@@ -48,15 +48,16 @@ def _check_before_vllm(refusal: Check, no_heads: Callable[[ModelConfig], str], m
     module.EngineArgs.create_speculative_config = create_checked
 
 
+FLAGS = (("spec_method", "method"), ("spec_model", "model"))
+"""Arguments that set a field; ``--spec-tokens`` sets none that is refused."""
+
+
 def _given(arguments: Any) -> dict[str, Any]:
     """Return the fields that are set by ``--speculative-config`` and by flags of their own."""
-    flags = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
-    given = {
-        name.replace("-", "_"): value
-        for name, value in (arguments.speculative_config or {}).items()
-    }
-    for flag, name in flags.items():
-        if getattr(arguments, flag, None) is not None:
+    written = arguments.speculative_config or {}
+    given = {name.replace("-", "_"): value for name, value in written.items()}
+    for flag, name in FLAGS:
+        if getattr(arguments, flag) is not None:
             given.setdefault(name, getattr(arguments, flag))
     return given
 

@@ -32,7 +32,6 @@ def _settings(vllm_config: VllmConfig) -> Iterator[tuple[Any, str]]:
     yield from rank_refusals.settings(vllm_config)
     speculative = speculation.first_refusal(vllm_config)
     yield speculative, speculative or ""
-    if 0: yield vllm_config.speculative_config, "speculative decoding; leave --speculative-config out."
     yield vllm_config.lora_config, "LoRA adapters; merge them into the checkpoint."
     yield vllm_config.kv_transfer_config, "KV transfer; leave --kv-transfer-config out."
     yield (

@@ -28,6 +28,7 @@ from vllm_moe_compat.backend.vllm import (
     executor,
     kv_specs,
     rank_group,
+    speculation,
     stages,
 )
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
@@ -74,6 +75,11 @@ class MlxWorker(OutOfStepCalls):
     @at_start_up
     def init_device(self) -> None:
         """Set the seeds; MLX selects its device itself."""
+        if speculation.read(self.vllm_config) is not None:
+            raise UnsupportedServingError(
+                "The embedded MLX backend cannot serve with speculative decoding; leave "
+                "--speculative-config out."
+            )
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()
         ask_worker_first()
