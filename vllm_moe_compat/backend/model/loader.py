@@ -26,6 +26,7 @@ from vllm_moe_compat.checkpoint.file_stamps import FileStamps
 from vllm_moe_compat.expert_cache.install import containers
 from vllm_moe_compat.load.memory import give_back
 from vllm_moe_compat.load.options import loading_with
+from vllm_moe_compat.load.prediction_heads import HeadParts, load_heads
 from vllm_moe_compat.load.report import last_report
 from vllm_moe_compat.log import logger
 from vllm_moe_compat.plan.expert_cache import CachePlan
@@ -78,9 +79,7 @@ def load(
     """
     from mlx_lm import utils
 
-    path = Path(model)
-    if not path.exists():
-        path = Path(utils._download(model, revision=revision))
+    path = _folder(model, revision)
     stamps = file_stamps.take(path.absolute())
     share: Share | Range | None = None
     if group is not None:
@@ -125,6 +124,32 @@ def load(
         _single_sequence(result),
     )
     return ServedModel(loaded, result.layers, weights, widened, limit, reason, stamps, cache)
+
+
+def load_prediction_heads(model: str, revision: str | None, dtype: mx.Dtype) -> HeadParts:
+    """Load the first prediction head of the checkpoint that ``load`` has loaded.
+
+    Raises:
+        CompatError: the checkpoint has no head, or one that cannot be used.
+    """
+    path = _folder(model, revision)
+    name = str(dtype).rpartition(".")[2]
+    parts = load_heads(path, name, lambda head: _settle(head, dtype))
+    give_back()
+    logger.info(
+        "%s: loaded the first prediction head, %.1f MiB of weights",
+        path,
+        parts.weight_bytes / 2**20,
+    )
+    return parts
+
+
+def _folder(model: str, revision: str | None) -> Path:
+    """Return the folder of a checkpoint, or of a repository in the local cache."""
+    from mlx_lm import utils
+
+    path = Path(model)
+    return path if path.exists() else Path(utils._download(model, revision=revision))
 
 
 def _layer_counts(layers: Sequence[Layer]) -> str:
