@@ -52,7 +52,7 @@ def hidden_of(work: Pass) -> mx.array:
 def compute(drafter: MtpDrafter, rows: Sequence[tuple[Request, int, int]]) -> None:
     """A pass over known tokens."""
     work = make_pass(rows)
-    drafter.take(work, hidden_of(work))
+    drafter.follow(work, hidden_of(work))
 
 
 def prompts(drafter: MtpDrafter, requests: Sequence[Request]) -> None:
@@ -84,7 +84,7 @@ def draw(
     after = [request.output for request in requests]
     for request, output in zip(requests, before, strict=True):
         request.output = output
-    drafter.take(work, states if hidden else None)
+    drafter.follow(work, states if hidden else None)
     for request, output in zip(requests, after, strict=True):
         request.output = [*output, int(random.integers(0, small.VOCABULARY))]
 

@@ -210,7 +210,8 @@ class CompiledDecode:
         before = [] if known else _members(self._builder.model)
         pages = [pool.pages for pool in self._pools]
         try:
-            graph = Graph(*function(tokens, pages, states, inputs.arrays))
+            logits, after, new_states, hidden = function(tokens, pages, states, inputs.arrays)
+            graph = Graph(logits, after, new_states, hidden=hidden[0] if hidden else None)
         except Exception as error:
             raise CannotCompileError(f"{type(error).__name__}: {error}") from error
         finally:
@@ -252,7 +253,7 @@ class CompiledDecode:
 
         def decode(
             tokens: mx.array, pages: list[mx.array], states: list[State], arrays: list[mx.array]
-        ) -> tuple[mx.array, list[mx.array], list[State]]:
+        ) -> tuple[mx.array, list[mx.array], list[State], list[mx.array]]:
             for pool, current in zip(self._pools, pages, strict=True):
                 pool.pages = current
             rest = iter(arrays)
@@ -261,7 +262,8 @@ class CompiledDecode:
             for layer, owner in zip(self._layers, kind.owner, strict=True):
                 metadata[layer.index] = parts[owner]
             graph = self._builder.build(tokens, metadata, states, lengths)
-            return graph.logits, graph.pages, graph.states
+            hidden = [] if graph.hidden is None else [graph.hidden]
+            return graph.logits, graph.pages, graph.states, hidden
 
         return decode
 

@@ -27,6 +27,7 @@ import mlx.nn as nn
 import numpy as np
 
 from vllm_moe_compat.backend.model import attention_hook
+from vllm_moe_compat.backend.model.hidden_states import HiddenStates
 from vllm_moe_compat.backend.pages.layers import Batching, batching_of
 from vllm_moe_compat.backend.pages.state_pool import State
 from vllm_moe_compat.backend.pages.storage import LayerStorage
@@ -81,6 +82,7 @@ class Forward:
         self.recording: StateRecording | None = None
         # Called before a pass is evaluated; whether it has logits.
         self.before_pass: Callable[[Pass, bool], None] = lambda work, logits: None
+        self._hidden: list[tuple[Pass, mx.array]] = []
         self.hits = 0  # passes that had been built early and were used
 
     def close(self) -> None:
@@ -93,6 +95,20 @@ class Forward:
         """Discard the pass built early; required before any write to pools outside a pass."""
         self.wait()
         self._next = None
+
+    def keep_hidden(self, hidden: HiddenStates) -> None:
+        """Keep the hidden states of passes from now on, for ``take_hidden``."""
+        self.discard_next()
+        self._builder.hidden = hidden
+
+    def take_hidden(self) -> list[tuple[Pass, mx.array]]:
+        """Return the hidden states ``[B, T, H]`` of the passes since the last call.
+
+        They are evaluated with their pass. Rows that were computed one by one come as passes of
+        one row.
+        """
+        taken, self._hidden = self._hidden, []
+        return taken
 
     @property
     def failed_rows(self) -> dict[int, Exception]:
@@ -269,7 +285,9 @@ class Forward:
         graph.pages = []
 
     def _commit(self, work: Pass, graph: Graph) -> None:
-        """Make pools and resident states those after ``graph``."""
+        """Make pools and resident states those after ``graph``, and keep its hidden states."""
+        if graph.hidden is not None:
+            self._hidden.append((work, graph.hidden))
         for pool, pages in zip(self._pools, graph.pages, strict=True):
             pool.pages = pages
         if graph.states:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_compat.backend.model.hidden_states import HiddenStates
 from vllm_moe_compat.backend.pages import decode_attention, state_caches
 from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, has_nested_caches, nest_caches
@@ -49,6 +50,7 @@ class Graph:
         states: resident states of its requests after the pass, per layer.
         given: what the pass gives to the next rank of a pipeline.
         positions: states after each token, per layer, of a pass that verifies drafts; else empty.
+        hidden: ``[B, T, H]``, what prediction heads continue from; None if nobody asks for it.
     """
 
     logits: mx.array
@@ -56,22 +58,29 @@ class Graph:
     states: list[State]
     given: list[mx.array] = field(default_factory=list)
     positions: list[StatesByPosition] = field(default_factory=list)
+    hidden: mx.array | None = None
 
     @property
     def written(self) -> list[mx.array]:
         """All arrays that the pass writes."""
         states = [part for state in self.states for part in state]
         states += [part for layer in self.positions for part in layer.held]
-        return self.pages + self.given + states
+        hidden = [] if self.hidden is None else [self.hidden]
+        return self.pages + self.given + states + hidden
 
 
 class GraphBuilder:
-    """Builds the passes of one model."""
+    """Builds the passes of one model.
+
+    Attributes:
+        hidden: takes the hidden states out of passes; None to leave them there.
+    """
 
     def __init__(self, model: nn.Module, storage: LayerStorage) -> None:
         self.model, self.storage = model, storage
         self._pools = storage.distinct_pools
         self._nested = has_nested_caches(storage.layers)
+        self.hidden: HiddenStates | None = None
 
     def metadata(self, work: Pass) -> list[AttentionMetadata | None]:
         """Return the metadata of each cache: one per KV group, one more per window in it.
@@ -147,7 +156,10 @@ class GraphBuilder:
         for stateful, cache in zip(storage.states.layers, with_state, strict=True):
             caches[stateful.index] = cache
         nested = nest_caches(storage.layers, caches) if self._nested else caches
-        with recording.during() if recording else nullcontext():
+        with (
+            recording.during() if recording else nullcontext(),
+            self.hidden.during() if self.hidden else nullcontext() as taken,
+        ):
             logits: mx.array = self.model(tokens, cache=nested)
         logits = _nan_where_broken(logits, caches)
         graph = Graph(logits, [pool.pages for pool in self._pools], [], pipeline.given(self.model))
@@ -155,6 +167,8 @@ class GraphBuilder:
             graph.positions = recording.by_position(with_state)
         else:
             graph.states = state_caches.new_states(with_state)
+        if taken is not None:
+            graph.hidden = taken.take()
         return graph
 
 

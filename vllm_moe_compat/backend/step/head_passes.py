@@ -94,7 +94,7 @@ class HeadPasses:
         for together in self._together(rows):
             with self._building():
                 self._zero_begun(together, [0] * len(together))
-                self._first_pass(together)
+                self._first_pass(together, verifies=False)
             self._evaluate([])
 
     def draft(self, rows: Sequence[HeadRow], counts: Sequence[int]) -> list[list[int]]:
@@ -122,7 +122,7 @@ class HeadPasses:
         """Return the tokens of each step; rows with more of them come first."""
         with self._building():
             self._zero_begun(rows, [count - 1 for count in counts])
-            logits, hidden = self._first_pass(rows)
+            logits, hidden = self._first_pass(rows, verifies=True)
             last = np.asarray([row.length - 1 for row in rows])
             if logits.shape[1] > 1:
                 index = mx.array(last.astype(np.uint32))[:, None, None]
@@ -136,6 +136,7 @@ class HeadPasses:
                     np.zeros((going_on, 1), dtype=np.int32),
                     np.asarray([row.end + step - 1 for row in rows[:going_on]], dtype=np.int64),
                     np.ones(going_on, dtype=np.int64),
+                    verifies=True,
                 )
                 logits, hidden = self._pass(work, chain[-1][:going_on], hidden[:going_on])
                 chain.append(self._likeliest(logits))
@@ -147,8 +148,11 @@ class HeadPasses:
         tokens = mx.argmax(logits[..., : self._token_rows], axis=-1)
         return mx.minimum(tokens, self._token_rows - 1).astype(mx.int32)
 
-    def _first_pass(self, rows: Sequence[HeadRow]) -> tuple[mx.array, mx.array]:
-        """Build the pass over ``rows``, padded on the right with tokens of the same row."""
+    def _first_pass(self, rows: Sequence[HeadRow], *, verifies: bool) -> tuple[mx.array, mx.array]:
+        """Build the pass over ``rows``, padded on the right with tokens of the same row.
+
+        ``verifies``: as of ``Pass``; each token attends by itself, and NaN is stored as zeros.
+        """
         lengths = np.asarray([row.length for row in rows], dtype=np.int64)
         steps = np.arange(int(lengths.max()))
         tokens = np.empty((len(rows), len(steps)), dtype=np.int32)
@@ -160,7 +164,8 @@ class HeadPasses:
             whole = row.length == len(steps)
             hidden.append(row.hidden if whole else row.hidden[mx.array(padded)])
         offsets = np.asarray([row.start for row in rows], dtype=np.int64)
-        work = Pass(tuple(row.request for row in rows), tokens, offsets, lengths)
+        requests = tuple(row.request for row in rows)
+        work = Pass(requests, tokens, offsets, lengths, verifies)
         stacked = mx.stack(hidden) if len(hidden) > 1 else hidden[0][None]
         return self._pass(work, mx.array(tokens), stacked)
 

@@ -1,6 +1,6 @@
 """Drafts from a model's own prediction heads (multi-token prediction).
 
-After each pass of the target, ``take`` gets its hidden states. Over the positions of a prompt the
+After each pass of the target, ``follow`` gets its hidden states. Over the positions of a prompt the
 heads run at once, since their next tokens are known. The hidden states of positions that draw
 tokens wait until ``propose``, which knows what was drawn and accepted: the heads run over those
 positions, and draft from the last one.
@@ -97,7 +97,7 @@ class MtpDrafter:
         self.passes.close()
 
     def wants(self, work: Pass) -> bool:
-        """Return whether ``take`` has a use for the hidden states of a pass."""
+        """Return whether ``follow`` has a use for the hidden states of a pass."""
         if self._failed:
             return False
         return any(
@@ -105,7 +105,7 @@ class MtpDrafter:
             for request in work.requests
         )
 
-    def take(self, work: Pass, hidden: mx.array | None) -> None:
+    def follow(self, work: Pass, hidden: mx.array | None) -> None:
         """Take the hidden states ``[B, T, H]`` of the target's last pass, evaluated.
 
         Without hidden states, the requests of the pass get no drafts any more. The passes of the

@@ -79,6 +79,7 @@ def _agree(forward: Forward, tokens: Sequence[int], layers: Sequence[Layer]) -> 
                 request.output.append(answers[row])
     finally:
         storage.states.drop({request.req_id for request in requests})
+        forward.take_hidden()
         used = sorted({block for r in requests for group in r.blocks for block in group})
         for pool in storage.distinct_pools:
             pool.zero(used)
