@@ -41,7 +41,7 @@ class RandomHeads(nn.Module):
         # A function, since a module would count as a part of the heads.
         self.target = lambda: target.language_model
 
-    def __call__(
+    def decode(
         self, tokens: mx.array, hidden: mx.array, cache: Sequence[Any]
     ) -> tuple[mx.array, mx.array]:
         target = self.target()
@@ -49,7 +49,11 @@ class RandomHeads(nn.Module):
         both = mx.concatenate([embedded, self.norms[1](hidden)], axis=-1)
         joined = self.projection(both)
         out = self.norms[2](self.decoder(joined, create_attention_mask(joined, cache[0]), cache[0]))
-        return target.lm_head(out), out
+        return out, out
+
+    def logits(self, normed: mx.array) -> mx.array:
+        logits: mx.array = self.target().lm_head(normed)
+        return logits
 
     @property
     def description(self) -> AttentionLayer:
@@ -83,11 +87,11 @@ def reference(heads: RandomHeads, request: Request, count: int) -> list[int]:
     known = request.num_tokens - 1
     cache = [KVCache()]
     tokens = mx.array([request.tokens(1, known)])
-    logits, hidden = heads(tokens, hidden_states(request, known)[None], cache)
+    normed, hidden = heads.decode(tokens, hidden_states(request, known)[None], cache)
     drafts = []
     while True:
-        token = mx.argmax(logits[:, -1], axis=-1)
+        token = mx.argmax(heads.logits(normed)[:, -1], axis=-1)
         drafts.append(int(token.item()))
         if len(drafts) == count:
             return drafts
-        logits, hidden = heads(token[:, None], hidden[:, -1:], cache)
+        normed, hidden = heads.decode(token[:, None], hidden[:, -1:], cache)

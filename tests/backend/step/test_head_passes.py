@@ -153,14 +153,14 @@ def test_a_pass_that_cannot_be_built_leaves_the_pool(
     passes.write([row(r, 0, r.num_tokens - 2) for r in requests])
     before = storage.distinct_pools[0].pages
     rest = [row(r, r.num_tokens - 2, r.num_tokens - 1) for r in requests]
-    compute = small.RandomHeads.__call__
+    compute = small.RandomHeads.decode
 
     def fail(*args: Any) -> Any:
         compute(*args)
         raise TypeError("after keys and values were written")
 
     with monkeypatch.context() as broken:
-        broken.setattr(small.RandomHeads, "__call__", fail)
+        broken.setattr(small.RandomHeads, "decode", fail)
         with pytest.raises(TypeError, match="were written"):
             passes.draft(rest, [2, 2])
     assert storage.distinct_pools[0].pages is before

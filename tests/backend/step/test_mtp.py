@@ -217,7 +217,7 @@ def test_heads_that_fail_are_told_once_and_not_asked_again(
     requests = hybrid.requests([13, 30])
     if where == "drafts":
         prompts(drafter, requests)
-    monkeypatch.setattr(small.RandomHeads, "__call__", fail)
+    monkeypatch.setattr(small.RandomHeads, "decode", fail)
     with caplog.at_level(logging.ERROR, logger="vllm_moe_compat"):
         if where == "prompt":
             prompts(drafter, requests)

@@ -92,6 +92,17 @@ class PredictionHeads(nn.Module):
         Returns:
             Logits ``[B, T, V]``, and hidden states ``[B, T, H]`` for the next draft.
         """
+        normed, hidden = self.decode(tokens, hidden, cache)
+        return self.logits(normed), hidden
+
+    def decode(
+        self, tokens: mx.array, hidden: mx.array, cache: Sequence[Any]
+    ) -> tuple[mx.array, mx.array]:
+        """Do the same without the output head.
+
+        Returns:
+            What ``logits`` takes, and hidden states for the next draft, ``[B, T, H]`` each.
+        """
         embedded = self.embed(tokens)
         if self.masks_first:
             embedded = _without_first(embedded, _offset(cache[0]))
@@ -100,7 +111,7 @@ class PredictionHeads(nn.Module):
             both.reverse()
         decoded = self.decoder(self.join(mx.concatenate(both, axis=-1)), cache=cache)
         normed = self.norm(decoded)
-        return self.logits(normed), normed if self.recycles_normed else decoded
+        return normed, normed if self.recycles_normed else decoded
 
 
 def _offset(cache: Any) -> mx.array | int:

@@ -17,12 +17,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from vllm_moe_compat.backend.model import attention_hook
+from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.backend.pages.layers import (
     AttentionLayer,
     Batching,
@@ -69,12 +69,11 @@ class HeadRow:
 class HeadPasses:
     """Runs the passes of one model's prediction heads."""
 
-    def __init__(self, heads: Any, storage: LayerStorage, token_rows: int) -> None:
+    def __init__(self, heads: PredictionHeads, storage: LayerStorage, token_rows: int) -> None:
         """Hook the heads' attention.
 
         Args:
-            heads: ``PredictionHeads``: ``(tokens [B, T], hidden [B, T, H], caches)`` →
-                ``(logits [B, T, V], hidden [B, T, H])``.
+            heads: of the model.
             storage: of the heads' layers.
             token_rows: token ids that the embeddings have rows for; no other one is drafted.
         """
@@ -122,13 +121,12 @@ class HeadPasses:
         """Return the tokens of each step; rows with more of them come first."""
         with self._building():
             self._zero_begun(rows, [count - 1 for count in counts])
-            logits, hidden = self._first_pass(rows, verifies=True)
-            last = np.asarray([row.length - 1 for row in rows])
-            if logits.shape[1] > 1:
-                index = mx.array(last.astype(np.uint32))[:, None, None]
-                logits = mx.take_along_axis(logits, index, axis=1)
-                hidden = mx.take_along_axis(hidden, index, axis=1)
-            chain = [self._likeliest(logits)]
+            normed, hidden = self._first_pass(rows, verifies=True)
+            if normed.shape[1] > 1:
+                last = np.asarray([row.length - 1 for row in rows], dtype=np.uint32)
+                index = mx.array(last)[:, None, None]
+                normed, hidden = (mx.take_along_axis(x, index, axis=1) for x in (normed, hidden))
+            chain = [self._likeliest(normed)]
             for step in range(1, counts[0]):
                 going_on = sum(count > step for count in counts)
                 work = Pass(
@@ -138,13 +136,14 @@ class HeadPasses:
                     np.ones(going_on, dtype=np.int64),
                     verifies=True,
                 )
-                logits, hidden = self._pass(work, chain[-1][:going_on], hidden[:going_on])
-                chain.append(self._likeliest(logits))
+                normed, hidden = self._pass(work, chain[-1][:going_on], hidden[:going_on])
+                chain.append(self._likeliest(normed))
         self._evaluate(chain)
         return [np.array(tokens).reshape(-1).tolist() for tokens in chain]
 
-    def _likeliest(self, logits: mx.array) -> mx.array:
+    def _likeliest(self, normed: mx.array) -> mx.array:
         """Return the likeliest token that has an embedding, ``[B, 1]``; any one after NaN."""
+        logits = self.heads.logits(normed)
         tokens = mx.argmax(logits[..., : self._token_rows], axis=-1)
         return mx.minimum(tokens, self._token_rows - 1).astype(mx.int32)
 
@@ -170,7 +169,7 @@ class HeadPasses:
         return self._pass(work, mx.array(tokens), stacked)
 
     def _pass(self, work: Pass, tokens: mx.array, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """Build a pass; this replaces the arrays of the pools."""
+        """Build a pass as ``heads.decode`` does; this replaces the arrays of the pools."""
         storage, caches = self.storage, []
         for layer, metadata in zip(storage.layers, self._metadata(work), strict=True):
             assert isinstance(layer, AttentionLayer)
@@ -178,8 +177,7 @@ class HeadPasses:
             pool = storage.pools[layer.index]
             caches.append(PagedKV(layer, pool, metadata, attends_itself=layer.attends_itself))
         nested = nest_caches(storage.layers, caches) if self._nested else caches
-        logits, found = self.heads(tokens, hidden, nested)
-        return logits, found
+        return self.heads.decode(tokens, hidden, nested)
 
     def _zero_begun(self, rows: Sequence[HeadRow], further: Sequence[int]) -> None:
         """Zero the blocks that the rows begin and the first pass does not fill.
