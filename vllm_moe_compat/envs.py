@@ -120,6 +120,15 @@ CHECK_RANKS = Variable(
     ("0", "1"),
     "switch",
 )
+PARK_DRAFTS = Variable(
+    "VLLM_MOE_COMPAT_PARK_DRAFTS",
+    "1",
+    "0 verifies drafts of speculative decoding in every step. Otherwise they are left out for "
+    "requests and sizes of the batch with which, as measured while serving, tokens come faster "
+    "without.",
+    ("0", "1"),
+    "switch",
+)
 SMOKE_MODEL = Variable(
     "VLLM_MOE_COMPAT_SMOKE_MODEL",
     "",
@@ -141,6 +150,7 @@ VARIABLES: tuple[Variable, ...] = (
     EXPERT_CACHE,
     COLLECTIVES,
     CHECK_RANKS,
+    PARK_DRAFTS,
     SMOKE_MODEL,
     SMOKE_GOLDEN,
 )

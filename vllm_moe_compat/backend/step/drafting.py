@@ -13,6 +13,8 @@ from typing import Protocol
 
 from vllm_moe_compat.backend.step.batch import Request
 from vllm_moe_compat.backend.step.drafter import Drafter
+from vllm_moe_compat.backend.step.parking import Parking
+from vllm_moe_compat.envs import PARK_DRAFTS
 
 
 class Lengths(Protocol):
@@ -20,6 +22,10 @@ class Lengths(Protocol):
 
     def lengths(self, requests: Sequence[Request]) -> list[int]:
         """Return how many drafts to propose for each request; 0 for none."""
+        ...
+
+    def kept(self, requests: Sequence[Request], proposed: Sequence[int]) -> list[int]:
+        """Return how many of the proposed drafts of each request to verify."""
         ...
 
     def observe(
@@ -54,6 +60,10 @@ class Always:
         """Return ``most`` for each request."""
         return [self.most] * len(requests)
 
+    def kept(self, requests: Sequence[Request], proposed: Sequence[int]) -> list[int]:
+        """Return all of them."""
+        return list(proposed)
+
     def observe(
         self,
         requests: Sequence[Request],
@@ -65,6 +75,11 @@ class Always:
 
     def forget(self, req_id: str) -> None:
         """There is nothing to let go of."""
+
+
+def lengths_of(most: int) -> Lengths:
+    """Return what decides about up to ``most`` drafts per request."""
+    return Parking(most) if PARK_DRAFTS.read() == "1" else Always(most)
 
 
 def useful(request: Request) -> int:
@@ -111,9 +126,14 @@ class Drafting:
         if drafted:
             most = max(count for _, count in drafted)
             found = self.drafter.propose([request for request, _ in drafted], most)
-        self._proposed = {request.req_id: [] for request in requests}
+        proposed = {request.req_id: list[int]() for request in requests}
         for (request, count), drafts in zip(drafted, found, strict=True):
-            self._proposed[request.req_id] = drafts[:count]
+            proposed[request.req_id] = drafts[:count]
+        kept = self.lengths.kept(requests, [len(drafts) for drafts in proposed.values()])
+        self._proposed = {
+            req_id: drafts[:count]
+            for (req_id, drafts), count in zip(proposed.items(), kept, strict=True)
+        }
         self._seconds = time.perf_counter() - begin
 
     def take(self) -> dict[str, list[int]]:
