@@ -35,7 +35,7 @@ def drafter(heads: Any) -> Any:
     passes = HeadPasses(heads, small.storage(heads, 8 << 20), small.VOCABULARY)
     made = MtpDrafter(passes, LONGEST)
     yield made
-    made.close()
+    made.suspend()
 
 
 def hidden_of(work: Pass) -> mx.array:
@@ -148,11 +148,8 @@ def test_a_pass_without_hidden_states_leaves_a_gap(heads: Any, drafter: MtpDraft
     draw(drafter, [paused], [0], hidden=False)
     draw(drafter, requests, [0, 0])
     assert drafter.propose(requests, MOST) == [[], small.reference(heads, other, MOST)]
-    work = make_pass([(paused, paused.num_tokens - 1, 1)])
-    assert not drafter.wants(work)
     # Computed anew after a preemption, it has all positions again.
     drafter.forget(paused.req_id)
-    assert drafter.wants(work)
     prompts(drafter, [paused])
     draw(drafter, [paused], [0])
     assert_drafts(drafter, [paused], heads)
@@ -226,4 +223,14 @@ def test_heads_that_fail_are_told_once_and_not_asked_again(
             assert drafter.propose(requests, MOST) == [[], []]
     (record,) = [r for r in caplog.records if "a wrong shape" in r.getMessage()]
     assert "requests go on without" in record.getMessage()
-    assert not drafter.wants(make_pass([(requests[0], 0, 1)]))
+
+
+def test_other_weights_after_a_pause_of_all(heads: Any, drafter: MtpDrafter) -> None:
+    requests = hybrid.requests([13, 30])
+    prompts(drafter, requests)
+    drafter.suspend()
+    other = small.RandomHeads(hybrid.model(), seed=2)
+    drafter.resume(other)
+    prompts(drafter, requests)
+    draw(drafter, requests, [0, 0])
+    assert_drafts(drafter, requests, other)

@@ -14,7 +14,7 @@ there. Every read of a page comes before the chain's next write to it, so no poo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -78,6 +78,8 @@ class HeadPasses:
             token_rows: token ids that the embeddings have rows for; no other one is drafted.
         """
         self.heads, self.storage, self._token_rows = heads, storage, token_rows
+        # Called before pages are written: nothing else may hold the pools.
+        self.before_write: Callable[[], None] = lambda: None
         self._remove_hook = weakref.finalize(self, attention_hook.install(heads))
         self._one_by_one = batching_of(storage.layers) is Batching.SINGLE_SEQUENCE
         self._metadata = GraphBuilder(heads, storage).metadata
@@ -85,8 +87,15 @@ class HeadPasses:
         self._pools = storage.distinct_pools
 
     def close(self) -> None:
-        """Remove the attention hook; no pass can run afterwards."""
+        """Remove the attention hook and let go of the heads; no pass can run afterwards."""
         self._remove_hook()
+        del self.heads, self._metadata
+
+    def of(self, heads: PredictionHeads) -> HeadPasses:
+        """Return the passes of other heads on the same pages."""
+        made = HeadPasses(heads, self.storage, self._token_rows)
+        made.before_write = self.before_write
+        return made
 
     def write(self, rows: Sequence[HeadRow]) -> None:
         """Compute keys and values of the positions of ``rows``."""
@@ -199,6 +208,7 @@ class HeadPasses:
     @contextmanager
     def _building(self) -> Iterator[None]:
         """Put the pools back if a pass cannot be built."""
+        self.before_write()
         before = [pool.pages for pool in self._pools]
         try:
             yield

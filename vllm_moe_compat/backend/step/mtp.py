@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.backend.step.batch import Pass, Request
 from vllm_moe_compat.backend.step.head_passes import HeadPasses, HeadRow
 from vllm_moe_compat.log import logger
@@ -91,25 +92,20 @@ class MtpDrafter:
         self._followed: dict[str, _Followed] = {}
         self._failed = False
 
-    def close(self) -> None:
-        """End drafting, and let go of everything."""
+    def suspend(self) -> None:
+        """Let go of the heads, and of all requests."""
         self._followed.clear()
         self.passes.close()
 
-    def wants(self, work: Pass) -> bool:
-        """Return whether ``follow`` has a use for the hidden states of a pass."""
-        if self._failed:
-            return False
-        return any(
-            not (request.failed or self._followed.get(request.req_id, _Followed(0)).lost)
-            for request in work.requests
-        )
+    def resume(self, heads: PredictionHeads) -> None:
+        """Go on with other heads after ``suspend``; requests that were followed begin anew."""
+        self.passes = self.passes.of(heads)
 
     def follow(self, work: Pass, hidden: mx.array | None) -> None:
-        """Take the hidden states ``[B, T, H]`` of the target's last pass, evaluated.
+        """Take the hidden states ``[B, T, H]`` of a pass of the target, which is evaluated.
 
-        Without hidden states, the requests of the pass get no drafts any more. The passes of the
-        heads over prompts are evaluated.
+        It has to come before the tokens of the pass are drawn. Without hidden states, the
+        requests of the pass get no drafts any more.
         """
         if self._failed:
             return
