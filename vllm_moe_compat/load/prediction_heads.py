@@ -18,7 +18,7 @@ from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families.prediction_heads import NORM, PredictionHead
 from vllm_moe_compat.load.options import loading_with, serving_here
 from vllm_moe_compat.plan.planned_load import PlannedLoad
-from vllm_moe_compat.plan.prediction_heads import INSIDE, find_heads
+from vllm_moe_compat.plan.prediction_heads import INSIDE, WITHOUT, find_heads
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -99,7 +99,7 @@ def load_heads(folder: Path, dtype: str, settle: Callable[[nn.Module], object]) 
             module = model_class.__module__
             raise UnsupportedCheckpointError(
                 f"{folder}: {module} is loaded without a plan, where the prediction head's was "
-                "expected; use --speculative-config without mtp."
+                f"expected; {WITHOUT}."
             )
         return _one_layer_class(model_class, *made[-1]), args_class
 
@@ -107,7 +107,7 @@ def load_heads(folder: Path, dtype: str, settle: Callable[[nn.Module], object]) 
         if serving_here().experts_apart:
             raise UnsupportedCheckpointError(
                 f"{folder}: prediction heads cannot be used while experts stay on disk, where all "
-                "experts in memory were expected; use --speculative-config without mtp."
+                f"experts in memory were expected; {WITHOUT}."
             )
         try:
             model, _ = utils.load_model(folder, lazy=True, get_model_classes=classes)
@@ -115,8 +115,8 @@ def load_heads(folder: Path, dtype: str, settle: Callable[[nn.Module], object]) 
             if isinstance(error, LayoutError | UnsupportedCheckpointError) or not made:
                 raise
             raise LayoutError(
-                f"{folder}: the prediction head does not fit {made[-1][0].module} ({error}); use "
-                "--speculative-config without mtp."
+                f"{folder}: the prediction head does not fit {made[-1][0].module} ({error}); "
+                f"{WITHOUT}."
             ) from error
     settle(model)
     mx.eval(model.parameters())

@@ -68,8 +68,8 @@ PLACES = {
     HIDDEN_NORM: f"{INSIDE}.hidden.input_layernorm",
 }
 """Part of a head → its module in the view's decoder layer."""
-_SURPLUS = "the head of this release has other parts; use --speculative-config without mtp"
-_AGAIN = "download the checkpoint again, or use --speculative-config without mtp"
+WITHOUT = "use --speculative-config without mtp"
+_AGAIN = "download the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,10 @@ class FoundHeads:
             first, *others = self.faults
             rest = sum(fault.count for fault in others)
             more = f" (and {rest} more fault{'s' if rest > 1 else ''})" if rest else ""
-            raise first.error(f"{first.message}{more}; {first.remedy}.")
+            remedy = f"{first.remedy}, or {WITHOUT}" if first.remedy else WITHOUT
+            raise first.error(
+                f"the prediction head cannot be used: {first.message}{more}; {remedy}."
+            )
         return self.view
 
 
@@ -272,9 +275,7 @@ def _is_mlx(planned: PlannedLoad) -> bool:
     )
 
 
-def _fault(
-    id: str, message: str, remedy: str = "use --speculative-config without mtp", count: int = 1
-) -> Fault:
+def _fault(id: str, message: str, remedy: str = "", count: int = 1) -> Fault:
     return Fault(id, message, remedy, UnsupportedCheckpointError, count)
 
 
@@ -296,7 +297,7 @@ def _absent(planned: PlannedLoad, stated: int | None) -> Fault:
         f"{planned.headers.folder}: the checkpoint has no tensors of a prediction head"
         + (f", {says}" if stated else "")
         + (", and a folder in MLX's form never has" if _is_mlx(planned) else ""),
-        "serve a release that has them, or use --speculative-config without mtp",
+        "serve a release that has them",
     )
 
 
@@ -577,7 +578,7 @@ def _strange_names(found: Sequence[str]) -> Fault:
         f"{fold(found)} {'is' if len(found) == 1 else 'are'} not known as a part of a prediction "
         "head, where the tensors of a layer of the target, the norms and the joining projection "
         "were expected",
-        _SURPLUS,
+        "",
         UnsupportedCheckpointError,
         len(found),
     )
