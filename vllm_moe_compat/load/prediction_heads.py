@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families.prediction_heads import NORM, PredictionHead
 from vllm_moe_compat.load.options import loading_with, serving_here
+from vllm_moe_compat.plan.check_heads import INSIDE
 from vllm_moe_compat.plan.planned_load import PlannedLoad
-from vllm_moe_compat.plan.prediction_heads import INSIDE, WITHOUT, find_heads
+from vllm_moe_compat.plan.prediction_heads import WITHOUT, find_heads
 
 if TYPE_CHECKING:
     import mlx.nn as nn

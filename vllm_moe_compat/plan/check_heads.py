@@ -1,0 +1,207 @@
+"""Check a prediction head against the target's layers, by headers alone.
+
+A load makes the same tensors of a head's layer as of a layer of the target of the same kind. So
+the head's plan is compared with the target's, whatever the layout of their experts and the form
+of their numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from vllm_moe_compat.checkpoint.config import quantization_configs, whole_number
+from vllm_moe_compat.checkpoint.extras import Extras
+from vllm_moe_compat.checkpoint.findings import refuse
+from vllm_moe_compat.checkpoint.headers import TensorInfo
+from vllm_moe_compat.checkpoint.layout import detect
+from vllm_moe_compat.checkpoint.names import fold, layer_of
+from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.families.prediction_heads import (
+    EMBEDDING,
+    EMBEDDING_NORM,
+    HIDDEN_NORM,
+    JOIN,
+    NORM,
+    OUTPUT,
+    PredictionHead,
+)
+from vllm_moe_compat.plan.faults import Fault
+from vllm_moe_compat.plan.head_names import HeadNames
+from vllm_moe_compat.plan.planned_load import PlannedLoad
+from vllm_moe_compat.plan.planner import make_plan
+
+INSIDE = "prediction_head"
+"""Module of what joins embedding and hidden state, in the view's decoder layer."""
+AGAIN = "download the checkpoint again"
+
+
+def check_parts(planned: PlannedLoad, names: HeadNames) -> Iterator[Fault]:
+    """Yield parts that are missing, have another shape than they need, or are not known."""
+    width = whole_number(planned.config, "hidden_size") or 0
+    words = whole_number(planned.config, "vocab_size") or 0
+    shapes = {
+        JOIN: (width, 2 * width),
+        EMBEDDING_NORM: (width,),
+        HIDDEN_NORM: (width,),
+        NORM: (width,),
+        EMBEDDING: (words, width),
+        OUTPUT: (words, width),
+    }
+    for part, module in names.parts.items():
+        if not names.apart[part]:
+            if part not in (EMBEDDING, OUTPUT):
+                yield _incomplete(f"{module}.weight is missing, where {list(shapes[part])} was")
+            continue
+        given = {n: planned.headers.tensors[n] for n in names.apart[part]}
+        file = next(iter(given.values())).file
+        weights = detect(given, planned.config, Extras()).weights
+        found = weights.get(f"{module}.weight")
+        if extra := sorted(weights.keys() - {f"{module}.weight"}):
+            yield _strange_names(extra)
+        if found is None or found.shape != shapes[part]:
+            has = "is missing" if found is None else f"is {list(found.shape)}"
+            yield _incomplete(f"{file}: {module}.weight {has}, where {list(shapes[part])} was")
+    if not names.inside:
+        yield _incomplete(f"{names.layer}… is missing, where a decoder layer's tensors were")
+    if names.strange:
+        yield _strange_names(names.strange)
+
+
+def _incomplete(message: str, count: int = 1) -> Fault:
+    return Fault(
+        "heads-incomplete",
+        f"{message} expected for the prediction head",
+        AGAIN,
+        LayoutError,
+        count,
+    )
+
+
+def check_layer(
+    planned: PlannedLoad,
+    view: PlannedLoad,
+    facts: PredictionHead,
+    names: HeadNames,
+    layer: str,
+) -> Iterator[Fault]:
+    """Yield what the head lacks, or has otherwise, beside the target's layers."""
+    made = _made(view).get(0, {})
+    head = {name: shape for name, shape in made.items() if not name.startswith(INSIDE)}
+    target = list(_made(planned).values())
+    parts: dict[str, list[dict[str, tuple[int, ...]]]] = {}
+    for one in target:
+        for part, tensors in _by_part(one).items():
+            if tensors not in parts.setdefault(part, []):
+                parts[part].append(tensors)
+    common = {
+        facts.attention,
+        *(part for part in parts if all(part in _by_part(o) for o in target)),
+    }
+    mine = _by_part(head)
+    for part in sorted(common | mine.keys()):
+        given = mine.get(part, {})
+        candidates = parts.get(part)
+        if candidates is None:
+            yield _strange_names([names.layer + name for name in sorted(given)])
+            continue
+        expected = max(
+            candidates,
+            key=lambda c: (len(c.items() & given.items()), len(c.keys() & given.keys()), -len(c)),
+        )
+        if missing := sorted(expected.keys() - given.keys()):
+            listed = fold(names.layer + name for name in missing)
+            verb = "is" if len(missing) == 1 else "are"
+            yield Fault(
+                "heads-incomplete",
+                f"{planned.headers.folder}: {listed} {verb} missing, which the target's layers "
+                "have",
+                AGAIN,
+                LayoutError,
+                len(missing),
+            )
+        if extra := given.keys() - expected.keys():
+            yield _strange_names([names.layer + name for name in sorted(extra)])
+        for name in sorted(expected.keys() & given.keys()):
+            if expected[name] != given[name]:
+                yield Fault(
+                    "heads-incomplete",
+                    f"{_file(view, layer + name)}{names.layer}{name} is {list(given[name])}, "
+                    f"where {list(expected[name])} was expected, as in the target's layers",
+                    AGAIN,
+                    LayoutError,
+                )
+
+
+def _file(view: PlannedLoad, name: str) -> str:
+    info = view.headers.tensors.get(name)
+    return f"{info.file}: " if info is not None and info.file else ""
+
+
+def _strange_names(found: Sequence[str]) -> Fault:
+    return Fault(
+        "heads-unknown",
+        f"{fold(found)} {'is' if len(found) == 1 else 'are'} not known as a part of a prediction "
+        "head, where the tensors of a layer of the target, the norms and the joining projection "
+        "were expected",
+        "",
+        UnsupportedCheckpointError,
+        len(found),
+    )
+
+
+def _by_part(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in tensors.items():
+        found.setdefault(name.partition(".")[0], {})[name] = shape
+    return found
+
+
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+def _made(planned: PlannedLoad) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Return the tensors that a load makes of each kind of layer, in floats.
+
+    Returns:
+        Number of a layer → name in the layer → shape. Layers whose tensors are alike are there
+        once.
+    """
+    assert planned.layout is not None, "it was checked"
+    assert planned.row is not None, "it was checked"
+    kinds: dict[frozenset[tuple[str, TensorInfo]], tuple[int, list[str]]] = {}
+    layers: dict[int, list[str]] = {}
+    for name in planned.layout.tensors:
+        if (layer := layer_of(name)) is not None:
+            layers.setdefault(layer.number, []).append(name)
+    for number, members in layers.items():
+        shape = frozenset(
+            (_NUMBER.sub(".", n[_after(n) :]), replace(planned.layout.tensors[n], file=""))
+            for n in members
+        )
+        kinds.setdefault(shape, (number, members))
+    kept = {name: planned.layout.tensors[name] for _, names in kinds.values() for name in names}
+    # The plan has replaced the settings of the stored numbers.
+    stored = quantization_configs(planned.original)
+    config = {**planned.config, "quantization_config": stored[0] if stored else None}
+    layout = detect(kept, config, Extras())
+    refuse(layout.numbers.findings(), layout.tensors)
+    plan = make_plan(layout, planned.row, config, checked=True, complete=True)
+    shapes = {
+        name: spec.shape
+        for build in plan.builds
+        for name, spec in zip(build.targets, build.results(layout.tensors, "BF16"), strict=True)
+    }
+    shapes |= {name: layout.tensors[name].shape for name in plan.widen}
+    found: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, shape_ in shapes.items():
+        if (layer := layer_of(name)) is not None:
+            found.setdefault(layer.number, {})[name[_after(name) :]] = tuple(shape_)
+    return found
+
+
+def _after(name: str) -> int:
+    layer = layer_of(name)
+    assert layer is not None, "it is in a layer"
+    return len(layer.path) + 1
