@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from vllm_moe_compat.backend.model.describe_layers import describe
 from vllm_moe_compat.backend.model.dry_run import DryRun, dry_run
 from vllm_moe_compat.backend.model.exact_scales import keep_scales
 from vllm_moe_compat.backend.model.experts import widen_experts
+from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, Layer
 from vllm_moe_compat.checkpoint import file_stamps
 from vllm_moe_compat.checkpoint.file_stamps import FileStamps
@@ -49,6 +50,8 @@ class ServedModel:
         max_length_reason: what it computes beyond that.
         stamps: of the files that it was loaded from.
         expert_cache: the slots of each layer with experts; None if all experts are in memory.
+        heads: the checkpoint's prediction heads; None if they are not loaded.
+        head_bytes: bytes of their weights.
     """
 
     model: nn.Module
@@ -59,6 +62,8 @@ class ServedModel:
     max_length_reason: str = ""
     stamps: FileStamps = field(default_factory=FileStamps)
     expert_cache: CachePlan | None = None
+    heads: PredictionHeads | None = None
+    head_bytes: int = 0
 
 
 def load(
@@ -67,8 +72,12 @@ def load(
     dtype: mx.Dtype,
     group: mx.distributed.Group | None = None,
     stage: Callable[[int], tuple[int, int]] | None = None,
+    *,
+    heads: bool = False,
 ) -> ServedModel:
     """Load the checkpoint ``model`` (a folder, or a repository in the local cache).
+
+    With ``heads``, its prediction heads too.
 
     With a ``group`` of ranks, this rank reads and keeps its share of the weights: of each layer,
     or, with a ``stage``, the layers whose range it returns for their number.
@@ -123,7 +132,23 @@ def load(
         _layer_counts(result.layers),
         _single_sequence(result),
     )
-    return ServedModel(loaded, result.layers, weights, widened, limit, reason, stamps, cache)
+    found = ServedModel(loaded, result.layers, weights, widened, limit, reason, stamps, cache)
+    return _with_heads(found, path, dtype) if heads else found
+
+
+def _with_heads(served: ServedModel, path: Path, dtype: mx.Dtype) -> ServedModel:
+    """Load the prediction heads of a loaded model.
+
+    Raises:
+        CompatError: there are none, or they cannot be used.
+        UnsupportedServingError: their caches cannot be stored in pages.
+    """
+    parts = load_prediction_heads(str(path), None, dtype)
+    heads = PredictionHeads(served.model, parts)
+    file_stamps.check(
+        served.stamps, "something is writing to the checkpoint, so wait until that has ended"
+    )
+    return replace(served, heads=heads, head_bytes=parts.weight_bytes)
 
 
 def load_prediction_heads(model: str, revision: str | None, dtype: mx.Dtype) -> HeadParts:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from vllm_moe_compat.backend.model import activations
 from vllm_moe_compat.backend.pages.layers import Layer, StateLayer
 from vllm_moe_compat.backend.pages.state_pool import StatePool
-from vllm_moe_compat.backend.vllm import bridge
+from vllm_moe_compat.backend.vllm import bridge, draft_memory
 from vllm_moe_compat.backend.vllm.kv_specs import demand
 from vllm_moe_compat.backend.vllm.local_engines import device_memory_for_all
 from vllm_moe_compat.backend.vllm.rank_memory import device_memory_for_ranks
@@ -49,7 +49,7 @@ class Demands:
     Attributes:
         weights: they are loaded, so free memory is without them.
         activations: of the largest pass.
-        per_sequence: resident states of one sequence.
+        per_sequence: states of one sequence.
         sequences: that may run at once.
         length: tokens of the longest sequence.
         cached: sequences whose pages prefix caching may keep beside the running ones.
@@ -111,11 +111,13 @@ def measure(
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     stateful = [layer for layer in served.layers if isinstance(layer, StateLayer)]
     longest = vllm_config.model_config.max_model_len
-    per_sequence = StatePool.bytes_per_sequence(stateful)
+    drafts = draft_memory.measure(vllm_config, served)
+    per_sequence = StatePool.bytes_per_sequence(stateful) * drafts.states
     tokens = scheduler.max_num_batched_tokens
     working = activations.measure(served.model, served.layers, tokens, longest)
+    working += drafts.activations
     demands = Demands(
-        weights=served.weight_bytes,
+        weights=served.weight_bytes + served.head_bytes,
         activations=working,
         per_sequence=per_sequence,
         sequences=scheduler.max_num_seqs,

@@ -7,7 +7,7 @@ ranks. Block sizes depend on all layers too, so the ranks tell each other theirs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -29,10 +29,23 @@ class AllLayers:
     Attributes:
         layers: in the model's order; ``index`` is the place in this list.
         own: the places of this rank's.
+        heads: layers of the prediction heads, numbered after all others, as vLLM expects them;
+            only one rank has any.
     """
 
     layers: list[Layer]
     own: range
+    heads: list[AttentionLayer] = field(default_factory=list)
+
+    @property
+    def paged(self) -> list[Layer]:
+        """Every layer for which vLLM assigns pages."""
+        return [*self.layers, *self.heads]
+
+    @property
+    def own_paged(self) -> list[int]:
+        """The places of this rank's layers in ``paged``."""
+        return [*self.own, *range(len(self.layers), len(self.layers) + len(self.heads))]
 
 
 def range_of(vllm_config: VllmConfig) -> Callable[[int], tuple[int, int]] | None:
@@ -44,10 +57,14 @@ def range_of(vllm_config: VllmConfig) -> Callable[[int], tuple[int, int]] | None
     return lambda count: get_pp_indices(count, rank, stages)
 
 
-def all_layers(own: Sequence[Layer], ranks: RankGroup | None) -> AllLayers:
+def all_layers(
+    own: Sequence[Layer], ranks: RankGroup | None, heads: Sequence[AttentionLayer] = ()
+) -> AllLayers:
     """Return the layers of all ranks; all of them call it."""
     if ranks is None or get_pp_group().world_size == 1:
-        return AllLayers(list(own), range(len(own)))
+        count = len(own)
+        numbered = [replace(layer, index=count + i) for i, layer in enumerate(heads)]
+        return AllLayers(list(own), range(count), numbered)
     told: list[list[dict[str, Any]]] = ranks.exchange([_plain(layer) for layer in own])
     begin = sum(len(part) for part in told[: ranks.place.rank])
     every = [layer for part in told for layer in part]

@@ -18,9 +18,6 @@ import torch
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_moe_compat.backend.model import kernels, loader, token_rows
-from vllm_moe_compat.backend.pages.layers import AttentionLayer
-from vllm_moe_compat.backend.pages.page_pool import PagePool
-from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import (
     bridge,
@@ -31,6 +28,7 @@ from vllm_moe_compat.backend.vllm import (
     speculation,
     stages,
 )
+from vllm_moe_compat.backend.vllm.allocation import allocate, layer_name
 from vllm_moe_compat.backend.vllm.budget import Budget, measure
 from vllm_moe_compat.backend.vllm.engine_process import EngineProcess
 from vllm_moe_compat.backend.vllm.expert_cache_stats import ExpertCounts
@@ -55,14 +53,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import ModelRunnerOutput
-
-
-def _layer_name(index: int) -> str:
-    return f"layers.{index}"
-
-
-def _layer_index(name: str) -> int:
-    return int(name.rpartition(".")[2])
 
 
 class MlxWorker(OutOfStepCalls):
@@ -110,8 +100,14 @@ class MlxWorker(OutOfStepCalls):
         limit_length(self.model_config, self.served.max_length, self.served.max_length_reason)
         warn_of_reads(self.served.expert_cache, self.scheduler_config.max_num_seqs)
         self._settle(self.served)
-        self.all_layers = stages.all_layers(self.served.layers, self.ranks)
-        kv_specs.align_pages(self.vllm_config, self.all_layers.layers)
+        heads = self.served.heads.layers if self.served.heads else ()
+        self.all_layers = stages.all_layers(self.served.layers, self.ranks, heads)
+        kv_specs.align_pages(self.vllm_config, self.all_layers.paged)
+
+    @property
+    def _needs_heads(self) -> bool:
+        found = speculation.read(self.vllm_config)
+        return found is not None and found.needs_heads
 
     def _load(self, model: str, revision: str | None, together: int = 1) -> loader.ServedModel:
         dtype = mlx_dtype(stored_name(self.model_config.dtype))
@@ -123,11 +119,14 @@ class MlxWorker(OutOfStepCalls):
                 dtype,
                 self.ranks.group if self.ranks else None,
                 stages.range_of(self.vllm_config),
+                heads=self._needs_heads,
             )
 
     def _settle(self, served: loader.ServedModel) -> None:
         if chosen := rotary.settle(served.model, self.model_config.max_model_len):
             logger.info("%s: %s", served.stamps.folder, chosen)
+        if served.heads is not None:
+            rotary.settle(served.heads, self.model_config.max_model_len)
 
     def _load_again(self, folder: Path) -> loader.ServedModel:
         served = self._load(str(folder), None)
@@ -136,8 +135,8 @@ class MlxWorker(OutOfStepCalls):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Return vLLM's KV cache spec of each layer by its name."""
-        found = kv_specs.specs(self.vllm_config, self.all_layers.layers)
-        return {_layer_name(index): found[index] for index in self.all_layers.own}
+        found = kv_specs.specs(self.vllm_config, self.all_layers.paged)
+        return {layer_name(index): found[index] for index in self.all_layers.own_paged}
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """Return the layout with layers outermost: the pages of a layer are one array."""
@@ -150,7 +149,7 @@ class MlxWorker(OutOfStepCalls):
         Raises:
             UnsupportedServingError: nothing is left.
         """
-        self.budget = measure(self.vllm_config, self.served, self.all_layers.layers, self.ranks)
+        self.budget = measure(self.vllm_config, self.served, self.all_layers.paged, self.ranks)
         return self.budget.page_bytes
 
     @at_start_up
@@ -161,7 +160,13 @@ class MlxWorker(OutOfStepCalls):
             UnsupportedServingError: a sequence of the maximum length does not fit.
         """
         bridge_kv.leave_room_for_the_null_block(self.vllm_config, kv_cache_config)
-        storage = self._allocate(kv_cache_config)
+        storage = allocate(
+            kv_cache_config,
+            self.served,
+            self.all_layers,
+            mlx_dtype(stored_name(self.model_config.dtype)),
+            keep_boundaries=bool(self.cache_config.enable_prefix_caching),
+        )
         sampler = TokenSampler(self.vllm_config, token_rows.of_model(self.served.model))
         compiles = not self.model_config.enforce_eager
         self.runner = ModelRunner(
@@ -189,54 +194,6 @@ class MlxWorker(OutOfStepCalls):
             self.budget,
         )
 
-    def _allocate(self, plan: KVCacheConfig) -> LayerStorage:
-        """Allocate one pool per memory region of vLLM's plan."""
-        groups: dict[int, int] = {}
-        page_bytes: dict[int, int] = {}
-        block_sizes = []
-        for number, group in enumerate(plan.kv_cache_groups):
-            block_sizes.append(group.kv_cache_spec.block_size)
-            for name in group.layer_names:
-                index = self.all_layers.own.index(_layer_index(name))
-                groups[index] = number
-                page_bytes[index] = bridge_kv.layer_spec(group.kv_cache_spec, name).page_size_bytes
-        self._check_pages(block_sizes, groups, page_bytes)
-        dtype = mlx_dtype(stored_name(self.model_config.dtype))
-        pools: dict[int, PagePool] = {}
-        for names in bridge_kv.layers_by_region(plan):
-            indices = [self.all_layers.own.index(_layer_index(name)) for name in names]
-            pool = PagePool(plan.num_blocks, page_bytes[indices[0]], dtype)
-            pool.allocate()
-            pools |= dict.fromkeys(indices, pool)
-        return LayerStorage(
-            self.served.layers,
-            pools,
-            groups,
-            block_sizes,
-            keep_boundaries=bool(self.cache_config.enable_prefix_caching),
-            of_all_ranks=self.all_layers.layers,
-        )
-
-    def _check_pages(
-        self, block_sizes: list[int], groups: dict[int, int], page_bytes: dict[int, int]
-    ) -> None:
-        """Check that pages hold whole tokens and no padding, which addressing relies on.
-
-        Raises:
-            UnsupportedServingError: vLLM padded the pages, since the layers differ in shape.
-        """
-        for layer in self.served.layers:
-            if isinstance(layer, AttentionLayer):
-                block = block_sizes[groups[layer.index]]
-                exact = block * layer.token_bytes
-                if exact != page_bytes[layer.index]:
-                    raise UnsupportedServingError(
-                        f"The embedded MLX backend cannot page layer {layer.index}: {block} tokens "
-                        f"take {exact} bytes and a page has {page_bytes[layer.index]}, since "
-                        "the model's layers differ in shape; use mlx-lm's own server for this "
-                        "model."
-                    )
-
     @at_start_up
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Run every kind of pass once and compare with mlx-lm's own caches.
@@ -260,7 +217,7 @@ class MlxWorker(OutOfStepCalls):
     def update_max_model_len(self, max_model_len: int) -> None:
         """Take the length that vLLM fitted to the memory."""
         self.model_config.max_model_len = max_model_len
-        rotary.settle(self.served.model, max_model_len)
+        self._settle(self.served)
 
     def settled_settings(self) -> dict[str, Any]:
         """Return settings that this worker may have changed; see ``executor``."""
