@@ -18,17 +18,19 @@ def _printed(rank: Any) -> Any:
 
 
 def test_the_tokens_of_one_rank_count(tmp_path: Path) -> None:
-    own = [[5, -1, 7], [6, -1, 7], [5, -1, 8]]
-    with rank_processes.started(tmp_path, 3, "tell", own=own, source=1) as ranks:
-        assert [_printed(rank) for rank in ranks] == [[6, -1, 7]] * 3
+    """Also where a rank drew more tokens for a request than another."""
+    told = [[6, 4], [], [7], [0, 0, 0]]
+    own = [[[5, 4, 3], [], [7], [0]], told, [[6], [], [8, 9], [0, 0]]]
+    with rank_processes.started(tmp_path, 3, "tell", own=own, source=1, most=3) as ranks:
+        assert [_printed(rank) for rank in ranks] == [told] * 3
         assert [rank.wait(30) for rank in ranks] == [0, 0, 0]
 
 
 def test_a_request_that_fails_on_one_rank_only_is_named(tmp_path: Path) -> None:
-    own = [[5, 4], [5, -1]]
+    own = [[[5], [4]], [[5], []]]
     with rank_processes.started(tmp_path, 2, "tell", own=own, source=0) as ranks:
         first, second = (_printed(rank) for rank in ranks)
-    assert first == [5, 4]
+    assert first == [[5], [4]]
     assert second.startswith("a request failed on rank 1 and not on rank 0")
 
 
@@ -69,6 +71,6 @@ def test_ranks_that_choose_different_transports_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_MOE_COMPAT_COLLECTIVES", "mpi")
-    with rank_processes.started(tmp_path, 1, "tell", own=[[1]], source=0) as (rank,):
+    with rank_processes.started(tmp_path, 1, "tell", own=[[[1]]], source=0) as (rank,):
         said = rank.communicate(timeout=60)[1]
     assert "VLLM_MOE_COMPAT_COLLECTIVES=mpi: this MLX does not have it; it has ring." in said

@@ -78,7 +78,8 @@ def main() -> None:
     if task == "tell":
         own = settings["own"][place.rank]
         try:
-            print(json.dumps(tell(group, settings["source"], own)), flush=True)
+            told = tell(group, settings["source"], own, settings.get("most", 1))
+            print(json.dumps(told), flush=True)
         except RuntimeError as error:
             print(json.dumps(str(error)), flush=True)
         # The others may still need what this rank has to pass on.

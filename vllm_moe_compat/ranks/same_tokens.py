@@ -15,33 +15,38 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-NO_TOKEN = -1
-"""In place of the token of a request that failed."""
+_NO_TOKEN = -1
 
 
 class RanksDisagreeError(RuntimeError):
     """A request failed on some ranks only."""
 
 
-def tell(group: mx.distributed.Group, source: int, own: Sequence[int]) -> list[int]:
-    """Return the tokens of rank ``source``; all ranks call it with as many tokens.
+def tell(
+    group: mx.distributed.Group, source: int, own: Sequence[Sequence[int]], most: int = 1
+) -> list[list[int]]:
+    """Return the tokens of rank ``source``; all ranks call it for as many requests.
 
     Args:
         group: the ranks.
         source: the rank whose tokens count.
-        own: ``[B]``, the tokens that this rank drew, ``NO_TOKEN`` for a request that failed.
+        own: the tokens that this rank drew for each request, none for one that failed.
+        most: tokens of a request at most, the same on all ranks.
 
     Raises:
         RanksDisagreeError: a request failed here and not on rank ``source``, or the reverse.
     """
-    mine = np.asarray(own, dtype=np.int32)
-    told = mx.array(mine if group.rank() == source else np.zeros_like(mine))
-    tokens: list[int] = mx.distributed.all_sum(told, group=group).tolist()  # type: ignore[assignment]
-    for one, other in zip(tokens, own, strict=True):
-        if (one == NO_TOKEN) != (other == NO_TOKEN):
+    mine = np.full((len(own), most), _NO_TOKEN, dtype=np.int32)
+    for row, tokens in enumerate(own):
+        mine[row, : len(tokens)] = tokens
+    sent = mx.array(mine if group.rank() == source else np.zeros_like(mine))
+    rows: list[list[int]] = mx.distributed.all_sum(sent, group=group).tolist()  # type: ignore[assignment]
+    told = [[token for token in row if token != _NO_TOKEN] for row in rows]
+    for one, other in zip(told, own, strict=True):
+        if bool(one) != bool(other):
             raise RanksDisagreeError(
-                f"a request failed on rank {group.rank() if other == NO_TOKEN else source} and not "
-                f"on rank {source if other == NO_TOKEN else group.rank()}: the ranks computed "
+                f"a request failed on rank {source if other else group.rank()} and not "
+                f"on rank {group.rank() if other else source}: the ranks computed "
                 "different logits, so no rank can go on; please report it with the model's name."
             )
-    return tokens
+    return told

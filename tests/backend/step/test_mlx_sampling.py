@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
+from support.frequencies import agrees
 from vllm_moe_compat.backend.step import mlx_sampling
 from vllm_moe_compat.backend.step.mlx_sampling import (
     MAX_SORTED_TOP_K,
@@ -53,21 +54,6 @@ def drawn(row: Any, params: SamplingRequest, rows: int = ROWS, keys: int = KEYS)
         undecided += found.count(-1)
         tokens += draw.draw_undecided(scores, found, mx.random.key(1000 + number))
     return np.bincount(tokens, minlength=len(row)), undecided
-
-
-def agrees(counts: Any, expected: Any) -> None:
-    """Same support, and a chi-square within five standard deviations of its mean."""
-    assert not counts[expected == 0].any(), "a token outside of vLLM's support"
-    wanted = expected * counts.sum()
-    assert counts[wanted > 15].all(), "a token of vLLM's support that is never drawn"
-    rare = wanted < 10
-    seen = np.append(counts[~rare], counts[rare].sum())
-    want = np.append(wanted[~rare], wanted[rare].sum())
-    seen, want = seen[want > 0], want[want > 0]
-    freedom = len(want) - 1
-    if freedom:
-        chi_square = float(((seen - want) ** 2 / want).sum())
-        assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("kind", ["peaked", "flat", "coarse"])

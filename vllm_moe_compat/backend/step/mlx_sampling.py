@@ -131,18 +131,24 @@ class BatchSampler:
         """Return ``tokens`` with the undecided ones drawn from the same ``logits [B, V]``."""
         complete = list(tokens)
         for row, token in enumerate(tokens):
-            if token != UNDECIDED:
-                continue
-            request = self.requests[row]
-            scores = logits[row : row + 1].astype(mx.float32) / request.temperature
-            if 0 < request.top_k < self.vocab:
-                scores = mx.where(scores >= _kth_largest(scores, request.top_k), scores, -mx.inf)
-            while complete[row] < 0:
+            if token == UNDECIDED:
                 key, own_key = mx.random.split(key)
-                p = mx.array([[request.top_p]])
-                drawn = draw_top_p(scores, p, rejection_draws(request.top_p), own_key)
-                complete[row] = int(np.array(drawn)[0])
+                complete[row] = self.draw_row(logits, row, own_key)
         return complete
+
+    def draw_row(self, logits: mx.array, row: int, key: mx.array) -> int:
+        """Return a token drawn from one row of ``logits [B, V]``, which has a distribution."""
+        request = self.requests[row]
+        scores = logits[row : row + 1].astype(mx.float32) / request.temperature
+        if 0 < request.top_k < self.vocab:
+            scores = mx.where(scores >= _kth_largest(scores, request.top_k), scores, -mx.inf)
+        token = UNDECIDED
+        while token < 0:
+            key, own_key = mx.random.split(key)
+            p = mx.array([[request.top_p]])
+            drawn = draw_top_p(scores, p, rejection_draws(request.top_p), own_key)
+            token = int(np.array(drawn)[0])
+        return token
 
 
 def _group(rows: list[int], requests: Sequence[SamplingRequest]) -> _Group:

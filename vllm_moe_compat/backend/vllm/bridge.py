@@ -129,6 +129,20 @@ def reasoning_config(vllm_config: VllmConfig) -> Any:
     return getattr(vllm_config, "reasoning_config", None)
 
 
+def without_speculation(vllm_config: VllmConfig) -> VllmConfig:
+    """Return the config as if there was no speculation, for vLLM's logits processors.
+
+    With it, vLLM leaves out those of ``min_p`` and ``logit_bias`` and refuses foreign ones, since
+    they would be given the rows of several positions at once. Here they are called position by
+    position. Remove when vLLM makes all of them.
+    """
+    if vllm_config.speculative_config is None:
+        return vllm_config
+    vllm_config = copy.copy(vllm_config)
+    vllm_config.speculative_config = None
+    return vllm_config
+
+
 def cpu_offload_gb(vllm_config: VllmConfig) -> float:
     """Return ``--cpu-offload-gb``, which newer releases keep in a config of its own."""
     offload = getattr(getattr(vllm_config, "offload_config", None), "uva", None)

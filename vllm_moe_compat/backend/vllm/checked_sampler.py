@@ -3,10 +3,15 @@
 A mask of allowed tokens, forbidden words, a grammar or a bias may leave a row without a token, or
 with infinite logits. vLLM's sampler then returns some token, mostly 0. This one notes such rows,
 so that their requests can end instead.
+
+While drafts are verified, a part of the batch's rows goes on at each position. Parameters belong
+to rows of the whole batch, so all rows go through vLLM's sampler; sorting for top-k and top-p, and
+drawing, which take most of the time, are left out for the rows that do not go on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,12 +28,48 @@ class CheckedSampler(Sampler):
 
     tops: torch.Tensor
 
+    def __init__(self, **options: Any) -> None:
+        """Take vLLM's arguments."""
+        super().__init__(**options)
+        self._some_rows = _SomeRows(self.get_submodule("topk_topp_sampler"))
+        self.topk_topp_sampler = self._some_rows
+
+    def sample_rows(self, rows: Sequence[int], logits: torch.Tensor, metadata: Any) -> Any:
+        """Return what vLLM returns for ``logits [B, V]``; only ``rows`` of it are of use."""
+        self._some_rows.rows = list(rows) if len(rows) < len(logits) else None
+        return self(logits=logits, sampling_metadata=metadata)
+
     def apply_logits_processors(self, logits: Any, *args: Any, **options: Any) -> Any:
         """Apply parameters to ``logits [B, V]``, and make rows without a token harmless."""
         logits = super().apply_logits_processors(logits, *args, **options)
         self.tops = logits.max(dim=-1).values
         logits[~self.tops.isfinite()] = 0
         return logits
+
+
+class _SomeRows(torch.nn.Module):
+    """vLLM's ``TopKTopPSampler`` for some rows of a batch; None: for all."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.rows: list[int] | None = None
+
+    def forward(self, logits: Any, generators: Any, k: Any, p: Any) -> tuple[Any, Any]:
+        if self.rows is None:
+            both: tuple[Any, Any] = self.inner(logits, generators, k, p)
+            return both
+        rows = self.rows
+        own = {i: generators[row] for i, row in enumerate(rows) if row in generators}
+        drawn, processed = self.inner(
+            logits[rows], own, None if k is None else k[rows], None if p is None else p[rows]
+        )
+        tokens = drawn.new_zeros(len(logits))
+        tokens[rows] = drawn
+        if processed is not None:
+            logits[rows] = processed
+            processed = logits
+        return tokens, processed
 
 
 def reason_without_token(top: float) -> str:

@@ -5,6 +5,9 @@ processors) and its ``Sampler`` draws, so every parameter has vLLM's meaning. A 
 batch when it first samples: a prompt computed in chunks draws nothing from a seeded generator
 before its end.
 
+A step may draw several tokens for a request (``verified_sampling``). It does so position by
+position; the batch stays whole, and rows for which nothing is drawn at a position keep their state.
+
 vLLM's code works on the whole batch. If it raises an error, each request is tried alone, those
 that fail alone are failed, and the others are sampled as if they had been without them: the batch
 is made anew, since an interrupted one may be half changed, and generators are set back.
@@ -12,13 +15,16 @@ is made anew, since an interrupted one may be half changed, and generators are s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingType
-from vllm.v1.outputs import LogprobsLists
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -31,9 +37,12 @@ from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput
 
 HOST = torch.device("cpu")
+
+# What vLLM reads of a scheduler's output where no request has drafts.
+_NO_DRAFTS: Any = SimpleNamespace(scheduled_spec_decode_tokens={})
 
 
 def as_wide_as(scores: torch.Tensor, columns: int) -> torch.Tensor:
@@ -43,6 +52,21 @@ def as_wide_as(scores: torch.Tensor, columns: int) -> torch.Tensor:
     """
     missing = columns - scores.shape[-1]
     return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The tokens of one position.
+
+    Attributes:
+        tokens: by request id; requests that failed have none.
+        logprobs: log-probabilities, if a request wants them.
+        rows: of the requests in ``logprobs``.
+    """
+
+    tokens: Mapping[str, int]
+    logprobs: LogprobsTensors | None = None
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class HostSampler:
@@ -74,16 +98,20 @@ class HostSampler:
             # The backend addresses blocks itself, but the batch requires a table.
             **bridge.input_batch_blocks([16]),
             logitsprocs=build_logitsprocs(
-                self._config, HOST, False, False, model.logits_processors or ()
+                bridge.without_speculation(self._config),
+                HOST,
+                False,
+                False,
+                model.logits_processors or (),
             ),
             logitsprocs_need_output_token_ids=bool(model.logits_processors),
             reasoning_config=bridge.reasoning_config(self._config),
         )
 
     @property
-    def order(self) -> list[str]:
-        """Ids of the batch's rows."""
-        return list(self.batch.req_ids)
+    def requests(self) -> list[Request]:
+        """The requests of the batch's rows."""
+        return [self._requests[req_id] for req_id in self.batch.req_ids]
 
     def forget(self, req_id: str) -> None:
         """Discard the state of a request."""
@@ -156,114 +184,118 @@ class HostSampler:
             self.states[request.req_id] = state
         return state
 
-    def sample(
+    def draw(
         self,
-        copy_scores: Callable[[], torch.Tensor],
-        scheduler_output: SchedulerOutput,
+        copy_scores: Callable[[Sequence[Request]], torch.Tensor],
+        requests: Sequence[Request],
         grammar: GrammarOutput | None,
-    ) -> tuple[list[str], list[list[int]], LogprobsLists | None]:
-        """Sample a token for each row of scores ``[B, V]`` and append it to its request.
+        *,
+        again: bool = False,
+    ) -> Drawn:
+        """Draw a token for each of ``requests`` and append it to them.
 
-        ``copy_scores`` returns a new copy of them at each call: the sampler writes into it, also
-        before it raises an error.
-
-        Returns:
-            Ids of the requests, in the order of the rows of the log-probabilities; the token of
-            each, none for a request that failed; log-probabilities.
+        Args:
+            copy_scores: returns a new copy of the scores ``[b, V]`` of these requests at each
+                call: the sampler writes into it, also before it raises an error.
+            requests: of the batch, in its order. Nothing changes for the others.
+            grammar: masks of structured output, one row per request.
+            again: a token of this step has been drawn for each before.
         """
-        rows = {req_id: row for row, req_id in enumerate(self.order)}
 
-        def draw(scores: torch.Tensor) -> Any:
-            return self._draw(as_wide_as(scores, self.vocab_size), scheduler_output, grammar)
-
-        def draw_again() -> Any:
-            return draw(copy_scores()[[rows[req_id] for req_id in self.order]])
+        def attempt(some: Sequence[Request]) -> tuple[Any, dict[str, tuple[str, bool]]]:
+            scores = as_wide_as(copy_scores(some), self.vocab_size)
+            return self._draw(scores, [request.req_id for request in some], grammar)
 
         generators = {
-            req_id: self.states[req_id].generator.get_state()
-            for req_id in rows
-            if self.states[req_id].generator is not None
+            request.req_id: self.states[request.req_id].generator.get_state()
+            for request in requests
+            if self.states[request.req_id].generator is not None
         }
 
         def set_back() -> None:
             for req_id, state in generators.items():
                 self.states[req_id].generator.set_state(state)
 
+        sound: Sequence[Request] = requests
         try:
-            result, reasons = draw(copy_scores())
+            if again:
+                self.batch.refresh_metadata()
+            result, reasons = attempt(sound)
         except Exception as error:  # noqa: BLE001 - as in ``select``
             logger.error("vLLM's sampler takes a batch of requests apart", exc_info=error)
             set_back()
-            requests = [self._requests[req_id] for req_id in rows]
-            self._fill_with_sound(requests, lambda _: draw_again())
+            self._fill_with_sound(requests, lambda request: attempt([request]))
             set_back()
-            if not self.order:
-                return self._without_tokens(rows), [[] for _ in rows], None
-            result, reasons = draw_again()
-        tokens = self._append(result.sampled_token_ids.flatten().tolist(), reasons)
-        order = self.order
-        apart = self._without_tokens([req_id for req_id in rows if req_id not in order])
-        logprobs = result.logprobs_tensors
-        return (
-            order + apart,
-            tokens + [[] for _ in apart],
-            None if logprobs is None else logprobs.tolists(),
-        )
+            sound = self.requests
+            for request in requests:
+                if request.req_id not in self.batch.req_id_to_index:
+                    request.output.append(0)  # nobody sees it
+            if not sound:
+                return Drawn({})
+            result, reasons = attempt(sound)
+        rows = {request.req_id: self.batch.req_id_to_index[request.req_id] for request in sound}
+        drawn = result.sampled_token_ids.flatten().tolist()
+        tokens = {}
+        for request in sound:
+            token = drawn[rows[request.req_id]]
+            self._append(request.req_id, token)
+            if request.req_id in reasons:
+                reason, taints = reasons[request.req_id]
+                self._failed.fail(request, reason, taints_pages=taints)
+            else:
+                tokens[request.req_id] = token
+        return Drawn(tokens, result.logprobs_tensors, rows)
 
     def _draw(
-        self, scores: torch.Tensor, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
-    ) -> tuple[Any, dict[int, tuple[str, bool]]]:
-        """Draw from ``scores [B, V]``, which is overwritten.
+        self, scores: torch.Tensor, req_ids: Sequence[str], grammar: GrammarOutput | None
+    ) -> tuple[Any, dict[str, tuple[str, bool]]]:
+        """Draw from ``scores [b, V]`` of ``req_ids``, which is overwritten.
 
         Returns:
-            The sampler's output; of each row without a token, the reason and whether it is the
-            model's logits.
+            The sampler's output, with a row for each row of the batch; of each of ``req_ids``
+            without a token, the reason and whether it is the model's logits.
         """
+        batch, metadata = self.batch, self.batch.sampling_metadata
         sound = scores.max(dim=-1).values.isfinite()
         scores[~sound] = 0
+        rows = [batch.req_id_to_index[req_id] for req_id in req_ids]
+        if len(rows) < batch.num_reqs:
+            # vLLM's parameters are those of the whole batch.
+            part, scores = scores, scores.new_zeros(batch.num_reqs, self.vocab_size)
+            scores[rows] = part
+            generators = {row: batch.generators[row] for row in rows if row in batch.generators}
+            metadata = dataclasses.replace(metadata, generators=generators)
         if grammar is not None:
-            apply_grammar_bitmask(scheduler_output, grammar, self.batch, scores)
+            apply_grammar_bitmask(_NO_DRAFTS, grammar, batch, scores)
         with torch.no_grad():
-            result = self.sampler(logits=scores, sampling_metadata=self.batch.sampling_metadata)
-        reasons: dict[int, tuple[str, bool]] = {}
-        for row, (is_sound, top) in enumerate(
-            zip(sound.tolist(), self.sampler.tops.tolist(), strict=True)
-        ):
+            result = self.sampler.sample_rows(rows, scores, metadata)
+        reasons: dict[str, tuple[str, bool]] = {}
+        tops = self.sampler.tops.tolist()
+        for req_id, row, is_sound in zip(req_ids, rows, sound.tolist(), strict=True):
             if not is_sound:
-                reasons[row] = NOT_FINITE, True
-            elif not np.isfinite(top):
-                reasons[row] = reason_without_token(top), False
+                reasons[req_id] = NOT_FINITE, True
+            elif not np.isfinite(tops[row]):
+                reasons[req_id] = reason_without_token(tops[row]), False
         return result, reasons
 
-    def _append(
-        self, drawn: Sequence[int], reasons: dict[int, tuple[str, bool]]
-    ) -> list[list[int]]:
-        """Append the tokens to their requests; fail the rows that have a reason."""
-        tokens: list[list[int]] = []
-        for row, token in enumerate(drawn):
-            req_id = self.batch.req_ids[row]
-            end = int(self.batch.num_tokens_no_spec[row])
-            if end < self.max_model_len:
-                self.batch.token_ids_cpu[row, end] = token
-                self.batch.is_token_ids[row, end] = True
-            self.batch.num_tokens_no_spec[row] = end + 1
-            self.states[req_id].output_token_ids.append(token)
-            tokens.append([] if row in reasons else [token])
-            if row in reasons:
-                reason, taints = reasons[row]
-                self._failed.fail(self._requests[req_id], reason, taints_pages=taints)
-        return tokens
+    def _append(self, req_id: str, token: int) -> None:
+        row = self.batch.req_id_to_index[req_id]
+        self._write(row, int(self.batch.num_tokens_no_spec[row]), [token])
+        self.states[req_id].output_token_ids.append(token)
 
-    def replace_last(self, req_id: str, token: int) -> None:
-        """Replace the last token of a request in the batch; its list has the new one already."""
+    def replace(self, req_id: str, count: int, tokens: Sequence[int]) -> None:
+        """Replace the last ``count`` tokens of a request in the batch.
+
+        Its list of tokens has the new ones already.
+        """
         row = self.batch.req_id_to_index.get(req_id)
         if row is not None:
-            last = int(self.batch.num_tokens_no_spec[row]) - 1
-            if last < self.max_model_len:
-                self.batch.token_ids_cpu[row, last] = token
+            self._write(row, int(self.batch.num_tokens_no_spec[row]) - count, tokens)
 
-    def _without_tokens(self, req_ids: Iterable[str]) -> list[str]:
-        """Append a token that nobody sees to requests that failed; return their ids."""
-        for req_id in req_ids:
-            self._requests[req_id].output.append(0)
-        return list(req_ids)
+    def _write(self, row: int, start: int, tokens: Sequence[int]) -> None:
+        """Make ``tokens`` the last ones of a row of the batch, from ``start`` on."""
+        end = start + len(tokens)
+        room = max(min(end, self.max_model_len) - start, 0)
+        self.batch.token_ids_cpu[row, start : start + room] = tokens[:room]
+        self.batch.is_token_ids[row, start : start + room] = True
+        self.batch.num_tokens_no_spec[row] = end

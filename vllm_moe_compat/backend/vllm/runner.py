@@ -349,13 +349,14 @@ class ModelRunner:
             facts = {"requests": req_ids, "way of drawing": self.sampler.draws_all}
             self._check.agree("tokens", facts)
         ranks.heartbeat.progress()
-        own = [drawn[req_id][-1] if drawn[req_id] else same_tokens.NO_TOKEN for req_id in req_ids]
-        for req_id, mine, told in zip(
-            req_ids, own, same_tokens.tell(ranks.group, ranks.source, own), strict=True
-        ):
-            if told != mine:
-                drawn[req_id] = [told]
-                self.sampler.replace_last(self.batch.requests[req_id], told)
+        own = [drawn[req_id] for req_id in req_ids]
+        requests = [self.batch.requests[req_id] for req_id in req_ids]
+        most = 1 + max((len(request.drafts) for request in requests), default=0)
+        told = same_tokens.tell(ranks.group, ranks.source, own, most)
+        for request, mine, theirs in zip(requests, own, told, strict=True):
+            if theirs != mine:
+                drawn[request.req_id] = theirs
+                self.sampler.replace(request, theirs)
         return [drawn[req_id] for req_id in order]
 
     def _check_pass(self, work: Pass, logits: bool) -> None:

@@ -7,6 +7,10 @@ parameter must have its default, also one that is unknown here. Plain requests a
 The other requests, among them all with a seed, are the first rows of the batch, and only their
 logits ``[B', V]`` are copied to the host, where vLLM's sampler draws (``host_sampling``).
 
+A request with drafts has ``1 + drafts`` rows, and gets as many tokens as its drafts are right, and
+one more (``verified_sampling``). For plain requests all rows are drawn at once, since a draw in MLX
+depends on nothing but its row.
+
 A row whose logits are not finite gives no token, and its request fails alone.
 
 Draws in MLX depend on the engine's seed and the number of the step, so, as with vLLM's sampler,
@@ -35,6 +39,11 @@ from vllm_moe_compat.backend.step.mlx_sampling import (
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.failed_requests import NOT_FINITE, FailedRequests
 from vllm_moe_compat.backend.vllm.host_sampling import HostSampler, as_wide_as
+from vllm_moe_compat.backend.vllm.verified_sampling import (
+    accepts_last,
+    count_rows,
+    verify_on_host,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -93,7 +102,10 @@ class TokenSampler:
         self._plain: dict[str, bool] = {}
         # Plain requests of the current batch; their rows follow those of the others.
         self._plain_requests: list[Request] = []
-        self._mlx_sampler = BatchSampler([], self._columns)
+        # Of the rows of the plain requests, each of which has as many as this says.
+        self._mlx_sampler, self._plain_rows = BatchSampler([], self._columns), list[int]()
+        # Request id → number of tokens that it got in the last step.
+        self._drawn: dict[str, int] = {}
         self._seed, self._steps = model.seed or 0, 0
         self._prompt_logprobs: dict[str, LogprobsTensors] = {}
 
@@ -108,7 +120,7 @@ class TokenSampler:
         """Make ``requests`` the batch that samples; return their ids in the order of its rows."""
         self._host.select([request for request in requests if not self._is_plain(request)])
         self._select_plain([request for request in requests if self._is_plain(request)])
-        return [*self._host.order, *(request.req_id for request in self._plain_requests)]
+        return [request.req_id for request in [*self._host.requests, *self._plain_requests]]
 
     def _is_plain(self, request: Request) -> bool:
         if request.req_id in self.failed:
@@ -127,11 +139,7 @@ class TokenSampler:
         if len(requests) != last or any(
             a is not b for a, b in zip(requests, self._plain_requests, strict=True)
         ):
-            self._plain_requests = requests
-            self._mlx_sampler = BatchSampler(
-                [_sampling_request(request.params, self._columns) for request in requests],
-                self._columns,
-            )
+            self._plain_requests, self._plain_rows = requests, []
 
     @property
     def draws_all(self) -> bool:
@@ -139,11 +147,22 @@ class TokenSampler:
         return not self._host.batch.req_id_to_index
 
     def draw(self, logits: mx.array) -> mx.array | None:
-        """Return tokens of the plain rows of ``logits [B, V]``, not evaluated; None without any."""
+        """Return tokens of the plain rows of ``logits [R, V]``, not evaluated; None without any.
+
+        R is the sum of ``1 + drafts`` over the requests.
+        """
         if not self._plain_requests:
             return None
         self._steps += 1
-        first = len(logits) - len(self._plain_requests)
+        rows = [1 + len(request.drafts) for request in self._plain_requests]
+        if rows != self._plain_rows:
+            self._plain_rows = rows
+            kinds = [_sampling_request(one.params, self._columns) for one in self._plain_requests]
+            self._mlx_sampler = BatchSampler(
+                [kind for kind, count in zip(kinds, rows, strict=True) for _ in range(count)],
+                self._columns,
+            )
+        first = len(logits) - sum(rows)
         return self._mlx_sampler(self._drawable(logits[first:]), self._key(0))
 
     def _drawable(self, logits: mx.array) -> mx.array:
@@ -161,43 +180,80 @@ class TokenSampler:
         scheduler_output: SchedulerOutput,
         grammar: GrammarOutput | None,
     ) -> tuple[list[str], list[list[int]], LogprobsLists | None]:
-        """Sample one token for each row of ``logits [B, V]`` and append it to its request.
+        """Sample the tokens of a step and append them to their requests.
 
         Args:
-            logits: of the requests in the order that ``select`` returned.
+            logits: ``[R, V]``, ``1 + drafts`` rows for each request, in the order that ``select``
+                returned.
             drawn: evaluated result of ``draw`` for the same logits.
             scheduler_output: of the step.
             grammar: the step's masks of structured output.
 
         Returns:
-            The ids of the requests, those with log-probabilities first; the token of each, none
+            The ids of the requests, those with log-probabilities first; the tokens of each, none
             for a request that failed; log-probabilities.
         """
         order: list[str] = []
         tokens: list[list[int]] = []
         logprobs = None
         logits = self._drawable(logits)
-        others = len(self._host.order)
+        requests = [*self._host.requests, *self._plain_requests]
+        before = [len(request.output) for request in requests]
+        others = count_rows(self._host.requests)
         if others:
-            order, tokens, logprobs = self._host.sample(
-                lambda: to_torch(logits[:others]), scheduler_output, grammar
+
+            def copy_rows(rows: list[int]) -> torch.Tensor:
+                whole = rows == list(range(others))
+                return to_torch(logits[:others] if whole else logits[mx.array(rows)])
+
+            order, tokens, logprobs = verify_on_host(
+                self._host, copy_rows, scheduler_output, grammar
             )
         if drawn is not None:
-            own: list[int] = drawn.tolist()  # type: ignore[assignment]
-            if UNDECIDED in own:
-                own = self._mlx_sampler.draw_undecided(logits[others:], own, self._key(1))
-            for request, token in zip(self._plain_requests, own, strict=True):
+            order += [request.req_id for request in self._plain_requests]
+            tokens += self._verify_plain(logits[others:], drawn.tolist())  # type: ignore[arg-type]
+        self._drawn = {
+            request.req_id: len(request.output) - count
+            for request, count in zip(requests, before, strict=True)
+        }
+        return order, tokens, logprobs
+
+    def verify(
+        self,
+        logits: mx.array,
+        scheduler_output: SchedulerOutput,
+        grammar: GrammarOutput | None,
+    ) -> tuple[list[str], list[list[int]], LogprobsLists | None]:
+        """Sample as ``sample`` does, where plain rows have not been drawn with the logits."""
+        return self.sample(logits, self.draw(logits), scheduler_output, grammar)
+
+    def _verify_plain(self, logits: mx.array, drawn: list[int]) -> list[list[int]]:
+        """Return the tokens of each plain request, from those drawn of all their rows."""
+        tokens: list[list[int]] = []
+        key, start = self._key(1), 0
+        for request in self._plain_requests:
+            own: list[int] = []
+            for position, row in enumerate(range(start, start + 1 + len(request.drafts))):
+                token = drawn[row]
+                if token == UNDECIDED:
+                    key, own_key = mx.random.split(key)
+                    token = self._mlx_sampler.draw_row(logits, row, own_key)
                 if token == NO_TOKEN:
                     self.failed.fail(request, NOT_FINITE, taints_pages=True)
                 request.output.append(max(token, 0))
-                order.append(request.req_id)
-                tokens.append([] if request.req_id in self.failed else [token])
-        return order, tokens, logprobs
+                own.append(token)
+                if request.failed or not accepts_last(request, position, self.max_model_len):
+                    break
+            start += 1 + len(request.drafts)
+            tokens.append([] if request.req_id in self.failed else own)
+        return tokens
 
-    def replace_last(self, request: Request, token: int) -> None:
-        """Replace the token that was drawn last for a request."""
-        request.output[-1] = token
-        self._host.replace_last(request.req_id, token)
+    def replace(self, request: Request, tokens: Sequence[int]) -> None:
+        """Replace the tokens that a request got in the last step."""
+        count = self._drawn[request.req_id]
+        self._drawn[request.req_id] = len(tokens)
+        request.output[len(request.output) - count :] = tokens
+        self._host.replace(request.req_id, count, tokens)
 
     def score_prompt(self, request: Request, start: int, logits: mx.array) -> None:
         """Record the log-probabilities of the prompt tokens after ``start``.
