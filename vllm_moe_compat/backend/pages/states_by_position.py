@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Steps:
     """An array of a state that is computed anew for each token.
 
@@ -63,7 +63,7 @@ class Steps:
         return joined if order == sorted(order) else joined[_index(np.argsort(order).tolist())]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Window:
     """An array of a state that holds the last ``keep`` places of a growing sequence.
 
@@ -109,7 +109,7 @@ class Window:
         return mx.take_along_axis(self.sequence[_index(rows)], index, axis=self.axis)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StatesByPosition:
     """The states of one layer after each token of a pass of ``B`` rows and ``T`` tokens.
 
