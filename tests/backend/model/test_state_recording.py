@@ -17,7 +17,7 @@ from vllm_moe_compat.backend.model import state_trial
 from vllm_moe_compat.backend.model.describe_layers import describe
 from vllm_moe_compat.backend.model.recording_cache import CURRENT, UnrecordedStateError
 from vllm_moe_compat.backend.model.state_recording import StateRecording
-from vllm_moe_compat.backend.pages.states_by_position import StatesByPosition
+from vllm_moe_compat.backend.pages.states_by_position import StatesByPosition, Steps
 from vllm_moe_compat.families.fixes.delta_norms import DELTA_NORMS
 
 PROMPT = 5
@@ -174,6 +174,31 @@ def test_the_trial_notices_states_of_something_else(kind: Any, array: int, dtype
     assert StateRecording(model).unsupported == ""
     assert kind(model).unsupported.startswith(f"array {array} of state 0, (")
     assert "differs from that of a pass of one token by" in kind(model).unsupported
+
+
+def test_the_trial_notices_the_state_of_another_token_where_tokens_change_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(state_trial, "PROMPT", 60)
+    model = state_families.build("bailing_moe_linear", mx.bfloat16)
+    assert StateRecording(model).unsupported == ""
+    found = Shifted(model).unsupported
+    assert float(found.split(" by ")[1].split()[0]) < state_trial.TOLERANCE[mx.bfloat16]
+
+
+class Larger(StateRecording):
+    """A recording whose states are too large."""
+
+    def by_position(self, caches: Any) -> list[StatesByPosition]:
+        return [
+            StatesByPosition(tuple(Steps(tuple(1.4 * x for x in p.arrays)) for p in layer.parts))
+            for layer in super().by_position(caches)
+        ]
+
+
+def test_the_trial_notices_states_that_are_only_closest_to_the_right_ones() -> None:
+    model = state_families.build("bailing_moe_linear", mx.bfloat16)
+    assert "of a pass of one token by 0.4 " in Larger(model).unsupported
 
 
 def test_states_of_unknown_code_are_found_out_by_trying() -> None:

@@ -2,9 +2,10 @@
 
 It is mlx-lm's ``ArraysCache`` to the layer that uses it. While hooks are installed
 (``state_recording``), recurrences and convolutions hand their states to the cache that was read
-last: a layer reads its cache before it computes from it. What belongs to which array of the
-state is told by what the layer stores: a recurrence stores the very array that came last, and the
-tails of convolutions are stored in the order of the convolutions.
+last: a layer reads its cache before it computes from it. An array of the state gets the first of
+them that has its shape and that no array stored before has taken, since layers store what comes
+of several convolutions in the order in which they compute them. Whether that is right for a layer
+is found out by a trial (``state_trial``).
 
 The cache has no lengths, so layers make no masks. Rows are padded on the right and do not see
 each other; padding changes only states that no row asks for, and the recorded code is that of a
@@ -41,15 +42,15 @@ class RecordingCache(ArraysCache):
         self._shapes = [(tuple(part.shape), part.dtype) for part in state]
         self._recorded: list[Steps | Window] = []
         self._stepped: list[mx.array] = []
-        # What the layer stored first; a pipeline stores the same again, tied to what it sends.
-        self._stored: dict[int, mx.array] = {}
+        # The arrays in the order in which the layer stored them first.
+        self._stored: dict[int, None] = {}
 
     def __getitem__(self, index: int) -> mx.array:
         CURRENT.set(self)
         return self.cache[index]
 
     def __setitem__(self, index: int, value: mx.array) -> None:
-        self._stored.setdefault(index, value)
+        self._stored.setdefault(index)
         self.cache[index] = value
 
     def add_steps(self, states: Sequence[mx.array]) -> None:
@@ -74,28 +75,19 @@ class RecordingCache(ArraysCache):
         if self._stepped:
             free.append(Steps(tuple(self._stepped)))
         found: dict[int, Steps | Window] = {}
-        for index, value in self._stored.items():
+        for index in self._stored:
             for part in free:
-                if isinstance(part, Steps) and part.arrays[-1] is value:
+                if (part.tokens, (part.shape, part.dtype)) == (self.tokens, self._shapes[index]):
                     found[index] = part
                     free.remove(part)
                     break
-        for index in self._stored:
-            if index not in found:
-                fitting = [part for part in free if self._fits(index, part)]
-                if fitting:
-                    found[index] = fitting[0]
-                    free.remove(fitting[0])
         for index, (shape, dtype) in enumerate(self._shapes):
-            if index not in found or not self._fits(index, found[index]):
+            if index not in found:
                 raise UnrecordedStateError(
                     f"array {index} of {len(self._shapes)} of a state, {shape[1:]} {dtype}, "
                     "does not come from a recurrence or a convolution that is known"
                 )
         return StatesByPosition(tuple(found[index] for index in range(len(self._shapes))))
-
-    def _fits(self, index: int, part: Steps | Window) -> bool:
-        return (part.tokens, (part.shape, part.dtype)) == (self.tokens, self._shapes[index])
 
 
 def current() -> Any:
