@@ -1,0 +1,179 @@
+"""Random releases with a prediction head: a transformers model, and one more layer of its kind."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parity import experts, reference
+from parity.families import FAMILIES
+from parity.family import Family
+from parity.forms import LAYOUTS
+from parity.reference import GRAIN, State
+from parity.release import release_config, release_names
+from parity.vllm_heads import HeadModules
+from support.checkpoints import Checkpoint
+
+_MTP = {
+    "join": "mtp.fc",
+    "embedding_norm": "mtp.pre_fc_norm_embedding",
+    "hidden_norm": "mtp.pre_fc_norm_hidden",
+    "norm": "mtp.norm",
+}
+_NEXTN = {
+    "join": "model.layers.2.eh_proj",
+    "embedding_norm": "model.layers.2.enorm",
+    "hidden_norm": "model.layers.2.hnorm",
+    "norm": "model.layers.2.shared_head.norm",
+}
+_ONE_FULL = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+_ONE_SPARSE = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a release names a head.
+
+    ``one`` are the settings of a model of its decoder layer, ``parts`` the names of the rest,
+    ``says`` what the release's configuration says of it. Names of the decoder layer begin as
+    ``Family.mtp`` says.
+    """
+
+    one: dict[str, Any]
+    parts: dict[str, str]
+    says: dict[str, Any]
+    renames: tuple[str, str] = ("", "")
+
+
+HEADS = {
+    "qwen3_next": Head(_ONE_FULL, _MTP, {"num_nextn_predict_layers": 1}),
+    "qwen3_5_moe": Head(_ONE_FULL, _MTP, {"mtp_num_hidden_layers": 1}),
+    "deepseek_v3": Head(_ONE_SPARSE, _NEXTN, {"num_nextn_predict_layers": 1}),
+    "glm4_moe": Head(_ONE_SPARSE, _NEXTN, {"num_nextn_predict_layers": 1}),
+    "glm4_moe_lite": Head(
+        {"num_hidden_layers": 1, "mlp_layer_types": ["sparse"]},
+        _NEXTN,
+        {"num_nextn_predict_layers": 1},
+    ),
+    "ernie4_5_moe": Head(
+        {"num_hidden_layers": 1},
+        {
+            "join": "model.mtp_linear_proj.0",
+            "embedding_norm": "model.mtp_emb_norm.0",
+            "hidden_norm": "model.mtp_hidden_norm.0",
+        },
+        {"num_nextn_predict_layers": 1},
+    ),
+    "exaone_moe": Head(
+        {
+            "num_hidden_layers": 1,
+            "layer_types": ["sliding_attention"],
+            "mlp_layer_types": ["dense"],
+        },
+        _MTP,
+        {"num_nextn_predict_layers": 1},
+    ),
+    "mimo_v2_flash": Head(
+        {
+            "num_hidden_layers": 1,
+            "layer_types": ["sliding_attention"],
+            "mlp_layer_types": ["dense"],
+        },
+        {
+            "join": "model.mtp.layers.0.eh_proj",
+            "embedding_norm": "model.mtp.layers.0.enorm",
+            "hidden_norm": "model.mtp.layers.0.hnorm",
+            "norm": "model.mtp.layers.0.final_layernorm",
+        },
+        {},
+        ("post_attention_layernorm.", "pre_mlp_layernorm."),
+    ),
+}
+"""Family → its releases' head."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A release in memory, and its modules on torch."""
+
+    checkpoint: Checkpoint
+    target: Any
+    head: HeadModules
+
+    def hidden_states(self, tokens: list[int]) -> torch.Tensor:
+        """Return the target's hidden states ``[T, H]`` after its final norm."""
+        found = text_model(self.target)(input_ids=torch.tensor([tokens]), use_cache=False)
+        hidden: torch.Tensor = found.last_hidden_state[0]
+        return hidden
+
+
+def text_model(target: Any) -> Any:
+    """Return the part that makes hidden states of a transformers model."""
+    return getattr(target.model, "language_model", target.model)
+
+
+def make(name: str) -> Released:
+    """Make a release of the family ``name``, the same one in every call."""
+    family, described = FAMILIES[name], HEADS[name]
+    found = reference.reference(name)
+    target = reference.new_model(family, False, GRAIN)
+    one = reference.new_model(replace(family, kwargs=family.kwargs | described.one), False, GRAIN)
+    decoder = text_model(one)
+    modules = {"join": torch.nn.Linear(2 * 64, 64, bias=False)}
+    modules |= {part: copy.deepcopy(decoder.norm) for part in described.parts if part != "join"}
+    generator = torch.Generator().manual_seed(5)  # Not the target's first layer again.
+    with torch.no_grad():
+        for module in (one, *modules.values()):
+            for key, tensor in module.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.copy_(reference._values(key, tensor, GRAIN, generator))
+    tensors = _in_release(family, found.saved)
+    tensors |= _layer(family, described, _in_release(family, _saved(one)))
+    for part, stem in described.parts.items():
+        tensors[f"{stem}.weight"] = modules[part].weight.detach().clone()
+    config = release_config(family.base, found.config)
+    config.get("text_config", config).update(described.says)
+    decoder.norm = torch.nn.Identity()
+    head = HeadModules(
+        decoder=decoder,
+        embed=target.get_input_embeddings(),
+        output=target.get_output_embeddings(),
+        norm=modules.pop("norm", None),
+        **modules,
+    )
+    return Released(Checkpoint(tensors, config), target, head)
+
+
+def _saved(model: Any) -> State:
+    with tempfile.TemporaryDirectory() as folder:
+        return reference._save(model, Path(folder))[0]
+
+
+def _in_release(family: Family, saved: State) -> State:
+    """Return the tensors as releases have them."""
+    rest, layers = experts.take_experts(family.base, release_names(family.base, saved))
+    for path, layer in layers.items():
+        rest |= LAYOUTS["released"](family.base, path, layer)
+    return rest
+
+
+def _layer(family: Family, described: Head, tensors: State) -> State:
+    """Return the first decoder layer under the names of a head."""
+    old, new = described.renames
+    found = {}
+    for name, value in tensors.items():
+        _, inside, rest = name.partition(".layers.0.")
+        if inside and "vis" not in name:
+            found[family.mtp + (rest.replace(old, new) if old else rest)] = value
+    return found
+
+
+def write(released: Released, folder: Path) -> Path:
+    """Write the release."""
+    released.checkpoint.write(folder, shards=1)
+    return folder
