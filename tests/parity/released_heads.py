@@ -31,67 +31,65 @@ _NEXTN = {
     "hidden_norm": "model.layers.2.hnorm",
     "norm": "model.layers.2.shared_head.norm",
 }
-_ONE_FULL = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-_ONE_SPARSE = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 
 
 @dataclass(frozen=True)
 class Head:
     """How a release names a head.
 
-    ``one`` are the settings of a model of its decoder layer, ``parts`` the names of the rest,
-    ``says`` what the release's configuration says of it. Names of the decoder layer begin as
-    ``Family.mtp`` says.
+    Attributes:
+        layer: beginning of the names of the decoder layer.
+        parts: names of the rest.
+        one: settings of a model of the decoder layer alone.
+        count: key of the number of heads.
+        renames: a beginning within the decoder layer in the target, and in the head.
     """
 
-    one: dict[str, Any]
+    layer: str
     parts: dict[str, str]
-    says: dict[str, Any]
+    one: dict[str, Any]
+    count: str = "num_nextn_predict_layers"
     renames: tuple[str, str] = ("", "")
 
 
+_FULL = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+_WINDOW = {
+    "num_hidden_layers": 1,
+    "layer_types": ["sliding_attention"],
+    "mlp_layer_types": ["dense"],
+}
+_SPARSE = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+_QWEN3_5 = Head("mtp.layers.0.", _MTP, _FULL, "mtp_num_hidden_layers")
+_FURTHER_LAYER = Head("model.layers.2.", _NEXTN, _SPARSE)
 HEADS = {
-    "qwen3_next": Head(_ONE_FULL, _MTP, {"num_nextn_predict_layers": 1}),
-    "qwen3_5_moe": Head(_ONE_FULL, _MTP, {"mtp_num_hidden_layers": 1}),
-    "deepseek_v3": Head(_ONE_SPARSE, _NEXTN, {"num_nextn_predict_layers": 1}),
-    "glm4_moe": Head(_ONE_SPARSE, _NEXTN, {"num_nextn_predict_layers": 1}),
-    "glm4_moe_lite": Head(
-        {"num_hidden_layers": 1, "mlp_layer_types": ["sparse"]},
-        _NEXTN,
-        {"num_nextn_predict_layers": 1},
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
+    "qwen3_next": Head("mtp.layers.0.", _MTP, _FULL),
+    "deepseek_v3": _FURTHER_LAYER,
+    "glm4_moe": _FURTHER_LAYER,
+    "glm4_moe_lite": replace(
+        _FURTHER_LAYER, one={"num_hidden_layers": 1, "mlp_layer_types": ["sparse"]}
     ),
     "ernie4_5_moe": Head(
-        {"num_hidden_layers": 1},
+        "model.mtp_block.0.",
         {
             "join": "model.mtp_linear_proj.0",
             "embedding_norm": "model.mtp_emb_norm.0",
             "hidden_norm": "model.mtp_hidden_norm.0",
         },
-        {"num_nextn_predict_layers": 1},
+        {"num_hidden_layers": 1},
     ),
-    "exaone_moe": Head(
-        {
-            "num_hidden_layers": 1,
-            "layer_types": ["sliding_attention"],
-            "mlp_layer_types": ["dense"],
-        },
-        _MTP,
-        {"num_nextn_predict_layers": 1},
-    ),
+    "exaone_moe": Head("mtp.layers.0.", _MTP, _WINDOW),
     "mimo_v2_flash": Head(
-        {
-            "num_hidden_layers": 1,
-            "layer_types": ["sliding_attention"],
-            "mlp_layer_types": ["dense"],
-        },
+        "model.mtp.layers.0.",
         {
             "join": "model.mtp.layers.0.eh_proj",
             "embedding_norm": "model.mtp.layers.0.enorm",
             "hidden_norm": "model.mtp.layers.0.hnorm",
             "norm": "model.mtp.layers.0.final_layernorm",
         },
-        {},
-        ("post_attention_layernorm.", "pre_mlp_layernorm."),
+        _WINDOW,
+        renames=("post_attention_layernorm.", "pre_mlp_layernorm."),
     ),
 }
 """Family → its releases' head."""
@@ -131,13 +129,13 @@ def make(name: str) -> Released:
         for module in (one, *modules.values()):
             for key, tensor in module.state_dict().items():
                 if tensor.is_floating_point():
-                    tensor.copy_(reference._values(key, tensor, GRAIN, generator))
+                    tensor.copy_(reference._values(key, tensor, GRAIN, generator, False))
     tensors = _in_release(family, found.saved)
-    tensors |= _layer(family, described, _in_release(family, _saved(one)))
+    tensors |= _layer(described, _in_release(family, _saved(one)))
     for part, stem in described.parts.items():
         tensors[f"{stem}.weight"] = modules[part].weight.detach().clone()
     config = release_config(family.base, found.config)
-    config.get("text_config", config).update(described.says)
+    config.get("text_config", config)[described.count] = 1
     decoder.norm = torch.nn.Identity()
     head = HeadModules(
         decoder=decoder,
@@ -162,14 +160,14 @@ def _in_release(family: Family, saved: State) -> State:
     return rest
 
 
-def _layer(family: Family, described: Head, tensors: State) -> State:
+def _layer(described: Head, tensors: State) -> State:
     """Return the first decoder layer under the names of a head."""
     old, new = described.renames
     found = {}
     for name, value in tensors.items():
         _, inside, rest = name.partition(".layers.0.")
         if inside and "vis" not in name:
-            found[family.mtp + (rest.replace(old, new) if old else rest)] = value
+            found[described.layer + (rest.replace(old, new) if old else rest)] = value
     return found
 
 

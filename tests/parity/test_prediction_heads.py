@@ -7,7 +7,9 @@ every window of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import vllm_moe_compat
 from parity import released_heads, vllm_heads
+from parity.families import FAMILIES
 from parity.family import VOCAB
 from parity.reference import TOKENS
 from vllm_moe_compat.backend.model.hidden_states import HiddenStates
@@ -26,7 +29,9 @@ from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.load.prediction_heads import HeadParts, load_heads
 
 DRAFTS = 4
-TOLERANCE = 1e-5
+# Of one head on the target's states, and of the last one of a chain.
+TOLERANCE, OF_CHAINS = 3e-5, 3e-4
+SEEN = 3e-3
 
 
 @dataclasses.dataclass
@@ -37,23 +42,51 @@ class Made:
     definition: vllm_heads.Definition
     target: Any
     parts: HeadParts
-    caches: Any
+
+    @functools.cached_property
+    def expected(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Logits of all positions but the last, logits of the drafts, and the drafted tokens."""
+        released, run = self.released, self.definition.run
+        with torch.no_grad():
+            hidden = released.hidden_states(TOKENS)[:-1]
+            ids = torch.tensor(TOKENS[1:])
+            logits, handed_on = run(released.head, ids, hidden)
+            first, chain, drawn = logits, [], []
+            for _ in range(DRAFTS):
+                drawn.append(int(logits[-1].argmax()))
+                hidden = torch.cat([hidden, handed_on[-1:]])
+                ids = torch.cat([ids, torch.tensor(drawn[-1:])])
+                # A further draft is a further position; those before it stay what they are.
+                logits, handed_on = run(released.head, ids, hidden)
+                chain.append(logits[-1].numpy())
+        return first.numpy(), np.stack(chain), drawn
+
+    @functools.cached_property
+    def hidden(self) -> mx.array:
+        """Hidden states ``[1, T, H]`` of the target on MLX."""
+        with HiddenStates(self.target).during() as taken:
+            self.target(mx.array([TOKENS]), cache=make_prompt_cache(self.target))
+        hidden = taken.take()
+        mx.eval(hidden)
+        return hidden
 
     def heads(self, **changes: Any) -> PredictionHeads:
         return PredictionHeads(self.target, dataclasses.replace(self.parts, **changes))
 
 
-@pytest.fixture(scope="module", params=released_heads.HEADS)
-def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Made]:
-    released = released_heads.make(request.param)
-    folder = released_heads.write(released, tmp_path_factory.mktemp("release"))
-    with vllm_moe_compat.applied():
+FOUND = [name for name in released_heads.HEADS if name in FAMILIES]
+
+
+@functools.cache
+def make(name: str) -> Made:
+    """Make and load a release of the family ``name``."""
+    released = released_heads.make(name)
+    with tempfile.TemporaryDirectory() as place, vllm_moe_compat.applied():
+        folder = released_heads.write(released, Path(place))
         target, _ = mlx_lm.utils.load_model(folder)
         parts = load_heads(folder, "float32", _evaluate)
-        target.set_dtype(mx.float32)
-        yield Made(released, vllm_heads.DEFINITIONS[request.param], target, parts, parts.model)
+        _evaluate(target)
+    return Made(released, vllm_heads.DEFINITIONS[name], target, parts)
 
 
 def _evaluate(model: Any) -> None:
@@ -61,29 +94,9 @@ def _evaluate(model: Any) -> None:
     mx.eval(model.parameters())
 
 
-def expected(made: Made) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Logits of all positions but the last, logits of the drafts, and the drafted tokens."""
-    with torch.no_grad():
-        hidden = made.released.hidden_states(TOKENS)[:-1]
-        ids = torch.tensor(TOKENS[1:])
-        logits, handed_on = made.definition.run(made.released.head, ids, hidden)
-        first, chain, drawn = logits, [], []
-        for _ in range(DRAFTS):
-            # Any tokens would do; these differ from those that the target would draw.
-            drawn.append(int(logits[-1].argmax()))
-            hidden = torch.cat([hidden, handed_on[-1:]])
-            ids = torch.cat([ids, torch.tensor(drawn[-1:])])
-            # A further draft is a further position; those before it stay what they are.
-            logits, handed_on = made.definition.run(made.released.head, ids, hidden)
-            chain.append(logits[-1].numpy())
-    return first.numpy(), np.stack(chain), drawn
-
-
 def found(made: Made, heads: PredictionHeads, drawn: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The same on MLX: the text in two parts, then draft by draft."""
-    with HiddenStates(made.target).during() as taken:
-        made.target(mx.array([TOKENS]), cache=make_prompt_cache(made.target))
-    hidden = taken.take()[:, :-1]
+    hidden = made.hidden[:, :-1]
     cache = make_prompt_cache(made.parts.model)
     tokens, half = mx.array([TOKENS[1:]]), 20
     first, _ = heads(tokens[:, :half], hidden[:, :half], cache)
@@ -99,12 +112,14 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def test_logits_and_drafts_are_those_of_vllms_definition(made: Made) -> None:
-    first, chain, drawn = expected(made)
+@pytest.mark.parametrize("name", FOUND)
+def test_logits_and_drafts_are_those_of_vllms_definition(name: str) -> None:
+    made = make(name)
+    first, chain, drawn = made.expected
     assert first.shape == (len(TOKENS) - 1, VOCAB)
     mine, drafts = found(made, made.heads(), drawn)
     assert distance(mine, first) < TOLERANCE
-    assert distance(drafts, chain) < TOLERANCE
+    assert distance(drafts, chain) < OF_CHAINS
 
 
 DEVIATIONS = {
@@ -117,14 +132,25 @@ DEVIATIONS = {
 }
 
 
-@pytest.mark.parametrize("deviation", DEVIATIONS)
-def test_a_head_that_deviates_is_told_apart(made: Made, deviation: str) -> None:
+OF_THE_NORM = ("the other hidden state", "no norm of the result")
+
+
+@pytest.mark.parametrize(
+    ("name", "deviation"),
+    [
+        (name, deviation)
+        for name in FOUND
+        for deviation in DEVIATIONS
+        if "norm" in released_heads.HEADS[name].parts or deviation not in OF_THE_NORM
+    ],
+)
+def test_a_head_that_deviates_is_told_apart(name: str, deviation: str) -> None:
     """So the comparison above sees each of these."""
-    first, chain, drawn = expected(made)
-    changes = DEVIATIONS[deviation](made.parts)
-    if made.parts.norm is None and deviation in ("the other hidden state", "no norm of the result"):
-        pytest.skip("the family has no such norm")
-    mine, drafts = found(made, made.heads(**changes), drawn)
-    if deviation != "the other hidden state":
-        assert distance(mine, first) > 100 * TOLERANCE
-    assert distance(drafts, chain) > 100 * TOLERANCE or deviation == "the first embedding"
+    made = make(name)
+    first, chain, drawn = made.expected
+    mine, drafts = found(made, made.heads(**DEVIATIONS[deviation](made.parts)), drawn)
+    # The hidden state that is handed on shows in drafts only, the first embedding before them.
+    if deviation == "the other hidden state":
+        assert distance(drafts, chain) > SEEN
+    else:
+        assert distance(mine, first) > SEEN

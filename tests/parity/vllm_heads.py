@@ -44,23 +44,26 @@ class HeadModules:
     output: Any
 
 
-Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Token ids, positions and hidden states → what logits are computed of, what is handed on."""
-
-
 @dataclass(frozen=True)
 class Definition:
-    """Where vLLM defines a family's head, and how its parts are called there.
+    """Where vLLM defines a family's head, and how it names what the head consists of.
 
-    ``parts`` are vLLM's names of join, norm of the embedding, norm of the hidden state and norm
-    of the result. ``logits`` is the class whose ``compute_logits`` counts.
+    Attributes:
+        file: in ``vllm/model_executor/models``.
+        layer: class whose ``forward`` counts.
+        logits: class whose ``compute_logits`` counts.
+        parts: names of the join, the norm of the embedding, that of the hidden state and that of
+            the result.
+        given: names of what ``forward`` is given.
+        spelled_out: ``forward`` computes the decoder layer itself, by its parts.
     """
 
     file: str
     layer: str
     logits: str
     parts: tuple[str, str, str, str]
-    names: tuple[str, ...]
+    given: tuple[str, ...]
+    spelled_out: bool = False
 
     def run(self, head: HeadModules, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Run a whole text: ``ids [T]`` and ``hidden [T, H]``.
@@ -68,29 +71,7 @@ class Definition:
         Returns:
             Logits ``[T, V]`` and the hidden states ``[T, H]`` for a further draft.
         """
-        forward = method(self.file, self.layer, "forward")
-        logits = method(self.file, self.logits, "compute_logits")
-        join, of_embedding, of_hidden, of_result = self.parts
-        norm = _Norm(head.norm)
-        layer = SimpleNamespace(
-            **{
-                join: head.join if join != "eh_proj" or not self._joins_in_pairs else _paired(head),
-                of_embedding: head.embedding_norm,
-                of_hidden: head.hidden_norm,
-                of_result: norm,
-            },
-            mtp_block=_Block(head.decoder),
-            layers=[_Block(head.decoder)],
-            num_mtp_layers=1,
-            mtp_start_layer_idx=0,
-            lm_head=head.output,
-            logits_processor=lambda output, states: output(states),
-            **self._inner(head),
-        )
-        if of_result == "shared_head":
-            norm.head = head.output
         values = {
-            "self": layer,
             "input_ids": ids,
             "positions": torch.arange(len(ids)),
             "previous_hidden_states": hidden,
@@ -98,42 +79,44 @@ class Definition:
             # Some definitions write into it.
             "inputs_embeds": head.embed(ids).clone(),
         }
-        found = forward(**{name: values[name] for name in self.names})
+        modules = self._modules(head)
+        forward = method(self.file, self.layer, "forward")
+        found = forward(modules, **{name: values[name] for name in self.given})
         for_logits, handed_on = found if isinstance(found, tuple) else (found, found)
-        predictor = SimpleNamespace(
+        compute_logits = method(self.file, self.logits, "compute_logits")
+        with_head = "lm_head" in compute_logits.__code__.co_varnames
+        logits = compute_logits(modules, for_logits, *([head.output] if with_head else []))
+        return logits, handed_on
+
+    def _modules(self, head: HeadModules) -> SimpleNamespace:
+        """Return what both methods find in ``self``."""
+        norm, block = _Norm(head.norm, head.output), _Block(head.decoder)
+        parts = (head.join, head.embedding_norm, head.hidden_norm, norm)
+        made = SimpleNamespace(
+            **dict(zip(self.parts, parts, strict=True)),
+            mtp_block=block,
             num_mtp_layers=1,
             mtp_start_layer_idx=0,
-            layers={"0": layer},
-            mtp_layers={"0": layer},
             lm_head=head.output,
             logits_processor=lambda output, states: output(states),
         )
-        own = (predictor, for_logits)
-        rest = (head.output,) if "lm_head" in logits.__code__.co_varnames else ()
-        return logits(*own, *rest), handed_on
-
-    @property
-    def _joins_in_pairs(self) -> bool:
-        return self.file == "mimo_v2_mtp"
-
-    def _inner(self, head: HeadModules) -> dict[str, Any]:
-        """The parts of a decoder layer that ``forward`` spells out."""
-        if not self._joins_in_pairs:
-            return {}
-        layer = head.decoder.layers[0]
-        return {
-            "input_layernorm": layer.input_layernorm,
-            "self_attn": _Attention(head.decoder),
-            "pre_mlp_layernorm": _Norm(layer.post_attention_layernorm),
-            "mlp": layer.mlp,
-        }
+        # One looks for the block here, the other for the layer that has the norm.
+        made.layers = made.mtp_layers = {0: block, "0": made}
+        if self.spelled_out:
+            layer = head.decoder.layers[0]
+            setattr(made, self.parts[0], lambda states: (head.join(states), None))
+            made.input_layernorm = layer.input_layernorm
+            made.self_attn = _Attention(head.decoder)
+            made.pre_mlp_layernorm = _Norm(layer.post_attention_layernorm)
+            made.mlp = layer.mlp
+        return made
 
 
 _NEXTN = ("eh_proj", "enorm", "hnorm", "shared_head")
 _QWEN = ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-_LAYER = ("self", "input_ids", "positions", "previous_hidden_states", "inputs_embeds")
-_EMBEDDED = ("self", "inputs_embeds", "positions", "previous_hidden_states")
-_PREDICTOR = ("self", "input_ids", "positions", "hidden_states", "inputs_embeds")
+_LAYER = ("input_ids", "positions", "previous_hidden_states", "inputs_embeds")
+_EMBEDDED = ("inputs_embeds", "positions", "previous_hidden_states")
+_PREDICTOR = ("input_ids", "positions", "hidden_states", "inputs_embeds")
 
 
 def _nextn(file: str, stem: str) -> Definition:
@@ -141,10 +124,10 @@ def _nextn(file: str, stem: str) -> Definition:
     return Definition(file, layer, predictor, _NEXTN, _LAYER)
 
 
+_QWEN3_5 = Definition("qwen3_5_mtp", "Qwen3_5MultiTokenPredictor", "Qwen3_5MTP", _QWEN, _PREDICTOR)
 DEFINITIONS = {
-    "qwen3_5_moe": Definition(
-        "qwen3_5_mtp", "Qwen3_5MultiTokenPredictor", "Qwen3_5MTP", _QWEN, _PREDICTOR
-    ),
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
     "qwen3_next": Definition(
         "qwen3_next_mtp", "Qwen3NextMultiTokenPredictor", "Qwen3NextMTP", _QWEN, _PREDICTOR
     ),
@@ -161,23 +144,16 @@ DEFINITIONS = {
         ("mtp_linear_proj", "mtp_emb_norm", "mtp_hidden_norm", "none"),
         _EMBEDDED,
     ),
-    "mimo": Definition(
-        "mimo_mtp",
-        "MiMoMultiTokenPredictorLayer",
-        "MiMoMultiTokenPredictor",
-        ("input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm"),
-        _EMBEDDED,
-    ),
     "mimo_v2_flash": Definition(
         "mimo_v2_mtp",
         "MiMoV2MTPLayer",
         "MiMoV2MultiTokenPredictor",
         ("eh_proj", "enorm", "hnorm", "final_layernorm"),
         _EMBEDDED,
+        spelled_out=True,
     ),
 }
 """Family → vLLM's definition of its head."""
-DEFINITIONS["qwen3_5"] = DEFINITIONS["qwen3_5_moe"]
 
 
 @functools.cache
@@ -198,8 +174,8 @@ def method(file: str, owner: str, name: str) -> Callable[..., Any]:
 class _Norm:
     """A norm as vLLM calls it: with a residual, it returns the sum too."""
 
-    def __init__(self, norm: Any) -> None:
-        self.norm, self.head = norm, None
+    def __init__(self, norm: Any, head: Any = None) -> None:
+        self.norm, self.head = norm, head
 
     def __call__(self, states: Tensor, residual: Tensor | None = None) -> Any:
         if residual is None:
@@ -243,7 +219,3 @@ class _Attention:
         )
         attended: Tensor = found[0]
         return attended
-
-
-def _paired(head: HeadModules) -> Callable[[Tensor], tuple[Tensor, None]]:
-    return lambda states: (head.join(states), None)
