@@ -92,8 +92,7 @@ def view_head(
     if not view.layout.numbers.found and view.serving.setting == NONE:
         # The target's form is not the head's.
         quantization.mark_dequantized(view.config)
-    if not faults:
-        faults += check_layer(planned, view, facts, names, f"{root}layers.0.")
+    faults += check_layer(planned, view, facts, names, f"{root}layers.0.")
     of_files = {new: old for old, new in planned.plan.names.renamed} if planned.plan else {}
     again = dict(view.plan.names.renamed)
     composed = replace(

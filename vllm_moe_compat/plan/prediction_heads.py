@@ -14,7 +14,7 @@ from vllm_moe_compat.checkpoint.config import layer_count, sections
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.names import fold
 from vllm_moe_compat.dtypes import STORED_NAMES, nbytes
-from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families.prediction_heads import COUNT_KEYS, HEADS_BY_MODULE, PredictionHead
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan.check_heads import AGAIN
@@ -104,10 +104,12 @@ def find_heads(planned: PlannedLoad) -> FoundHeads:
         return FoundHeads(stated, {}, faults=(fault,))
     try:
         return _find(planned, planned.row, facts, stated)
-    except (LayoutError, UnsupportedCheckpointError) as error:
-        message = str(error).rstrip(".")
-        fault = Fault("heads-incomplete", message, AGAIN, type(error))
-        return FoundHeads(stated, like_heads(planned), facts, faults=(fault,))
+    except CompatError as error:
+        fault = Fault("heads-incomplete", str(error).rstrip("."), "", type(error))
+    except (ValueError, ArithmeticError, LookupError) as error:
+        words = f"the shapes of its tensors do not fit the planned operations ({error})"
+        fault = Fault("heads-incomplete", words, AGAIN, LayoutError)
+    return FoundHeads(stated, like_heads(planned), facts, faults=(fault,))
 
 
 def _find(

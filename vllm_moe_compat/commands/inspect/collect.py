@@ -24,11 +24,13 @@ from vllm_moe_compat.commands.inspect.model import (
     Inspection,
     Memory,
     PluginResult,
+    PredictionHeads,
     Problem,
     Ranks,
     Stock,
 )
 from vllm_moe_compat.commands.inspect.needs import memory
+from vllm_moe_compat.commands.inspect.prediction_heads import describe_heads
 from vllm_moe_compat.commands.inspect.problems import FILES, clean, of_fault, problem
 from vllm_moe_compat.commands.inspect.ranks import ranks as describe_ranks
 from vllm_moe_compat.commands.inspect.read import Contents, read
@@ -61,6 +63,7 @@ class _Outcome:
     ours: PluginResult | None = None
     memory: Memory | None = None
     ranks: Ranks | None = None
+    heads: PredictionHeads | None = None
 
 
 def inspect(name: str, ranks: int = 1) -> Inspection:
@@ -133,6 +136,7 @@ def inspect(name: str, ranks: int = 1) -> Inspection:
         ours=ours,
         memory=outcome.memory,
         ranks=outcome.ranks,
+        prediction_heads=outcome.heads,
     )
 
 
@@ -299,6 +303,7 @@ def _describe_mapped(
         "loads", steps(planned.plan, layout, row, planned.translated, put_in), applied
     )
     _add_memory(contents, outcome, planned)
+    outcome.heads = describe_heads(planned)
 
 
 def _add_memory(contents: Contents, outcome: _Outcome, planned: PlannedLoad) -> None:

@@ -351,6 +351,25 @@ class Ranks:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionHeads:
+    """Multi-token-prediction heads, which are loaded only if speculation asks for them.
+
+    Attributes:
+        stated: their number by the config; None if it says nothing.
+        tensors: number of their tensors in the files.
+        bytes: size of those tensors.
+        weights: bytes of the first head's weights once it is loaded; None if it cannot be used.
+        refused: why it cannot be used, the gravest reason first.
+    """
+
+    stated: int | None
+    tensors: int
+    bytes: int
+    weights: int | None
+    refused: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """The whole result; parts that could not be determined are None."""
 
@@ -369,4 +388,5 @@ class Inspection:
     ours: PluginResult | None = None
     memory: Memory | None = None
     ranks: Ranks | None = None
+    prediction_heads: PredictionHeads | None = None
     schema_version: int = SCHEMA_VERSION

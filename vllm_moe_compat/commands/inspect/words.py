@@ -11,6 +11,7 @@ from vllm_moe_compat.commands.inspect.model import (
     Extra,
     Inspection,
     Memory,
+    PredictionHeads,
     Ranks,
 )
 from vllm_moe_compat.envs import EXPERT_CACHE, QUANTIZE
@@ -72,6 +73,8 @@ def sections(found: Inspection) -> Iterator[Section]:
         yield Section("With this package", [("verdict", verdict)], steps if steps.rows else None)
     if found.memory is not None:
         yield from _memory(found.memory)
+    if found.prediction_heads is not None:
+        yield _prediction_heads(found.prediction_heads)
     if found.ranks is not None:
         yield _ranks(found.ranks)
 
@@ -141,6 +144,17 @@ def _memory(memory: Memory) -> Iterator[Section]:
         [(f"{kind.layers:,}", kind.kind, _tokens(kind), _state(kind)) for kind in memory.cache],
     )
     yield Section("Cache", [("assumed", memory.cache_note)], kinds if memory.cache else None)
+
+
+def _prediction_heads(heads: PredictionHeads) -> Section:
+    pairs = [("in the files", f"{heads.tensors:,} tensors, {amount(heads.bytes)}")]
+    if heads.stated is not None:
+        pairs.append(("by the config", f"{heads.stated:,}"))
+    if heads.weights is not None:
+        costs = f"{amount(heads.weights)} of weights, and the cache of its layer"
+        pairs.append(("with method mtp", f"the first head is loaded: {costs}"))
+    pairs += [("cannot be used", reason) for reason in heads.refused]
+    return Section("Prediction heads", pairs)
 
 
 def _ranks(ranks: Ranks) -> Section:
