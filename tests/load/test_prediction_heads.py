@@ -312,3 +312,18 @@ def test_only_the_head_is_read_and_the_report_stays_the_targets(tmp_path: Path):
     assert found.weight_bytes <= held < 1.5 * found.weight_bytes
     assert last_report() is report
     assert len(target.layers) > 1
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("family", ALIKE)
+def test_mlx_lm_makes_no_head(family: str, tmp_path: Path):
+    """If it does, `families/prediction_heads.py` has a row that is not needed any more."""
+    cell, _, _ = cell_of(family, "release")
+    config = cell.checkpoint.config
+    text = config.get("text_config", config)
+    text |= {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1}
+    cell.write(tmp_path)
+    model, _ = mlx_lm.utils.load_model(tmp_path)
+    names = parameters(model)
+    assert len(model.layers) == text["num_hidden_layers"]
+    assert not [name for name in names if any(w in name for w in ("mtp", "eh_proj", "enorm"))]
