@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from vllm import SamplingParams
 from vllm.config import VllmConfig, speculative
 from vllm.engine.arg_utils import EngineArgs
 
@@ -142,6 +143,15 @@ def test_a_resolved_configuration_is_checked_too(demo_path: Path) -> None:
 )
 def test_ngrams(demo_path: Path, given: dict[str, Any], expected: ours.Speculation) -> None:
     assert ours.read(config(demo_path, given)) == expected
+
+
+def test_no_parameter_of_a_request_is_refused_beside_speculation(demo_path: Path) -> None:
+    made = config(demo_path, NGRAM)
+    arguments = [getattr(made, f"{name}_config") for name in ("model", "speculative")]
+    params = SamplingParams(min_p=0.1, logit_bias={3: 1.0})
+    params.verify(*arguments, made.structured_outputs_config, None)
+    model_stubs.register()  # once more
+    params.verify(*arguments, made.structured_outputs_config, None)
 
 
 RELEASES = {

@@ -81,3 +81,19 @@ def read_heads_of_text_configs() -> None:
         return override(hf_config)
 
     SpeculativeConfig.hf_config_override = staticmethod(override_text_too)
+
+
+def accept_all_parameters() -> None:
+    """Let vLLM's front end accept ``min_p`` and ``logit_bias`` beside speculation; idempotent.
+
+    It refuses requests with them, since its own sampler would be given the logits of several
+    positions at once. Here each position is drawn as without drafts. Remove when it asks the
+    platform.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    def accept(self: Any, speculative_config: Any) -> None:
+        """Accept every parameter."""
+
+    if "_validate_spec_decode" in vars(SamplingParams):
+        SamplingParams._validate_spec_decode = accept

@@ -188,6 +188,7 @@ def register() -> None:
     bridge.allow_one_head_size_for_all_layers()
     bridge_speculation.check_before_vllm(speculation.refusal, speculation.no_heads)
     bridge_speculation.read_heads_of_text_configs()
+    bridge_speculation.accept_all_parameters()
     for method in METHODS:
         register_quantization_config(method)(config_class(method))
     for names, stub in (
