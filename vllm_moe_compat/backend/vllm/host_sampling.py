@@ -33,6 +33,11 @@ from vllm_moe_compat.backend.step.batch import Request
 from vllm_moe_compat.backend.vllm import bridge
 from vllm_moe_compat.backend.vllm.checked_sampler import CheckedSampler, reason_without_token
 from vllm_moe_compat.backend.vllm.failed_requests import NOT_FINITE, FailedRequests
+from vllm_moe_compat.backend.vllm.foreign_processors import (
+    OnePerRequest,
+    is_foreign,
+    one_per_request,
+)
 from vllm_moe_compat.log import logger
 
 if TYPE_CHECKING:
@@ -59,7 +64,7 @@ class Drawn:
     """The tokens of one position.
 
     Attributes:
-        tokens: by request id; requests that failed have none.
+        tokens: by request id; some may have none.
         logprobs: log-probabilities, if a request wants them.
         rows: of the requests in ``logprobs``.
     """
@@ -82,13 +87,17 @@ class HostSampler:
         self._requests: dict[str, Request] = {}
         self.batch = self._empty_batch()
         # A logits processor from outside vLLM may change the logits of any request.
-        self.has_foreign_processors = any(
-            not type(one).__module__.startswith("vllm.v1.sample.")
-            for one in self.batch.logitsprocs.all
-        )
+        self.has_foreign_processors = any(map(is_foreign, self.batch.logitsprocs.all))
 
     def _empty_batch(self) -> InputBatch:
         model, scheduler = self._config.model_config, self._config.scheduler_config
+        config = bridge.without_speculation(self._config)
+        processors = build_logitsprocs(config, HOST, False, False, model.logits_processors or ())
+        self._by_request: list[OnePerRequest] = []
+        if self._config.speculative_config is not None:
+            processors, self._by_request = one_per_request(
+                processors, lambda kind: kind(config, HOST, False)
+            )
         return InputBatch(
             max_num_reqs=scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
@@ -97,13 +106,7 @@ class HostSampler:
             vocab_size=self.vocab_size,
             # The backend addresses blocks itself, but the batch requires a table.
             **bridge.input_batch_blocks([16]),
-            logitsprocs=build_logitsprocs(
-                bridge.without_speculation(self._config),
-                HOST,
-                False,
-                False,
-                model.logits_processors or (),
-            ),
+            logitsprocs=processors,
             logitsprocs_need_output_token_ids=bool(model.logits_processors),
             reasoning_config=bridge.reasoning_config(self._config),
         )
@@ -199,33 +202,39 @@ class HostSampler:
                 call: the sampler writes into it, also before it raises an error.
             requests: of the batch, in its order. Nothing changes for the others.
             grammar: masks of structured output, one row per request.
-            again: a token of this step has been drawn for each before.
+            again: a token of this step has been drawn for each before. Then a request for which
+                no token can be drawn does not fail, since it has an answer: the next step draws
+                from the same logits, and fails it.
         """
-
-        def attempt(some: Sequence[Request]) -> tuple[Any, dict[str, tuple[str, bool]]]:
-            scores = as_wide_as(copy_scores(some), self.vocab_size)
-            return self._draw(scores, [request.req_id for request in some], grammar)
-
         generators = {
             request.req_id: self.states[request.req_id].generator.get_state()
             for request in requests
             if self.states[request.req_id].generator is not None
         }
 
-        def set_back() -> None:
-            for req_id, state in generators.items():
-                self.states[req_id].generator.set_state(state)
+        def set_back(req_ids: Iterable[str]) -> None:
+            for req_id in req_ids:
+                if req_id in generators:
+                    self.states[req_id].generator.set_state(generators[req_id])
+
+        def attempt(some: Sequence[Request]) -> tuple[Any, dict[str, tuple[str, bool]]]:
+            scores = as_wide_as(copy_scores(some), self.vocab_size)
+            return self._draw(scores, [request.req_id for request in some], grammar)
 
         sound: Sequence[Request] = requests
         try:
             if again:
+                self._let_take_part(requests)
                 self.batch.refresh_metadata()
             result, reasons = attempt(sound)
         except Exception as error:  # noqa: BLE001 - as in ``select``
+            set_back(generators)
+            if again:
+                logger.error("vLLM's sampler leaves drafts unverified", exc_info=error)
+                return Drawn({})
             logger.error("vLLM's sampler takes a batch of requests apart", exc_info=error)
-            set_back()
             self._fill_with_sound(requests, lambda request: attempt([request]))
-            set_back()
+            set_back(generators)
             sound = self.requests
             for request in requests:
                 if request.req_id not in self.batch.req_id_to_index:
@@ -233,6 +242,11 @@ class HostSampler:
             if not sound:
                 return Drawn({})
             result, reasons = attempt(sound)
+        finally:
+            self._let_take_part(None)
+        if again:
+            set_back(reasons)
+            sound = [request for request in sound if request.req_id not in reasons]
         rows = {request.req_id: self.batch.req_id_to_index[request.req_id] for request in sound}
         drawn = result.sampled_token_ids.flatten().tolist()
         tokens = {}
@@ -245,6 +259,13 @@ class HostSampler:
             else:
                 tokens[request.req_id] = token
         return Drawn(tokens, result.logprobs_tensors, rows)
+
+    def _let_take_part(self, requests: Sequence[Request] | None) -> None:
+        """Call foreign logits processors for these requests only; None: for all."""
+        of = self.batch.req_id_to_index
+        rows = None if requests is None else {of[request.req_id] for request in requests}
+        for one in self._by_request:
+            one.rows = rows
 
     def _draw(
         self, scores: torch.Tensor, req_ids: Sequence[str], grammar: GrammarOutput | None

@@ -239,6 +239,8 @@ class TokenSampler:
                     key, own_key = mx.random.split(key)
                     token = self._mlx_sampler.draw_row(logits, row, own_key)
                 if token == NO_TOKEN:
+                    if position:
+                        break
                     self.failed.fail(request, NOT_FINITE, taints_pages=True)
                 request.output.append(max(token, 0))
                 own.append(token)

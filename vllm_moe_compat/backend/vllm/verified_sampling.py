@@ -7,11 +7,14 @@ draft is accepted if it equals the token that is drawn in its place; the first o
 last one. For drafts that are given tokens, and not samples of a known distribution, that accepts
 with the probabilities of rejection sampling. It also leaves every parameter its meaning, and a
 seed its tokens.
+
+A position from which no token can be drawn ends the verification before it. The next step comes to
+the same position first, and its request fails then, as without drafts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,18 +86,18 @@ def verify_on_host(
 
         drawn = host.draw(copy_scores, going, masks.at(position, going), again=position > 0)
         logprobs.add(drawn)
-        still = []
-        for request in going:
-            if request.req_id not in drawn.tokens:
-                tokens[request.req_id] = []
-                continue
-            tokens[request.req_id].append(drawn.tokens[request.req_id])
-            if accepts_last(request, position, host.max_model_len):
-                still.append(request)
-        going, position = still, position + 1
+        for req_id, token in drawn.tokens.items():
+            tokens[req_id].append(token)
+        going = [
+            request
+            for request in going
+            if request.req_id in drawn.tokens
+            and accepts_last(request, position, host.max_model_len)
+        ]
+        position += 1
     order = [request.req_id for request in requests]
     every = len(scheduler_output.num_scheduled_tokens)
-    return order, list(tokens.values()), logprobs.lists(tokens, every)
+    return order, list(tokens.values()), logprobs.lists(order, every)
 
 
 class _Masks:
@@ -134,35 +137,30 @@ class _Logprobs:
         self._rows: dict[str, list[tuple[int, int]]] = {}
 
     def add(self, drawn: Drawn) -> None:
-        """Add a position; without log-probabilities, no request that goes on wants them."""
+        """Add a position."""
         if drawn.logprobs is not None:
             for req_id, row in drawn.rows.items():
                 self._rows.setdefault(req_id, []).append((len(self._parts), row))
             self._parts.append(drawn.logprobs.tolists())
 
-    def lists(self, tokens: Mapping[str, Sequence[int]], every: int) -> LogprobsLists | None:
-        """Return the rows of the requests in the order of ``tokens``.
+    def lists(self, order: Sequence[str], every: int) -> LogprobsLists | None:
+        """Return the rows of the requests, those of each together.
 
-        ``every`` is the number of requests of the step: vLLM's scheduler also cuts nothing out of
-        the rows of those that have none.
+        Args:
+            order: ids of the requests.
+            every: number of requests of the step. vLLM's scheduler looks up the rows of those
+                behind ``order``, too, and there are none.
         """
-        if not self._parts:
+        if not self._rows:
             return None
-        places = {req_id: self._rows.get(req_id, [])[: len(tokens[req_id])] for req_id in tokens}
-        if list(places.values()) == [[(0, row)] for row in range(len(places))]:
+        places = [self._rows.get(req_id, []) for req_id in order]
+        if places == [[(0, row)] for row in range(len(places))]:
             return self._parts[0]
-        # A part made after a request failed may be narrower; it has what the others ask for.
-        width = min(part.logprobs.shape[1] for part in self._parts)
-        chosen = [place for rows in places.values() for place in rows]
-        ends = np.cumsum([0, *(len(rows) for rows in places.values())]).tolist()
+        ends = np.cumsum([0, *map(len, places)]).tolist()
         ends += ends[-1:] * (every - len(places))
-
-        def collect(field: int) -> np.ndarray:
-            rows = [self._parts[part][field][row][..., :width] for part, row in chosen]
-            return np.stack(rows) if rows else self._parts[0][field][:0]
-
-        return LogprobsLists(collect(0), collect(1), self._ranks(chosen), ends)
-
-    def _ranks(self, chosen: Sequence[tuple[int, int]]) -> np.ndarray:
-        ranks = [self._parts[part].sampled_token_ranks[row] for part, row in chosen]
-        return np.asarray(ranks, dtype=self._parts[0].sampled_token_ranks.dtype)
+        chosen = [place for rows in places for place in rows]
+        ids, values, ranks = (
+            np.concatenate([self._parts[part][field][row : row + 1] for part, row in chosen])
+            for field in range(3)
+        )
+        return LogprobsLists(ids, values, ranks, ends)
