@@ -38,12 +38,28 @@ def gated_delta(**rules: Any) -> tuple[Any, PredictionHeads]:
 
 def latent(**rules: Any) -> tuple[Any, PredictionHeads]:
     """A target with latent attention, and a head of one such layer with experts."""
+    from mlx_lm.models.deepseek_v3 import Model, ModelArgs
+
     target, config = build_mlx("deepseek_v3")
     mx.random.seed(1)
-    module = __import__("mlx_lm.models.deepseek_v3", fromlist=["Model"])
     config = config | {"num_hidden_layers": 1, "first_k_dense_replace": 0}
-    one = module.Model(module.ModelArgs.from_dict(config))
+    one = Model(ModelArgs.from_dict(config))
     return _heads(target, one, **({"masks_first": True} | rules))
+
+
+def windowed(**rules: Any) -> tuple[Any, PredictionHeads]:
+    """A target with windows, and a head of one layer with a window."""
+    from mlx_lm.models.exaone_moe import Model, ModelArgs
+
+    target, config = build_mlx("exaone_moe")
+    mx.random.seed(1)
+    one = {
+        "num_hidden_layers": 1,
+        "layer_types": ["sliding_attention"],
+        "is_moe_layer": [False],
+        "sliding_window": 16,
+    }
+    return _heads(target, Model(ModelArgs.from_dict(config | one)), **rules)
 
 
 def _heads(target: Any, one: Any, **rules: Any) -> tuple[Any, PredictionHeads]:

@@ -13,7 +13,11 @@ from support import prediction_heads
 from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 
-KINDS = {"softmax": prediction_heads.gated_delta, "latent": prediction_heads.latent}
+KINDS = {
+    "softmax": prediction_heads.gated_delta,
+    "latent": prediction_heads.latent,
+    "windowed": prediction_heads.windowed,
+}
 LENGTHS = [21, 1, 34]
 
 
@@ -111,6 +115,8 @@ def test_caches_are_described_as_pages_need_them() -> None:
     assert not softmax.single_sequence
     (latent,) = prediction_heads.latent()[1].layers
     assert (latent.kv_heads, latent.head_dim, latent.value_dim) == (1, 32, 16)
+    (windowed,) = prediction_heads.windowed()[1].layers
+    assert windowed.window == 16
 
 
 def test_recycled_states_are_those_before_or_after_the_norm() -> None:
