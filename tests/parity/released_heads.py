@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Head:
         parts: names of the rest.
         one: settings of a model of the decoder layer alone.
         count: key of the number of heads.
+        says: what else the configuration says of it.
+        attention: attributes of the attention that no setting sets.
         renames: a beginning within the decoder layer in the target, and in the head.
     """
 
@@ -49,6 +51,8 @@ class Head:
     parts: dict[str, str]
     one: dict[str, Any]
     count: str = "num_nextn_predict_layers"
+    says: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
     renames: tuple[str, str] = ("", "")
 
 
@@ -80,6 +84,20 @@ HEADS = {
         {"num_hidden_layers": 1},
     ),
     "exaone_moe": Head("mtp.layers.0.", _MTP, _WINDOW),
+    # A head without a window has rotary embeddings, which such layers of the target have not.
+    "exaone_moe full": Head(
+        "mtp.layers.0.",
+        _MTP,
+        _WINDOW | {"layer_types": ["full_attention"]},
+        attention={"sliding_window": None},
+        says={"mtp_layer_types": ["full_attention"]},
+    ),
+    "exaone_moe wide": Head(
+        "mtp.layers.0.",
+        _MTP,
+        _WINDOW | {"sliding_window": 24},
+        says={"mtp_layer_types": ["sliding_attention"], "mtp_sliding_windows": [24]},
+    ),
     "mimo_v2_flash": Head(
         "model.mtp.layers.0.",
         {
@@ -92,13 +110,14 @@ HEADS = {
         renames=("post_attention_layernorm.", "pre_mlp_layernorm."),
     ),
 }
-"""Family → its releases' head."""
+"""Family, and a kind of head, → its releases' head."""
 
 
 @dataclass(frozen=True)
 class Released:
     """A release in memory, and its modules on torch."""
 
+    family: str
     checkpoint: Checkpoint
     target: Any
     head: HeadModules
@@ -116,12 +135,13 @@ def text_model(target: Any) -> Any:
 
 
 def make(name: str) -> Released:
-    """Make a release of the family ``name``, the same one in every call."""
-    family, described = FAMILIES[name], HEADS[name]
-    found = reference.reference(name)
+    """Make a release with the head ``name``, the same one in every call."""
+    family, described = FAMILIES[name.partition(" ")[0]], HEADS[name]
+    found = reference.reference(family.name)
     target = reference.new_model(family, False, GRAIN)
     one = reference.new_model(replace(family, kwargs=family.kwargs | described.one), False, GRAIN)
     decoder = text_model(one)
+    vars(decoder.layers[0].self_attn).update(described.attention)
     modules = {"join": torch.nn.Linear(2 * 64, 64, bias=False)}
     modules |= {part: copy.deepcopy(decoder.norm) for part in described.parts if part != "join"}
     generator = torch.Generator().manual_seed(5)  # Not the target's first layer again.
@@ -135,7 +155,7 @@ def make(name: str) -> Released:
     for part, stem in described.parts.items():
         tensors[f"{stem}.weight"] = modules[part].weight.detach().clone()
     config = release_config(family.base, found.config)
-    config.get("text_config", config)[described.count] = 1
+    config.get("text_config", config).update({described.count: 1} | described.says)
     decoder.norm = torch.nn.Identity()
     head = HeadModules(
         decoder=decoder,
@@ -144,7 +164,7 @@ def make(name: str) -> Released:
         norm=modules.pop("norm", None),
         **modules,
     )
-    return Released(Checkpoint(tensors, config), target, head)
+    return Released(family.name, Checkpoint(tensors, config), target, head)
 
 
 def _saved(model: Any) -> State:

@@ -74,19 +74,19 @@ class Made:
         return PredictionHeads(self.target, dataclasses.replace(self.parts, **changes))
 
 
-FOUND = [name for name in released_heads.HEADS if name in FAMILIES]
+FOUND = [name for name in released_heads.HEADS if name.partition(" ")[0] in FAMILIES]
 
 
 @functools.cache
 def make(name: str) -> Made:
-    """Make and load a release of the family ``name``."""
+    """Make and load a release with the head ``name``."""
     released = released_heads.make(name)
     with tempfile.TemporaryDirectory() as place, vllm_moe_compat.applied():
         folder = released_heads.write(released, Path(place))
         target, _ = mlx_lm.utils.load_model(folder)
         parts = load_heads(folder, "float32", _evaluate)
         _evaluate(target)
-    return Made(released, vllm_heads.DEFINITIONS[name], target, parts)
+    return Made(released, vllm_heads.DEFINITIONS[released.family], target, parts)
 
 
 def _evaluate(model: Any) -> None:

@@ -59,6 +59,7 @@ class PredictionHead:
             modules expect layers of every kind.
         indices: attributes of the part with the layers that tell which layer's cache a mask is
             made by, and their values for the one layer.
+        attention_has: attributes of the layer's attention, and their values.
         embedding_first: whether the embedding comes first where both are concatenated.
         masks_first: whether the embedding at position 0 of a sequence counts as zeros.
         recycles_normed: whether the next draft starts from the normed result.
@@ -75,6 +76,7 @@ class PredictionHead:
     final_norm: str = "norm"
     spare: int = 0
     indices: Mapping[str, int | None] = field(default_factory=dict)
+    attention_has: Mapping[str, Any] = field(default_factory=dict)
     embedding_first: bool = True
     masks_first: bool = False
     recycles_normed: bool = True
@@ -168,9 +170,11 @@ HEADS_BY_MODULE: Mapping[str, PredictionHead] = {
         sparse={"moe_layer_start_index": 0, "moe_layer_end_index": 0, "moe_layer_interval": 1},
         masks_first=True,
     ),
-    # A dense layer of the kind of the target's first one.
+    # A dense layer of the kind of the target's first one. It has rotary embeddings, which layers
+    # of the target without a window have not.
     "exaone_moe": _beside(
         {},
+        attention_has={"use_rope": True},
         dense={"first_k_dense_replace": 1, "mlp_layer_types": ["dense"], "is_moe_layer": [False]},
     ),
 }

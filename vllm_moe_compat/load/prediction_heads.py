@@ -187,6 +187,8 @@ def _take_apart(
     decoder[planned.row.embedding], decoder[facts.final_norm] = PassThrough(), PassThrough()
     for name, value in facts.indices.items():
         setattr(decoder, name, value)
+    for name, value in facts.attention_has.items():
+        setattr(decoder.layers[0][facts.attention], name, value)
     return HeadParts(
         model=model,
         decoder=decoder,

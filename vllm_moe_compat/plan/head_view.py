@@ -170,9 +170,15 @@ def _one_layer(
     kind = "sparse" if experts else "dense"
     like = _first_layer_with(planned, experts=experts)
     for key in PER_LAYER:
-        value = text.get(key)
-        if isinstance(value, list) and len(value) >= count:
+        value, own = text.get(key), text.get(f"mtp_{key}")
+        if isinstance(own, list) and own:
+            # K-EXAONE 2.0 says of its heads what it says of its layers.
+            text[key] = own[:1]
+        elif isinstance(value, list) and len(value) >= count:
             text[key] = [value[count] if len(value) > count else value[like]]
+    windows = text.get("mtp_sliding_windows")
+    if isinstance(windows, list) and windows and windows[0]:
+        text["sliding_window"] = windows[0]
     wanted = {**facts.always, **(facts.sparse if kind == "sparse" else facts.dense)}
     known = {*text, *planned.settings, *text_section(planned.config)}
     text.update({key: copy.deepcopy(value) for key, value in wanted.items() if key in known})
