@@ -65,8 +65,22 @@ class _NextPass:
 class Forward:
     """Runs the forward passes of one model."""
 
-    def __init__(self, model: nn.Module, storage: LayerStorage, *, compiles: bool = False) -> None:
-        """``compiles``: decode passes may be compiled (``compiled_decode``)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        storage: LayerStorage,
+        *,
+        compiles: bool = False,
+        recording: StateRecording | None = None,
+    ) -> None:
+        """Make the passes of a model.
+
+        Args:
+            model: loaded.
+            storage: of its layers.
+            compiles: decode passes may be compiled (``compiled_decode``).
+            recording: of the states of passes that verify drafts; needed for models with states.
+        """
         self.model, self.storage = model, storage
         # Also removed when this object is collected without ``close``, as after a failed start.
         self._remove_hook = weakref.finalize(self, attention_hook.install(model))
@@ -79,7 +93,7 @@ class Forward:
         self._running: list[mx.array] = []
         # The passes of ``verify``, until ``accept``.
         self._verified: list[Verified] = []
-        self.recording: StateRecording | None = None
+        self.recording = recording
         # Called before a pass is evaluated; whether it has logits.
         self.before_pass: Callable[[Pass, bool], None] = lambda work, logits: None
         self._hidden: list[tuple[Pass, mx.array]] = []

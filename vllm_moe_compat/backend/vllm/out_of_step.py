@@ -183,9 +183,6 @@ class OutOfStepCalls(WorkerBase):
         """Return text generation."""
         return ("generate",)
 
-    def take_draft_token_ids(self) -> None:
-        """Return no draft tokens: there is no speculative decoding."""
-
     def get_draft_model(self) -> None:
         """Return None: there is no speculative decoding."""
 

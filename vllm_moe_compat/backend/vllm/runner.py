@@ -1,25 +1,34 @@
 """The model runner: from vLLM's schedule to logits, and from logits to tokens.
 
-A step runs its prefill passes first, then one pass with one token for every request that samples.
-``step.forward`` runs a pass, ``sampling`` draws the tokens.
+A step runs its prefill passes first, then one pass with the last token of every request that
+samples, and its drafts. ``step.forward`` runs a pass, ``sampling`` draws the tokens, and
+``step.drafting`` proposes the drafts of the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    DraftTokenIds,
+    ModelRunnerOutput,
+)
 
+from vllm_moe_compat.backend.model.state_recording import StateRecording
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
+from vllm_moe_compat.backend.step.drafting import Drafting
 from vllm_moe_compat.backend.step.forward import Forward
 from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm import request_checks
 from vllm_moe_compat.backend.vllm.expert_cache_stats import ExpertCounts
+from vllm_moe_compat.backend.vllm.pending_output import PendingOutput
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.backend.vllm.step_output import StepOutput
@@ -34,29 +43,6 @@ if TYPE_CHECKING:
     from vllm_moe_compat.backend.vllm.rank_group import RankGroup
 
 
-class PendingOutput(AsyncModelRunnerOutput):
-    """The output of a step whose pass may still run.
-
-    With async scheduling vLLM asks for the output after it has scheduled the next step, so the
-    engine works while MLX computes.
-    """
-
-    def __init__(self, complete: Callable[[], ModelRunnerOutput]) -> None:
-        """``complete`` waits for the pass and makes the output; it is called once."""
-        self._complete = complete
-        self._output: ModelRunnerOutput | None = None
-
-    def get_output(self) -> ModelRunnerOutput:
-        """Wait for the output.
-
-        Must be called on the thread that runs the steps, since MLX does not evaluate their graphs
-        on another one. The only executor that the platform allows does so.
-        """
-        if self._output is None:
-            self._output = self._complete()
-        return self._output
-
-
 class ModelRunner:
     """Runs the steps of one model."""
 
@@ -69,6 +55,7 @@ class ModelRunner:
         compiles: bool = False,
         ranks: RankGroup | None = None,
         expert_counts: ExpertCounts | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         """Make the runner of one model.
 
@@ -79,7 +66,9 @@ class ModelRunner:
             compiles: whether decode passes may be compiled.
             ranks: compute the model together.
             expert_counts: of the engine.
+            drafting: proposes drafts; None for no speculation.
         """
+        self.drafting = drafting
         self.model, self.storage, self.sampler, self._ranks = model, storage, sampler, ranks
         self._expert_counts = expert_counts or ExpertCounts()
         # Whether passes are compiled, or built ahead, is decided on each rank: by what its
@@ -89,7 +78,7 @@ class ModelRunner:
         self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch(sampler.rows.embedding)
         self._compiles = compiles
-        self.forward = Forward(model, storage, compiles=compiles)
+        self.forward = self._make_forward()
         self._check: OrderCheck | None = None
         if ranks is not None and CHECK_RANKS.read() == "1":
             self._check = OrderCheck(ranks.group)
@@ -99,7 +88,19 @@ class ModelRunner:
         self._logits: mx.array | None = None
         self._drawn: mx.array | None = None
         self._unsampled: list[str] = []
+        # The pass whose drafts the step verifies, and when its pass began.
+        self._verified: Pass | None = None
+        self._pass_began = 0.0
         self._pending: PendingOutput | None = None
+
+    def _make_forward(self) -> Forward:
+        recording = None
+        if self.drafting is not None and self.storage.states.layers:
+            recording = StateRecording(self.model)
+            if recording.unsupported:
+                logger.info("no drafts are made: %s", recording.unsupported)
+                self.drafting = None
+        return Forward(self.model, self.storage, compiles=self._compiles, recording=recording)
 
     def close(self) -> None:
         """Wait for the running pass and remove the attention hook."""
@@ -125,7 +126,7 @@ class ModelRunner:
     def resume(self, model: nn.Module) -> None:
         """Go on after ``suspend``."""
         self.model = model
-        self.forward = Forward(model, self.storage, compiles=self._compiles)
+        self.forward = self._make_forward()
 
     def take_note(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Take note of finished requests while suspended, in place of ``execute_model``."""
@@ -137,6 +138,9 @@ class ModelRunner:
         lost = self.batch.update(schedule)
         self.sampler.forget(set(schedule.finished))
         self.sampler.failed.forget(schedule.finished)
+        if self.drafting is not None:
+            for req_id in schedule.finished:
+                self.drafting.forget(req_id)
         self._refuse(schedule)
         self._spread_failures(schedule.page_copies)
         return lost
@@ -174,7 +178,8 @@ class ModelRunner:
             (sampling if samples else unsampled).append(request)
         self._order = self.sampler.select(sampling)
         self._unsampled = [request.req_id for request in unsampled]
-        self._logits = self._drawn = None
+        self._logits = self._drawn = self._verified = None
+        self._pass_began = time.perf_counter()
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
             build_next = (
@@ -182,12 +187,17 @@ class ModelRunner:
                 and not self._unsampled
                 and self.sampler.draws_all
                 and not self._draws_without_row
+                and (self.drafting is None or self.drafting.idle)
             )
-            self._logits, self._drawn = self.forward.decode(
-                work, self.sampler.draw, build_next=build_next
-            )
+            if work.verifies:
+                self._verified = work
+                self._logits = self.forward.verify(work)
+            else:
+                self._logits, self._drawn = self.forward.decode(
+                    work, self.sampler.draw, build_next=build_next
+                )
             self._fail_rows(work)
-        self._save_states(requests, scheduled)
+        self._save_states(unsampled if self._verified else requests, scheduled)
         self._scheduler_output = scheduler_output
         return None
 
@@ -317,11 +327,19 @@ class ModelRunner:
         if self._logits is not None:
             logits, self._logits = self._logits, None
             drawn, self._drawn = self._drawn, None
-            order, tokens, logprobs = self.sampler.sample(logits, drawn, scheduler_output, grammar)
+            sampler = self.sampler
+            if self._verified is not None:
+                order, tokens, logprobs = sampler.verify(logits, scheduler_output, grammar)
+            else:
+                order, tokens, logprobs = sampler.sample(logits, drawn, scheduler_output, grammar)
             if self._ranks is not None:
                 tokens = self._same_on_all(self._ranks, order, tokens)
+            if self._verified is not None:
+                self._accept(self._verified, dict(zip(order, tokens, strict=True)))
         req_ids = order + self._unsampled
         failures = self.sampler.failed.among(req_ids)
+        if self.drafting is not None:
+            self._draft(self.drafting, order, tokens)
         prompts = {}
         for req_id in order:
             finished = self.sampler.finished_prompt(req_id)
@@ -338,6 +356,29 @@ class ModelRunner:
             failures=failures,
             expert_counts=self._expert_counts(),
         )
+
+    def _accept(self, work: Pass, tokens: Mapping[str, list[int]]) -> None:
+        """Keep what the drafts computed as far as they were right."""
+        # A failed request has no tokens.
+        counts = {req_id: max(len(drawn), 1) for req_id, drawn in tokens.items()}
+        self.forward.accept(counts)
+        for request, offset in zip(work.requests, work.offsets.tolist(), strict=True):
+            request.done = offset + counts[request.req_id]
+
+    def _draft(self, drafting: Drafting, order: Sequence[str], tokens: Sequence[list[int]]) -> None:
+        """Propose drafts for the next step, and take note of those of this one."""
+        drawn = [(self.batch.requests[r], got) for r, got in zip(order, tokens, strict=True) if got]
+        requests = [request for request, _ in drawn]
+        accepted = [len(got) - 1 for _, got in drawn]
+        drafting.observe(requests, accepted, time.perf_counter() - self._pass_began)
+        drafting.propose(requests)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Return the drafts for the next step; None without speculation."""
+        if self.drafting is None:
+            return None
+        proposed = self.drafting.take()
+        return DraftTokenIds(list(proposed), list(proposed.values()))
 
     def _same_on_all(
         self, ranks: RankGroup, order: Sequence[str], tokens: Sequence[list[int]]

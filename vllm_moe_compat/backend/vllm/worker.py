@@ -22,6 +22,7 @@ from vllm_moe_compat.backend.step import self_check
 from vllm_moe_compat.backend.vllm import (
     bridge,
     bridge_kv,
+    drafters,
     executor,
     kv_specs,
     rank_group,
@@ -36,9 +37,10 @@ from vllm_moe_compat.backend.vllm.expert_reads import warn_of_reads
 from vllm_moe_compat.backend.vllm.length import limit_length
 from vllm_moe_compat.backend.vllm.out_of_step import OutOfStepCalls, at_start_up
 from vllm_moe_compat.backend.vllm.pausing import ask_worker_first
+from vllm_moe_compat.backend.vllm.pending_output import PendingOutput
 from vllm_moe_compat.backend.vllm.rank_group import RankGroup
 from vllm_moe_compat.backend.vllm.rank_memory import processes_that_load
-from vllm_moe_compat.backend.vllm.runner import ModelRunner, PendingOutput
+from vllm_moe_compat.backend.vllm.runner import ModelRunner
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.sleep import SleepMode
 from vllm_moe_compat.dtypes import mlx_dtype, stored_name
@@ -52,7 +54,7 @@ from vllm_moe_compat.log import logger
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 
 class MlxWorker(OutOfStepCalls):
@@ -65,10 +67,11 @@ class MlxWorker(OutOfStepCalls):
     @at_start_up
     def init_device(self) -> None:
         """Set the seeds; MLX selects its device itself."""
-        if speculation.read(self.vllm_config) is not None:
+        self.speculation = speculation.read(self.vllm_config)
+        if self.speculation is not None and self.speculation.needs_heads:
             raise UnsupportedServingError(
-                "The embedded MLX backend cannot serve with speculative decoding; leave "
-                "--speculative-config out."
+                "The embedded MLX backend cannot serve with --speculative-config with method mtp; "
+                "use ngram, or leave it out."
             )
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()
@@ -176,6 +179,7 @@ class MlxWorker(OutOfStepCalls):
             compiles=compiles,
             ranks=self.ranks,
             expert_counts=self._expert_counts,
+            drafting=drafters.make(self.speculation, self.model_config.max_model_len),
         )
         pools = storage.all_pools
         need = kv_specs.demand(self.vllm_config, self.all_layers.layers)
@@ -255,6 +259,10 @@ class MlxWorker(OutOfStepCalls):
             raise failure
         with self.ranks.heartbeat.naming() if self.ranks else nullcontext():
             return self.runner.sample_tokens(grammar_output)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Return the drafts for the next step; None without speculation."""
+        return self.runner.take_draft_token_ids()
 
     def occupancy(self) -> dict[str, int]:
         """Return the number of requests and resident states; 0 when the server is idle."""
