@@ -34,6 +34,7 @@ def add_head(
     index: int = 0,
     hidden: int = 64,
     copies: bool = False,
+    mlp: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Add a head whose decoder layer is the target's ``layer``; return the tensors apart from it.
 
@@ -44,9 +45,10 @@ def add_head(
         index: number of the head.
         hidden: width of the model.
         copies: whether the head repeats the target's embeddings and output head.
+        mlp: number of the layer whose MLP is copied, if it is another one.
     """
     facts = HEADS_BY_MODULE[module]
-    tensors = checkpoint.tensors
+    tensors = checkpoint.tensors = dict(checkpoint.tensors)  # They may be a reference's own.
     count = layer_count(tensors) - index
     root = next(m["root"] for name in tensors if (m := _decoder_layer(name)))
     at = {"root": "" if "mtp" in facts.own else root, "index": index, "number": count + index}
@@ -54,9 +56,12 @@ def add_head(
     back = tuple((new, old) for old, new in facts.renames)
     for name in list(tensors):
         found = _decoder_layer(name)
-        if found is None or int(found["number"]) != layer:
+        if found is None:
             continue
         rest = found["rest"]
+        source = mlp if mlp is not None and rest.startswith("mlp.") else layer
+        if int(found["number"]) != source:
+            continue
         for new, old in back:
             rest = old + rest.removeprefix(new) if rest.startswith(new) else rest
         tensors[begin + rest] = tensors[name].clone()

@@ -20,28 +20,44 @@ MOST = 2048
 
 
 def check_contents(
-    folder: Path, tensors: Mapping[str, TensorInfo], numbers: Numbers
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    numbers: Numbers,
+    stored: Mapping[str, str] | None = None,
 ) -> Iterator[Finding]:
-    """Yield the small tensors whose numbers differ from what they have to be."""
+    """Yield the small tensors whose numbers differ from what they have to be.
+
+    Args:
+        folder: the checkpoint's folder.
+        tensors: its tensors.
+        numbers: their stored number forms.
+        stored: name → name in the file, if other tensors may have these names there; tensors
+            without an entry are left to the load.
+    """
     for found in numbers.found:
         wanted = dict(found.contents())
         step = -(-len(wanted) // MOST)
         names = [name for name in list(wanted)[:: max(step, 1)] if tensors[name].file]
-        for name, held in _read(folder, tensors, names):
+        in_file = {
+            name if stored is None else stored[name]: name
+            for name in names
+            if stored is None or name in stored
+        }
+        files = {name: tensors[own].file for name, own in in_file.items()}
+        for other, held in _read(folder, files):
+            name = in_file[other]
             if held != wanted[name]:
                 topic = found.form.name
                 yield Finding(name, f"is {list(held)}", f"{list(wanted[name])}", topic=topic)
 
 
-def _read(
-    folder: Path, tensors: Mapping[str, TensorInfo], names: list[str]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _read(folder: Path, file_of: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield integer tensors; a file that has gone is left to the load, which names it."""
     from safetensors import SafetensorError, safe_open
 
     files: dict[str, list[str]] = {}
-    for name in names:
-        files.setdefault(tensors[name].file, []).append(name)
+    for name, file in file_of.items():
+        files.setdefault(file, []).append(name)
     for file, inside in files.items():
         try:
             with safe_open(folder / file, framework="numpy") as shard:

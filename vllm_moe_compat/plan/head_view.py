@@ -74,6 +74,7 @@ def view_head(
     experts = any(".experts." in name for name in names.inside)
     config = _one_layer(planned, facts, count, experts=experts, untied=OUTPUT in own)
     _rename_modules(config, names, renamed)
+    of_files = {new: old for old, new in planned.plan.names.renamed} if planned.plan else {}
     headers = replace(
         planned.headers,
         tensors=tensors,
@@ -81,6 +82,7 @@ def view_head(
         faults=(),
         absent=frozenset(),
         pieces=(),
+        stored={new: of_files.get(old, old) for old, new in renamed.items()},
     )
     view = make(headers, config, replace(planned.serving, experts_apart=False, ranks=1))
     faults += [
@@ -93,7 +95,6 @@ def view_head(
         # The target's form is not the head's.
         quantization.mark_dequantized(view.config)
     faults += check_layer(planned, view, facts, names, f"{root}layers.0.")
-    of_files = {new: old for old, new in planned.plan.names.renamed} if planned.plan else {}
     again = dict(view.plan.names.renamed)
     composed = replace(
         view.plan.names,
@@ -180,7 +181,7 @@ def _one_layer(
     if isinstance(windows, list) and windows and windows[0]:
         text["sliding_window"] = windows[0]
     wanted = {**facts.always, **(facts.sparse if kind == "sparse" else facts.dense)}
-    known = {*text, *planned.settings, *text_section(planned.config)}
+    known = {*text, *planned.settings}
     text.update({key: copy.deepcopy(value) for key, value in wanted.items() if key in known})
     for key in ("num_hidden_layers", "num_layers"):
         if key in known:

@@ -168,7 +168,9 @@ def _plan(
             findings += check_packed(layout, row)
             findings += check_experts(layout, row, config)
         if not findings:
-            findings += check_contents(headers.folder, headers.tensors, layout.numbers)
+            findings += check_contents(
+                headers.folder, headers.tensors, layout.numbers, headers.stored
+            )
         if faults := list(faults_of(findings, headers.tensors)):
             return None, faults
         # Several families' sanitize looks for experts in the first layer, which may be absent.

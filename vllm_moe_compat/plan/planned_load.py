@@ -42,6 +42,8 @@ class Headers:
         absent: names that the index puts into absent files, if only the part that is there is
             loaded (``present_part``); then they are no fault.
         pieces: tensors of layers that are not all there, which such a load leaves out.
+        stored: name → name in the files, if ``tensors`` are a part of the files' tensors under
+            names that others may have there; None if they are the files'.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Headers:
     extern: bool
     absent: frozenset[str] = frozenset()
     pieces: tuple[str, ...] = ()
+    stored: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

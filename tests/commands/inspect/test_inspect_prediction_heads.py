@@ -32,8 +32,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def cell_of(family: str, form: str) -> Cell:
     cell = build(FAMILIES[family], FORM_BY_NAME[form])
-    tensors = cell.checkpoint.tensors
-    add_head(cell.checkpoint, FAMILIES[family].module, layer_count(tensors) - 1)
+    add_head(cell.checkpoint, FAMILIES[family].module, layer_count(cell.checkpoint.tensors) - 1)
     return cell
 
 
