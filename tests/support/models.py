@@ -598,8 +598,11 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def build_mlx(name: str) -> tuple[Any, dict[str, Any]]:
-    """Make the random model ``name`` of the tables above, and its config."""
+def build_mlx(name: str, **other: Any) -> tuple[Any, dict[str, Any]]:
+    """Make the random model ``name`` of the tables above, and its config.
+
+    ``other``: settings instead of those of the table.
+    """
     import importlib
 
     import mlx.core as mx
@@ -607,6 +610,7 @@ def build_mlx(name: str) -> tuple[Any, dict[str, Any]]:
 
     module, architecture, changes = (MODULE_PATHS | REFUSED)[name]
     config = {**_MLX_COMMON, "model_type": module, "architectures": [architecture], **changes}
+    config |= other
     code = importlib.import_module(f"mlx_lm.models.{module}")
     mx.random.seed(7)
     model = code.Model(code.ModelArgs.from_dict(config))

@@ -80,6 +80,14 @@ DENSE: dict[str, dict[str, Any]] = {
         "block_types": ["recurrent", "recurrent", "attention"],
     },
 }
+# Latent attention before layers with states, so that these see how it rounds.
+LATENTS_FIRST = {
+    "full_attn_layers": [2],
+    "kda_layers": [1, 3, 4],
+    "num_heads": 4,
+    "head_dim": 16,
+    "short_conv_kernel_size": 4,
+}
 WITH_STATES = (
     *("lfm2_moe", "jamba", "granitemoehybrid", "nemotron_h", "qwen3_next", "kimi_linear"),
     "falcon_h1",
@@ -97,6 +105,8 @@ def build(name: str, dtype: mx.Dtype = mx.float32) -> Any:
     """Make the model ``name`` with random weights of ``dtype``, none of them zero throughout."""
     if name == "qwen3_5":
         model = hybrid.model()
+    elif name == "kimi_linear, latents first":
+        model, _ = models.build_mlx("kimi_linear", linear_attn_config=LATENTS_FIRST)
     elif name in WITH_STATES:
         model, _ = models.build_mlx(name)
     else:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_compat.backend.model.hidden_states import HiddenStates
+from vllm_moe_compat.backend.model.latent_by_token import LatentByToken
 from vllm_moe_compat.backend.pages import decode_attention, state_caches
 from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, has_nested_caches, nest_caches
@@ -81,6 +82,7 @@ class GraphBuilder:
         self._pools = storage.distinct_pools
         self._nested = has_nested_caches(storage.layers)
         self.hidden: HiddenStates | None = None
+        self._latent = LatentByToken(model)
 
     def metadata(self, work: Pass) -> list[AttentionMetadata | None]:
         """Return the metadata of each cache: one per KV group, one more per window in it.
@@ -156,7 +158,9 @@ class GraphBuilder:
         for stateful, cache in zip(storage.states.layers, with_state, strict=True):
             caches[stateful.index] = cache
         nested = nest_caches(storage.layers, caches) if self._nested else caches
+        verifies = any(m is not None and m.by_token is not None for m in metadata)
         with (
+            self._latent.during() if verifies else nullcontext(),
             recording.during() if recording else nullcontext(),
             self.hidden.during() if self.hidden else nullcontext() as taken,
         ):
