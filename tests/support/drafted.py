@@ -33,12 +33,11 @@ class Served:
         pools, groups = {}, {}
         for layer in layers:
             stateful = isinstance(layer, StateLayer)
-            size = (
-                StatePool.bytes_per_sequence([layer])
-                if isinstance(layer, StateLayer)
-                else layer.token_bytes * BLOCK
-            )
-            pools[layer.index] = PagePool(128, size, mx.float32)
+            if isinstance(layer, StateLayer):
+                size, dtype = StatePool.bytes_per_sequence([layer]), mx.float32
+            else:
+                size, dtype = layer.token_bytes * BLOCK, layer.dtype
+            pools[layer.index] = PagePool(128, size, dtype)
             groups[layer.index] = 0 if stateful else 1
         self.storage = LayerStorage(layers, pools, groups, [BLOCK] * 2, keep_boundaries=True)
         self.forward = Forward(model, self.storage)

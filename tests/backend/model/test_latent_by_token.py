@@ -11,6 +11,7 @@ import pytest
 from parity.available import is_installed
 from support import hybrid, models
 from support.drafted import MOST, STEPS, Served
+from vllm_moe_compat.backend.model.experts import widen_experts
 from vllm_moe_compat.backend.model.latent_by_token import LatentByToken
 from vllm_moe_compat.backend.model.state_recording import StateRecording
 
@@ -18,16 +19,23 @@ NAMES = ("deepseek_v3", "glm4_moe_lite", "mistral4", "longcat_flash", "kimi_line
 
 
 @pytest.mark.parametrize("name", [x for x in NAMES if is_installed(x)])
-@pytest.mark.parametrize("lengths", [(6, 11, 3), (7,)])
-def test_logits_are_those_of_passes_of_one_token(name: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "dtype"),
+    [((6, 11, 3), mx.float32), ((7,), mx.float32), ((6, 11, 3), mx.bfloat16), ((7,), mx.bfloat16)],
+)
+def test_logits_are_those_of_passes_of_one_token(
+    name: str, lengths: tuple[int, ...], dtype: mx.Dtype
+) -> None:
     model, _ = models.build_mlx(name)
+    model.set_dtype(dtype)
+    widen_experts(model)
     mx.eval(model.parameters())
     alone = Served(model, lengths)
     expected: list[list[Any]] = [[] for _ in lengths]
     for _ in range(STEPS + MOST):
         alone.begin()
         for logits, found in zip(hybrid.decode(alone.forward, alone.rows), expected, strict=True):
-            found.append(np.array(logits))
+            found.append(np.array(logits.astype(mx.float32)))
     tokens = [row.output for row in alone.rows]
     alone.forward.close()
     served = Served(model, lengths)
@@ -43,7 +51,9 @@ def test_logits_are_those_of_passes_of_one_token(name: str, lengths: tuple[int, 
         found_here = iter(served.forward.verify(work))
         served.forward.accept(counts)
         for row, theirs, output in zip(served.rows, expected, tokens, strict=True):
-            logits = [np.array(next(found_here)) for _ in range(1 + len(row.drafts))]
+            logits = [
+                np.array(next(found_here).astype(mx.float32)) for _ in range(1 + len(row.drafts))
+            ]
             for place in range(counts[row.req_id]):
                 assert np.array_equal(logits[place], theirs[len(row.output) + place])
                 compared += place > 0

@@ -22,7 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from vllm_moe_compat.backend.pages import long_attention
-from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
 from vllm_moe_compat.backend.pages.paged_kv import PagedKV
 from vllm_moe_compat.families.fixes.fix import named
 
@@ -32,10 +31,9 @@ PARTS = ("embed_q", "unembed_out")
 class SingleTokens:
     """The cache of a layer, for its ``B*T`` tokens as rows of one token."""
 
-    def __init__(self, whole: PagedKV, metadata: AttentionMetadata) -> None:
-        """``metadata``: of the rows of one token."""
-        self.whole, self.metadata = whole, metadata
-        self.offset = metadata.offset
+    def __init__(self, whole: PagedKV) -> None:
+        self.whole, self.metadata = whole, whole.metadata.single_tokens()
+        self.offset = self.metadata.offset
 
     def mask(self) -> Any:
         """Return the mask ``[B*T, 1, 1, L]``; None if nothing is hidden."""
@@ -66,6 +64,12 @@ class SingleTokens:
         return long_attention.attend(queries, keys, values, scale, mask, sinks)
 
 
+def _is_split(whole: PagedKV) -> bool:
+    """Return whether the tokens of a pass can be rows of their own."""
+    metadata, layer = whole.metadata, whole.layer
+    return metadata.verifies and metadata.window is None and not layer.single_sequence
+
+
 @cache
 def _by_token(kind: type) -> type:
     """Return a subclass that computes the tokens of a pass over drafts as rows of one token."""
@@ -76,14 +80,11 @@ def _by_token(kind: type) -> type:
         bound = signature.bind(self, *args, **options)
         given = bound.arguments
         whole = given.get("cache")
-        if not isinstance(whole, PagedKV) or whole.layer.single_sequence:
-            return original(*bound.args, **bound.kwargs)
-        metadata = whole.metadata.by_token
-        if metadata is None:
+        if not isinstance(whole, PagedKV) or not _is_split(whole):
             return original(*bound.args, **bound.kwargs)
         rows, width, _ = given["x"].shape
         given["x"] = given["x"].reshape(rows * width, 1, -1)
-        given["cache"] = SingleTokens(whole, metadata)
+        given["cache"] = SingleTokens(whole)
         given["mask"] = given["cache"].mask()
         if "attn_scale" in given:  # [B, 1, T, 1]
             given["attn_scale"] = given["attn_scale"].reshape(-1, 1, 1, 1)

@@ -114,6 +114,7 @@ class AttentionMetadata:
     before: Int | None = None
     verifies: bool = False
     by_token: AttentionMetadata | None = None
+    _single: list[AttentionMetadata] = field(default_factory=list)
     _rows: dict[int, mx.array] = field(default_factory=dict)
     _runs: dict[tuple[int, int], list[mx.array]] = field(default_factory=dict)
     _tiles: dict[int, Tiles] = field(default_factory=dict)
@@ -148,16 +149,22 @@ class AttentionMetadata:
         )
 
     def attending_by_token(self) -> AttentionMetadata:
-        """Return this metadata for a pass whose tokens attend as in passes of one token.
+        """Return this metadata for a pass whose tokens attend as in passes of one token."""
+        return replace(self, by_token=self.single_tokens())
+
+    def single_tokens(self) -> AttentionMetadata:
+        """Return the metadata of the tokens as ``B*T`` rows of one token each; without a window.
 
         Padding attends like the last token of its row.
         """
-        step = np.minimum(np.arange(self.width), self.lengths[:, None] - 1)
-        offsets = (self.offsets[:, None] + step).reshape(-1)
-        tables = np.repeat(self.tables, self.width, axis=0)
-        need = int((offsets // self.block).max()) + 1
-        single = AttentionMetadata(offsets, np.ones_like(offsets), tables[:, :need], self.block)
-        return replace(self, by_token=single)
+        if not self._single:
+            step = np.minimum(np.arange(self.width), self.lengths[:, None] - 1)
+            offsets = (self.offsets[:, None] + step).reshape(-1)
+            tables = np.repeat(self.tables, self.width, axis=0)
+            need = int((offsets // self.block).max()) + 1
+            ones = np.ones_like(offsets)
+            self._single.append(AttentionMetadata(offsets, ones, tables[:, :need], self.block))
+        return self._single[0]
 
     @property
     def tokens(self) -> mx.array | None:

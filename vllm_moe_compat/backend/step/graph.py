@@ -158,7 +158,7 @@ class GraphBuilder:
         for stateful, cache in zip(storage.states.layers, with_state, strict=True):
             caches[stateful.index] = cache
         nested = nest_caches(storage.layers, caches) if self._nested else caches
-        verifies = any(m is not None and m.by_token is not None for m in metadata)
+        verifies = any(m is not None and m.verifies for m in metadata)
         with (
             self._latent.during() if verifies else nullcontext(),
             recording.during() if recording else nullcontext(),
