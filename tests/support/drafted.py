@@ -70,18 +70,15 @@ class Served:
     def states(self) -> dict[str, Any]:
         """The resident state of every request."""
         return {
-            req_id: [[np.array(part[row]) for part in state] for state in bank.states]
+            req_id: _row(bank.states, row)
             for bank in self.storage.states.banks
             for row, req_id in enumerate(bank.req_ids)
         }
 
     def page(self, request: Request, tokens: int) -> Any:
         """The state after so many tokens that was written to a page."""
-        states = self.storage.states
         block = request.blocks[0][(tokens - 1) // BLOCK]
-        return [
-            [np.array(x[0]) for x in states._read(i, [block])] for i in range(len(states.layers))
-        ]
+        return _row(self.storage.states.take_out(["?"], [tokens], {0: [block]}), 0)
 
     def draft(self, step: int, tokens: list[list[int]]) -> dict[str, int]:
         """Give each request drafts, and return how many tokens stay.
@@ -96,3 +93,7 @@ class Served:
             row.drafts = [*coming[:right], *((x + 1) % 90 for x in coming[right:])][:wide]
             counts[row.req_id] = 1 + min(right, len(row.drafts))
         return counts
+
+
+def _row(states: Any, row: int) -> Any:
+    return [[np.array(part[row].astype(mx.float32)) for part in state] for state in states]

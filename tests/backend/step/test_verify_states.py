@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -11,12 +12,17 @@ from support import hybrid, state_families
 from support.drafted import BLOCK, MOST, STEPS, Served
 from vllm_moe_compat.backend.model.state_recording import StateRecording
 
+LATENTS_FIRST = "kimi_linear, latents first"
 # One family per way of computing states, with padded rows or without.
-DAILY = ("qwen3_5", "granitemoehybrid", "jamba", "bailing_moe_linear")
-DAILY = (*DAILY, "kimi_linear, latents first")
-NAMES = [
-    *DAILY,
-    *(pytest.param(x, marks=pytest.mark.full) for x in state_families.NAMES if x not in DAILY),
+DAILY = ("qwen3_5", "granitemoehybrid", "jamba", "bailing_moe_linear", LATENTS_FIRST)
+CASES = [
+    *((name, mx.float32) for name in DAILY),
+    *(
+        pytest.param(name, dtype, marks=pytest.mark.full)
+        for name in (*state_families.NAMES, LATENTS_FIRST)
+        for dtype in (mx.float32, mx.bfloat16)
+        if name not in DAILY or dtype != mx.float32
+    ),
 ]
 
 
@@ -41,9 +47,9 @@ def same(found: Any, expected: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_states_after_rejected_drafts_are_those_without_drafts(name: str) -> None:
-    model = state_families.build(name)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_states_after_rejected_drafts_are_those_without_drafts(name: str, dtype: mx.Dtype) -> None:
+    model = state_families.build(name, dtype)
     tokens, states = unspeculated(model)
     served = Served(model)
     served.forward.recording = StateRecording(model)
