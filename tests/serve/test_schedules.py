@@ -36,14 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Each of the others is part of one of these.
-EACH_DAY = ("prefix-chunks", "starved", "async-starved-prefix")
-FULL = pytest.mark.full
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in EACH_DAY else FULL) for name in SETTINGS]
-)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_are_those_of_a_single_sequence(
     name: str, demo_path: Path, greedy: Greedy, schedule_budget: int
 ) -> None:
@@ -70,6 +63,7 @@ KINDS = {
 }
 # With a window, a latent, and states beside a short convolution; the others are like these.
 DAILY = ("gpt_oss", "deepseek_v3", "jamba")
+FULL = pytest.mark.full
 
 
 @pytest.mark.parametrize(
