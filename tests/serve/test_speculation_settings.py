@@ -202,3 +202,16 @@ def test_the_names_that_vllm_gives_the_method_by_family(
     path = released("glm4_moe", "Glm4MoeForCausalLM")
     made = config(path, MTP | {"method": method}, skip_tokenizer_init=True)
     assert ours.read(made) == ours.Speculation("mtp", 1)
+
+
+def test_heads_are_not_divided_between_ranks(demo_path: Path) -> None:
+    with pytest.raises(ValueError, match="method mtp on several ranks: prediction heads"):
+        config(demo_path, MTP, tensor_parallel_size=2)
+
+
+def test_heads_keep_their_experts_in_memory(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", "50%")
+    with pytest.raises(ValueError, match="method mtp while experts are on disk"):
+        config(demo_path, MTP)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from vllm_moe_compat.backend.step.batch import Request
 from vllm_moe_compat.backend.step.drafter import Drafter
+from vllm_moe_compat.backend.step.mtp import MtpDrafter
 from vllm_moe_compat.backend.step.parking import Parking
 from vllm_moe_compat.envs import PARK_DRAFTS
 
@@ -89,7 +90,11 @@ def useful(request: Request) -> int:
 
 
 class Drafting:
-    """The drafts of one engine."""
+    """The drafts of one engine.
+
+    Attributes:
+        follower: the drafter, if it needs the hidden states of all passes.
+    """
 
     def __init__(self, drafter: Drafter, lengths: Lengths) -> None:
         """Make the drafts of an engine.
@@ -99,6 +104,7 @@ class Drafting:
             lengths: decides how many.
         """
         self.drafter, self.lengths = drafter, lengths
+        self.follower = drafter if isinstance(drafter, MtpDrafter) else None
         # Whether nobody was to get a draft in the last step that proposed.
         self.idle = False
         self._proposed: dict[str, list[int]] = {}

@@ -20,11 +20,14 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
 )
 
+from vllm_moe_compat.backend.model.hidden_states import HiddenStates
+from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.backend.model.state_recording import StateRecording
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.drafting import Drafting
 from vllm_moe_compat.backend.step.forward import Forward
+from vllm_moe_compat.backend.step.mtp import MtpDrafter
 from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm import request_checks
 from vllm_moe_compat.backend.vllm.expert_cache_stats import ExpertCounts
@@ -100,12 +103,29 @@ class ModelRunner:
             if recording.unsupported:
                 logger.info("no drafts are made: %s", recording.unsupported)
                 self.drafting = None
-        return Forward(self.model, self.storage, compiles=self._compiles, recording=recording)
+        forward = Forward(self.model, self.storage, compiles=self._compiles, recording=recording)
+        if self._follower is not None:
+            forward.keep_hidden(HiddenStates(self.model))
+            self._follower.passes.before_write = forward.discard_next
+        return forward
+
+    @property
+    def _follower(self) -> MtpDrafter | None:
+        """The drafter that needs the hidden states of all passes."""
+        return None if self.drafting is None else self.drafting.follower
+
+    def _follow(self) -> None:
+        """Hand over the hidden states of the passes since the last call."""
+        if self._follower is not None:
+            for work, hidden in self.forward.take_hidden():
+                self._follower.follow(work, hidden)
 
     def close(self) -> None:
         """Wait for the running pass and remove the attention hook."""
         if not self.is_suspended:
             self.forward.close()
+            if self._follower is not None:
+                self._follower.suspend()
         self._pending = None  # It refers to this object, which holds the pools.
 
     @property
@@ -121,11 +141,16 @@ class ModelRunner:
         self.forward.close()
         self._logits = self._drawn = None
         self.model = nn.Module()
+        if self._follower is not None:
+            self._follower.suspend()
         del self.forward
 
-    def resume(self, model: nn.Module) -> None:
+    def resume(self, model: nn.Module, heads: PredictionHeads | None = None) -> None:
         """Go on after ``suspend``."""
         self.model = model
+        if self._follower is not None:
+            assert heads is not None, "the model is loaded with them"
+            self._follower.resume(heads)
         self.forward = self._make_forward()
 
     def take_note(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
@@ -141,6 +166,9 @@ class ModelRunner:
         if self.drafting is not None:
             for req_id in schedule.finished:
                 self.drafting.forget(req_id)
+        if self._follower is not None:
+            for req_id in lost:
+                self._follower.forget(req_id)
         self._refuse(schedule)
         self._spread_failures(schedule.page_copies)
         return lost
@@ -267,6 +295,7 @@ class ModelRunner:
             if request.params.prompt_logprobs is not None and not request.output
         ]
         logits = self.forward(work, scored)
+        self._follow()
         self._fail_rows(work)
         for i, row in enumerate(scored):
             start, count = int(work.offsets[row]), int(work.lengths[row])
@@ -321,6 +350,7 @@ class ModelRunner:
         self, scheduler_output: SchedulerOutput, grammar: GrammarOutput | None
     ) -> ModelRunnerOutput:
         self.forward.wait()
+        self._follow()
         order: list[str] = []
         tokens: list[list[int]] = []
         logprobs = None

@@ -250,7 +250,7 @@ class SleepMode:
 
     def _resume_if_complete(self) -> None:
         if self._held == TAGS and self._worker.runner.is_suspended:
-            self._worker.runner.resume(self._worker.served.model)
+            self._worker.runner.resume(self._worker.served.model, self._worker.served.heads)
             logger.info("awake: %.1f MiB are held", mx.get_active_memory() / 2**20)
 
 

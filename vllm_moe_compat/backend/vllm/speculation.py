@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args
 
+from vllm_moe_compat.envs import EXPERT_CACHE
 from vllm_moe_compat.log import logger
+from vllm_moe_compat.plan.expert_cache import CacheSetting
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -122,7 +124,19 @@ def first_refusal(vllm_config: VllmConfig) -> str | None:
         for each in fields(config)
         if getattr(config, each.name) != getattr(each.default, "default", each.default)
     }
-    return refusal(set_here, vllm_config.model_config)
+    found = refusal(set_here, vllm_config.model_config)
+    if found is None and config.method == "mtp":
+        if vllm_config.parallel_config.world_size > 1:
+            return (
+                "--speculative-config with method mtp on several ranks: prediction heads are not "
+                "divided between ranks; use ngram, or one rank."
+            )
+        if CacheSetting.read() is not None:
+            return (
+                "--speculative-config with method mtp while experts are on disk: those of "
+                f"prediction heads are kept in memory; use ngram, or leave {EXPERT_CACHE.name} out."
+            )
+    return found
 
 
 def refusal(given: Mapping[str, Any], model: ModelConfig) -> str | None:

@@ -68,11 +68,6 @@ class MlxWorker(OutOfStepCalls):
     def init_device(self) -> None:
         """Set the seeds; MLX selects its device itself."""
         self.speculation = speculation.read(self.vllm_config)
-        if self.speculation is not None and self.speculation.needs_heads:
-            raise UnsupportedServingError(
-                "The embedded MLX backend cannot serve with --speculative-config with method mtp; "
-                "use ngram, or leave it out."
-            )
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()
         ask_worker_first()
@@ -179,7 +174,13 @@ class MlxWorker(OutOfStepCalls):
             compiles=compiles,
             ranks=self.ranks,
             expert_counts=self._expert_counts,
-            drafting=drafters.make(self.speculation, self.model_config.max_model_len),
+            drafting=drafters.make(
+                self.speculation,
+                self.model_config.max_model_len,
+                self.served.heads,
+                storage,
+                sampler.rows.embedding,
+            ),
         )
         pools = storage.all_pools
         need = kv_specs.demand(self.vllm_config, self.all_layers.layers)
