@@ -49,6 +49,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "scales": lambda: build_mlx("granitemoe")[0],
     "caps": lambda: tied("gemma2", head_dim=16, query_pre_attn_scalar=16),
     "tied and multiplies": lambda: tied("cohere", logit_scale=0.25, layer_norm_eps=1e-5),
+    "names its argument": lambda: build_mlx("minimax_m2")[0],
     "layers elsewhere": lambda: build_mlx("nemotron_h")[0],
 }
 
