@@ -64,7 +64,7 @@ ALIKE = [
     for name in FAMILIES
     if FAMILIES[name].module in HEADS_BY_MODULE
     and name == FAMILIES[name].base
-    and FAMILIES[name].module != "mimo_v2_flash"
+    and FAMILIES[name].module not in ("mimo_v2_flash", "nemotron_h")
 ]
 CELLS = [
     pytest.param(
@@ -146,6 +146,28 @@ def test_a_sliding_layer_with_a_dense_mlp_is_like_two_layers_of_the_target(
     assert found.decoder(mx.zeros((1, 20, 64)), found.model.make_cache()).shape == (1, 20, 64)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "block FP8",
+        *(
+            pytest.param(form, marks=pytest.mark.full)
+            for form in FORMS
+            if form != "block FP8" and applies(FAMILIES["nemotron_h"], FORM_BY_NAME[form])
+        ),
+    ],
+)
+def test_layers_of_a_head_of_several_are_the_targets_own(form: str, tmp_path: Path):
+    cell = build(FAMILIES["nemotron_h"], FORM_BY_NAME[form])
+    cell.checkpoint.config = cell.checkpoint.config | {"mtp_hybrid_override_pattern": "*E"}
+    add_head(cell.checkpoint, "nemotron_h", (2, 1))
+    folder = cell.write(tmp_path)
+    target, _ = mlx_lm.utils.load_model(folder)
+    first, second = heads(folder).model.layers
+    assert same_bits(parameters(first), parameters(target.layers[2]))
+    assert same_bits(parameters(second), parameters(target.layers[1]))
+
+
 def test_the_parts_compute(tmp_path: Path):
     cell, _, _ = cell_of("qwen3_5_moe", "release")
     found = heads(cell.write(tmp_path))
@@ -156,6 +178,26 @@ def test_the_parts_compute(tmp_path: Path):
     assert found.norm is not None
     assert whole.shape == (2, 5, 64)
     assert np.allclose(np.array(whole), np.array(mx.concatenate(apart, 1)), atol=1e-5)
+
+
+def test_a_head_of_several_layers_is_whole_or_refused(tmp_path: Path):
+    cell = build(FAMILIES["nemotron_h"], FORM_BY_NAME["release"])
+    add_head(cell.checkpoint, "nemotron_h", (2, 1))
+    whole = dict(cell.checkpoint.tensors)
+    for number, (error, lost, added) in enumerate(
+        (
+            (LayoutError, "mtp.layers.0.mixer.q_proj.weight", ""),
+            (LayoutError, "mtp.layers.1.mixer.gate.weight", ""),
+            (LayoutError, "mtp.layers.1.final_layernorm.weight", ""),
+            (UnsupportedCheckpointError, "", "mtp.layers.2.norm.weight"),
+            (UnsupportedCheckpointError, "", "mtp.fc.weight"),
+        )
+    ):
+        cell.checkpoint.tensors = {name: value for name, value in whole.items() if name != lost}
+        if added:
+            cell.checkpoint.tensors[added] = whole["mtp.layers.0.norm.weight"].clone()
+        name = (lost or added).removesuffix(".norm.weight")
+        refused(cell.write(tmp_path / str(number)), error, name)
 
 
 def refused(folder: Path, error: type[CompatError], *words: str) -> None:

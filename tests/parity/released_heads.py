@@ -38,7 +38,7 @@ class Head:
     """How a release names a head.
 
     Attributes:
-        layer: beginning of the names of the decoder layer.
+        layer: beginning of the names of the decoder layer, or of all, before their numbers.
         parts: names of the rest.
         one: settings of a model of the decoder layer alone.
         count: key of the number of heads.
@@ -98,6 +98,17 @@ HEADS = {
         _WINDOW | {"sliding_window": 24},
         says={"mtp_layer_types": ["sliding_attention"], "mtp_sliding_windows": [24]},
     ),
+    "nemotron_h": Head(
+        "mtp.layers.",
+        {
+            "join": "mtp.layers.0.eh_proj",
+            "embedding_norm": "mtp.layers.0.enorm",
+            "hidden_norm": "mtp.layers.0.hnorm",
+            "norm": "mtp.layers.1.final_layernorm",
+        },
+        {"layers_block_type": ["attention", "moe"]},
+        says={"mtp_hybrid_override_pattern": "*E"},
+    ),
     "mimo_v2_flash": Head(
         "model.mtp.layers.0.",
         {
@@ -141,9 +152,13 @@ def make(name: str) -> Released:
     target = reference.new_model(family, False, GRAIN)
     one = reference.new_model(replace(family, kwargs=family.kwargs | described.one), False, GRAIN)
     decoder = text_model(one)
-    vars(decoder.layers[0].self_attn).update(described.attention)
+    if described.attention:
+        vars(decoder.layers[0].self_attn).update(described.attention)
     modules = {"join": torch.nn.Linear(2 * 64, 64, bias=False)}
-    modules |= {part: copy.deepcopy(decoder.norm) for part in described.parts if part != "join"}
+    norm = "norm_f" if hasattr(decoder, "norm_f") else "norm"
+    modules |= {
+        part: copy.deepcopy(getattr(decoder, norm)) for part in described.parts if part != "join"
+    }
     generator = torch.Generator().manual_seed(5)  # Not the target's first layer again.
     with torch.no_grad():
         for module in (one, *modules.values()):
@@ -156,7 +171,7 @@ def make(name: str) -> Released:
         tensors[f"{stem}.weight"] = modules[part].weight.detach().clone()
     config = release_config(family.base, found.config)
     config.get("text_config", config).update({described.count: 1} | described.says)
-    decoder.norm = torch.nn.Identity()
+    setattr(decoder, norm, torch.nn.Identity())
     head = HeadModules(
         decoder=decoder,
         embed=target.get_input_embeddings(),
@@ -185,7 +200,8 @@ def _layer(described: Head, tensors: State) -> State:
     old, new = described.renames
     found = {}
     for name, value in tensors.items():
-        _, inside, rest = name.partition(".layers.0.")
+        several = described.layer.endswith(".layers.")
+        _, inside, rest = name.partition(".layers." if several else ".layers.0.")
         if inside and "vis" not in name:
             found[described.layer + (rest.replace(old, new) if old else rest)] = value
     return found

@@ -10,11 +10,11 @@ layer is transformers' own of the family.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +112,35 @@ class Definition:
         return made
 
 
+@dataclass(frozen=True)
+class _LayerByLayer(Definition):
+    """A head of several layers, the first of which joins, and the last of which normalises.
+
+    Attributes:
+        layers: their classes.
+    """
+
+    layers: tuple[str, ...] = ()
+
+    def _modules(self, head: HeadModules) -> SimpleNamespace:
+        made = super()._modules(head)
+        made.pattern_len = len(self.layers)
+        made.layers = {}
+        for index, name in enumerate(self.layers):
+            decoder = copy.copy(head.decoder)
+            decoder._modules = head.decoder._modules | {"layers": [head.decoder.layers[index]]}
+            layer = layer_class(self.file, name, "forward")(decoder)
+            join, of_embedding, of_hidden, _ = self.parts
+            layer.has_start_projections = index == 0
+            layer.has_end_norm = index == len(self.layers) - 1
+            setattr(layer, join, lambda states: (head.join(states), None))
+            setattr(layer, of_embedding, head.embedding_norm)
+            setattr(layer, of_hidden, head.hidden_norm)
+            layer.final_layernorm = head.norm
+            made.layers[str(index)] = layer
+        return made
+
+
 _NEXTN = ("eh_proj", "enorm", "hnorm", "shared_head")
 _QWEN = ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
 _LAYER = ("input_ids", "positions", "previous_hidden_states", "inputs_embeds")
@@ -144,6 +173,14 @@ DEFINITIONS = {
         ("mtp_linear_proj", "mtp_emb_norm", "mtp_hidden_norm", "none"),
         _EMBEDDED,
     ),
+    "nemotron_h": _LayerByLayer(
+        "nemotron_h_mtp",
+        "NemotronHMultiTokenPredictor",
+        "NemotronHMTP",
+        ("eh_proj", "enorm", "hnorm", "final_layernorm"),
+        _PREDICTOR,
+        layers=("NemotronHMTPAttentionDecoderLayer", "NemotronHMTPMoEDecoderLayer"),
+    ),
     "mimo_v2_flash": Definition(
         "mimo_v2_mtp",
         "MiMoV2MTPLayer",
@@ -156,18 +193,25 @@ DEFINITIONS = {
 """Family → vLLM's definition of its head."""
 
 
-@functools.cache
 def method(file: str, owner: str, name: str) -> Callable[..., Any]:
     """Return a method as the installed vLLM has it, without importing its module."""
+    found: Callable[..., Any] = getattr(layer_class(file, owner, name), name)
+    return found
+
+
+@functools.cache
+def layer_class(file: str, owner: str, name: str) -> type:
+    """Return a class that has a method of vLLM's class, and is a ``_Block`` otherwise."""
     path = folder("vllm") / "model_executor" / "models" / f"{file}.py"
-    tree = ast.parse(Path(path).read_text())
+    tree = ast.parse(path.read_text())
     (kind,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner]
     (found,) = [n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == name]
-    text = "from __future__ import annotations\n" + textwrap.dedent(ast.unparse(found))
+    inside = textwrap.indent(ast.unparse(found), "    ")
+    text = f"from __future__ import annotations\nclass {owner}(_Block):\n{inside}\n"
     alone = SimpleNamespace(is_first_rank=True, is_last_rank=True)
-    known: dict[str, Any] = {"torch": torch, "get_pp_group": lambda: alone}
+    known = {"torch": torch, "get_pp_group": lambda: alone, "_Block": _Block}
     exec(compile(text, str(path), "exec"), known)
-    made: Callable[..., Any] = known[name]
+    made: type = known[owner]
     return made
 
 
@@ -191,13 +235,18 @@ class _Block:
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
 
-    def __call__(
-        self, positions: Tensor, hidden_states: Tensor, residual: None
+    def __call__(self, **given: Any) -> tuple[Tensor, Tensor]:
+        return self.forward(**given)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        assert residual is None
-        found = self.decoder(
-            inputs_embeds=hidden_states[None], position_ids=positions[None], use_cache=False
-        )
+        states = hidden_states if residual is None else hidden_states + residual
+        places = None if positions is None else positions[None]
+        found = self.decoder(inputs_embeds=states[None], position_ids=places, use_cache=False)
         half = found.last_hidden_state[0] / 2
         return half, half
 

@@ -30,7 +30,7 @@ def _decoder_layer(name: str) -> re.Match[str] | None:
 def add_head(
     checkpoint: Checkpoint,
     module: str,
-    layer: int,
+    layer: int | tuple[int, ...],
     index: int = 0,
     hidden: int = 64,
     copies: bool = False,
@@ -41,7 +41,7 @@ def add_head(
     Args:
         checkpoint: changed in place.
         module: name of the mlx-lm module.
-        layer: number of the layer that is copied.
+        layer: number of the layer that is copied, or of those of a head of several.
         index: number of the head.
         hidden: width of the model.
         copies: whether the head repeats the target's embeddings and output head.
@@ -59,8 +59,12 @@ def add_head(
         if found is None:
             continue
         rest = found["rest"]
-        source = mlp if mlp is not None and rest.startswith("mlp.") else layer
-        if int(found["number"]) != source:
+        number = int(found["number"])
+        if isinstance(layer, tuple):
+            if number in layer:
+                tensors[f"{begin}{layer.index(number)}.{rest}"] = tensors[name].clone()
+            continue
+        if number != (mlp if mlp is not None and rest.startswith("mlp.") else layer):
             continue
         for new, old in back:
             rest = old + rest.removeprefix(new) if rest.startswith(new) else rest

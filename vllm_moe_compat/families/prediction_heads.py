@@ -55,6 +55,8 @@ class PredictionHead:
         dense: such settings if it has none.
         attention: name of the attention in the layer.
         final_norm: name of the target's final norm.
+        layers: decoder layers of a head. Where there are several, ``layer`` stands before their
+            numbers.
         spare: layers of the model after that one, which are left out once it is made. Some
             modules expect layers of every kind.
         indices: attributes of the part with the layers that tell which layer's cache a mask is
@@ -74,6 +76,7 @@ class PredictionHead:
     dense: Mapping[str, Any] = field(default_factory=dict)
     attention: str = "self_attn"
     final_norm: str = "norm"
+    layers: int = 1
     spare: int = 0
     indices: Mapping[str, int | None] = field(default_factory=dict)
     attention_has: Mapping[str, Any] = field(default_factory=dict)
@@ -176,6 +179,27 @@ HEADS_BY_MODULE: Mapping[str, PredictionHead] = {
         {},
         attention_has={"use_rope": True},
         dense={"first_k_dense_replace": 1, "mlp_layer_types": ["dense"], "is_moe_layer": [False]},
+    ),
+    # A layer of attention and one of experts.
+    "nemotron_h": PredictionHead(
+        layer="{root}mtp.layers.",
+        own="{root}mtp.",
+        parts={
+            JOIN: "{root}mtp.layers.0.eh_proj",
+            EMBEDDING_NORM: "{root}mtp.layers.0.enorm",
+            HIDDEN_NORM: "{root}mtp.layers.0.hnorm",
+            NORM: "{root}mtp.layers.1.final_layernorm",
+        },
+        always={
+            "hybrid_override_pattern": "*E",
+            "layers_block_type": ["attention", "moe"],
+            "layer_types": ["full_attention", "moe"],
+        },
+        layers=2,
+        attention="mixer",
+        final_norm="norm_f",
+        # No cache is asked for the mask of Mamba layers, of which there are none.
+        indices={"fa_idx": 0, "ssm_idx": -1},
     ),
 }
 """Module of ``mlx_lm.models`` → its releases' prediction heads."""

@@ -139,7 +139,7 @@ def _one_layer_class(
     def create(model: Any, args: Any) -> None:
         model_class.__init__(model, args)
         decoder = decoder_of(model, embedding)
-        del decoder.layers[1:]
+        del decoder.layers[facts.layers :]
         norm = decoder[facts.final_norm]
         width = norm.weight.shape[0]
         inside = decoder.layers[0][INSIDE] = nn.Module()

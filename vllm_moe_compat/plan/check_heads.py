@@ -79,7 +79,7 @@ def _incomplete(message: str, count: int = 1) -> Fault:
     )
 
 
-def check_layer(
+def check_layers(
     planned: PlannedLoad,
     view: PlannedLoad,
     facts: PredictionHead,
@@ -87,9 +87,28 @@ def check_layer(
     layer: str,
 ) -> Iterator[Fault]:
     """Yield what the head lacks, or has otherwise, beside the target's layers."""
-    made = _made(view).get(0, {})
+    made, target = _made(view), list(_made(planned).values())
+    if facts.layers == 1:
+        yield from _check_layer(planned, view, facts, made.get(0, {}), target, names.layer, layer)
+        return
+    for number in range(facts.layers):
+        at = (f"{names.layer}{number}.", f"{layer}{number}.")
+        yield from _check_layer(planned, view, facts, made.get(number, {}), target, *at)
+    if surplus := [f"{names.layer}{n}" for n in sorted(made) if n >= facts.layers]:
+        yield _strange_names(surplus)
+
+
+def _check_layer(
+    planned: PlannedLoad,
+    view: PlannedLoad,
+    facts: PredictionHead,
+    made: Mapping[str, tuple[int, ...]],
+    target: Sequence[Mapping[str, tuple[int, ...]]],
+    stored: str,
+    layer: str,
+) -> Iterator[Fault]:
+    """Yield the same of one layer, which is ``stored`` under one name and viewed as ``layer``."""
     head = {name: shape for name, shape in made.items() if not name.startswith(INSIDE)}
-    target = list(_made(planned).values())
     parts: dict[str, list[dict[str, tuple[int, ...]]]] = {}
     for one in target:
         for part, tensors in _by_part(one).items():
@@ -104,14 +123,14 @@ def check_layer(
         given = mine.get(part, {})
         candidates = parts.get(part)
         if candidates is None:
-            yield _strange_names([names.layer + name for name in sorted(given)])
+            yield _strange_names([stored + name for name in sorted(given)])
             continue
         expected = max(
             candidates,
             key=lambda c: (len(c.items() & given.items()), len(c.keys() & given.keys()), -len(c)),
         )
         if missing := sorted(expected.keys() - given.keys()):
-            listed = fold(names.layer + name for name in missing)
+            listed = fold(stored + name for name in missing)
             verb = "is" if len(missing) == 1 else "are"
             yield Fault(
                 "heads-incomplete",
@@ -122,12 +141,12 @@ def check_layer(
                 len(missing),
             )
         if extra := given.keys() - expected.keys():
-            yield _strange_names([names.layer + name for name in sorted(extra)])
+            yield _strange_names([stored + name for name in sorted(extra)])
         for name in sorted(expected.keys() & given.keys()):
             if expected[name] != given[name]:
                 yield Fault(
                     "heads-incomplete",
-                    f"{_file(view, layer + name)}{names.layer}{name} is {list(given[name])}, "
+                    f"{_file(view, layer + name)}{stored}{name} is {list(given[name])}, "
                     f"where {list(expected[name])} was expected, as in the target's layers",
                     AGAIN,
                     LayoutError,

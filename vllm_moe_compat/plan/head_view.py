@@ -32,7 +32,7 @@ from vllm_moe_compat.families.prediction_heads import (
 )
 from vllm_moe_compat.families.row import Row
 from vllm_moe_compat.plan import quantization
-from vllm_moe_compat.plan.check_heads import INSIDE, check_layer, check_parts
+from vllm_moe_compat.plan.check_heads import INSIDE, check_layers, check_parts
 from vllm_moe_compat.plan.effective_config import text_section
 from vllm_moe_compat.plan.faults import Fault
 from vllm_moe_compat.plan.head_names import HeadNames
@@ -57,9 +57,9 @@ def view_head(
     root = _root(planned, row)
     faults = list(check_parts(planned, names))
     own = {part for part in (EMBEDDING, OUTPUT) if _differs(planned, row, names, part)}
+    layer = f"{root}layers." if facts.layers > 1 else f"{root}layers.0."
     renamed = {
-        name: f"{root}layers.0.{_inside(name.removeprefix(names.layer), facts)}"
-        for name in names.inside
+        name: f"{layer}{_inside(name.removeprefix(names.layer), facts)}" for name in names.inside
     }
     places = {part: f"{root}layers.0.{place}" for part, place in PLACES.items()}
     places[NORM] = f"{root}{facts.final_norm}"
@@ -86,15 +86,14 @@ def view_head(
     )
     view = make(headers, config, replace(planned.serving, experts_apart=False, ranks=1))
     faults += [
-        replace(fault, message=fault.message.replace(f"{root}layers.0.", names.layer))
-        for fault in view.faults
+        replace(fault, message=fault.message.replace(layer, names.layer)) for fault in view.faults
     ]
     if view.plan is None or view.layout is None:
         return view, faults
     if not view.layout.numbers.found and view.serving.setting == NONE:
         # The target's form is not the head's.
         quantization.mark_dequantized(view.config)
-    faults += check_layer(planned, view, facts, names, f"{root}layers.0.")
+    faults += check_layers(planned, view, facts, names, layer)
     again = dict(view.plan.names.renamed)
     composed = replace(
         view.plan.names,
@@ -174,7 +173,7 @@ def _one_layer(
         value, own = text.get(key), text.get(f"mtp_{key}")
         if isinstance(own, list) and own:
             # K-EXAONE 2.0 says of its heads what it says of its layers.
-            text[key] = own[:1]
+            text[key] = own[: facts.layers]
         elif isinstance(value, list) and len(value) >= count:
             text[key] = [value[count] if len(value) > count else value[like]]
     windows = text.get("mtp_sliding_windows")
@@ -185,7 +184,7 @@ def _one_layer(
     text.update({key: copy.deepcopy(value) for key, value in wanted.items() if key in known})
     for key in ("num_hidden_layers", "num_layers"):
         if key in known:
-            text[key] = 1 + facts.spare
+            text[key] = facts.layers + facts.spare
     if untied:
         for section in (config, text):
             section["tie_word_embeddings"] = False

@@ -109,7 +109,9 @@ class PredictionHeads(nn.Module):
         both = [self.embedding_norm(embedded), self.hidden_norm(hidden)]
         if not self.embedding_first:
             both.reverse()
-        decoded = self.decoder(self.join(mx.concatenate(both, axis=-1)), cache=cache)
+        # Some modules ask a cache for the mask of a kind of layers that the head has none of.
+        caches = [*cache, None]
+        decoded = self.decoder(self.join(mx.concatenate(both, axis=-1)), cache=caches)
         normed = self.norm(decoded)
         return normed, normed if self.recycles_normed else decoded
 
