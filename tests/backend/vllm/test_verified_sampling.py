@@ -31,6 +31,9 @@ def config(demo_checkpoint: demo.DemoCheckpoint) -> Any:
     config = copy.copy(arguments.create_engine_config())
     # It makes vLLM leave out logits processors.
     config.speculative_config = SimpleNamespace(num_speculative_tokens=4)
+    config.reasoning_config = SimpleNamespace(
+        reasoning_start_token_ids=[1], reasoning_end_token_ids=[6, 2, 5]
+    )
     return config
 
 
@@ -66,12 +69,13 @@ EXACT: dict[str, dict[str, Any]] = {
     "presence": SEEDED | {"presence_penalty": 1.5},
     "frequency": {"temperature": 0, "frequency_penalty": 1.1},
     "bias": {"temperature": 0, "logit_bias": {1: 2.5, 2: -100.0}},
-    "min-tokens": {"temperature": 0, "min_tokens": 9, "stop_token_ids": list(range(6))},
+    "min-tokens": {"temperature": 0, "min_tokens": 11, "stop_token_ids": list(range(6))},
     "bad words": SEEDED | {"bad_words": ["anything"]},
     "allowed": SEEDED | {"allowed_token_ids": [1, 3, 5, 7, 400]},
     "logprobs": SEEDED | {"logprobs": 3},
     "logprobs of one": {"temperature": 0, "logprobs": 0},
     "all logprobs": SEEDED | {"logprobs": -1},
+    "thinking": SEEDED | {"logit_bias": {1: 2.0}, "thinking_token_budget": 3},
     "grammar": SEEDED | {"top_k": 50},
     "grammar, greedy": {"temperature": 0},
 }
@@ -100,8 +104,11 @@ def expected(config: Any) -> dict[str, Row]:
     for row in made.values():
         run(sampler(config), [row], no_drafts)
         assert len(row.tokens) == TOKENS
-    assert not set(made["min-tokens"].tokens[:9]) & set(range(6))
-    assert set(made["min-tokens"].tokens) & set(range(6))
+    assert not set(made["min-tokens"].tokens[:11]) & set(range(6))
+    assert made["min-tokens"].tokens[11] in range(6)
+    thought = made["thinking"].tokens
+    begin = thought.index(1)
+    assert thought[begin + 4 : begin + 7] == [6, 2, 5]
     return made
 
 

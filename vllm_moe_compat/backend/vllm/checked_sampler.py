@@ -5,8 +5,8 @@ with infinite logits. vLLM's sampler then returns some token, mostly 0. This one
 so that their requests can end instead.
 
 While drafts are verified, a part of the batch's rows goes on at each position. Parameters belong
-to rows of the whole batch, so all rows go through vLLM's sampler; sorting for top-k and top-p, and
-drawing, which take most of the time, are left out for the rows that do not go on.
+to rows of the whole batch, so all rows go through vLLM's sampler. But sorting for top-k and top-p,
+which takes most of the time, and drawing, which changes generators, are for the rows that go on.
 """
 
 from __future__ import annotations

@@ -15,9 +15,8 @@ is made anew, since an interrupted one may be half changed, and generators are s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ class Drawn:
 
     tokens: Mapping[str, int]
     logprobs: LogprobsTensors | None = None
-    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 class HostSampler:
@@ -276,7 +275,7 @@ class HostSampler:
             The sampler's output, with a row for each row of the batch; of each of ``req_ids``
             without a token, the reason and whether it is the model's logits.
         """
-        batch, metadata = self.batch, self.batch.sampling_metadata
+        batch = self.batch
         sound = scores.max(dim=-1).values.isfinite()
         scores[~sound] = 0
         rows = [batch.req_id_to_index[req_id] for req_id in req_ids]
@@ -284,12 +283,10 @@ class HostSampler:
             # vLLM's parameters are those of the whole batch.
             part, scores = scores, scores.new_zeros(batch.num_reqs, self.vocab_size)
             scores[rows] = part
-            generators = {row: batch.generators[row] for row in rows if row in batch.generators}
-            metadata = dataclasses.replace(metadata, generators=generators)
         if grammar is not None:
             apply_grammar_bitmask(_NO_DRAFTS, grammar, batch, scores)
         with torch.no_grad():
-            result = self.sampler.sample_rows(rows, scores, metadata)
+            result = self.sampler.sample_rows(rows, scores, batch.sampling_metadata)
         reasons: dict[str, tuple[str, bool]] = {}
         tops = self.sampler.tops.tolist()
         for req_id, row, is_sound in zip(req_ids, rows, sound.tolist(), strict=True):
