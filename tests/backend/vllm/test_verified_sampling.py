@@ -261,6 +261,20 @@ def test_logits_that_are_not_finite_fail_a_request_only_where_they_count(
     assert harmed.tokens == [*alone.tokens[:2], BAD]
 
 
+def test_a_position_that_is_drawn_again_is_drawn_from_the_same_noise(config: Any) -> None:
+    """Logits of several tokens may overflow where those of one do not."""
+    row, alone = plain("row", **SEEDED, logprobs=1), plain("alone", **SEEDED, logprobs=1)
+    row.count = alone.count = 6
+    run(sampler(config), [alone], no_drafts)
+    under_test = sampler(config)
+    row.model = lambda tokens: table(tokens) * (np.nan if len(tokens) > 2 else 1)
+    step(under_test, [row], lambda _: alone.tokens[:3])
+    assert row.tokens == alone.tokens[:1]
+    row.model = table
+    run(under_test, [row], no_drafts)
+    assert row.tokens == alone.tokens
+
+
 def counting() -> Any:
     from vllm.v1.sample.logits_processor import LogitsProcessor
     from vllm.v1.sample.logits_processor.builtin import process_dict_updates

@@ -1,0 +1,155 @@
+"""Sampling parameters and drafts: what an engine with n-grams answers is what it answers without.
+
+The demo model repeats itself, so many drafts are right, and short n-grams make many that are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.engine import in_process_llm, worker
+
+pytestmark = pytest.mark.serve
+
+NGRAMS = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+PROMPTS = [
+    "Beautiful is better than",
+    "Now is better than never. Now is better",
+    "Zen ",
+    "Errors should never pass silently. Errors should",
+]
+SETTINGS: dict[str, Any] = {
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 12,
+    "max_model_len": 256,
+    "max_logprobs": 512,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+
+
+def made(**values: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if "structured_outputs" in values:
+        values["structured_outputs"] = StructuredOutputsParams(**values["structured_outputs"])
+    return SamplingParams(**({"max_tokens": 40} | values))
+
+
+SEEDED = {"temperature": 0.9, "seed": 5}
+OBJECT = {
+    "type": "object",
+    "properties": {"rule": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+    "required": ["rule", "count"],
+    "additionalProperties": False,
+}
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    SEEDED,
+    SEEDED | {"top_k": 8},
+    SEEDED | {"top_p": 0.8},
+    SEEDED | {"min_p": 0.05},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    SEEDED | {"presence_penalty": 0.7},
+    SEEDED | {"frequency_penalty": 0.4},
+    {"temperature": 0, "logit_bias": {40: 3.0, 41: -3.0}},
+    {"temperature": 0, "min_tokens": 17, "stop": ["better", "."]},
+    {"temperature": 0, "min_tokens": 11, "stop_token_ids": list(range(60, 120))},
+    {"temperature": 0, "stop": ["than"], "include_stop_str_in_output": True},
+    {"temperature": 0, "stop": ["etter"], "logprobs": 2},
+    {"temperature": 0, "stop_token_ids": list(range(100, 120))},
+    SEEDED | {"bad_words": ["better", "is"]},
+    SEEDED | {"allowed_token_ids": list(range(40, 400, 3)), "ignore_eos": True},
+    SEEDED | {"logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 0, "logprobs": 0, "max_tokens": 23},
+    SEEDED | {"logprobs": -1, "max_tokens": 7},
+    {"temperature": 0, "structured_outputs": {"choice": ["namespaces are better", "honking"]}},
+    SEEDED | {"structured_outputs": {"regex": r"([a-f]{2}-){5}[0-9]{9}"}, "logprobs": 1},
+    SEEDED | {"structured_outputs": {"json": OBJECT}, "max_tokens": 120},
+    {"temperature": 0, "structured_outputs": {"grammar": 'root ::= ("is better " | "no ")*'}},
+    SEEDED | {"n": 3, "max_tokens": 20},
+]
+
+
+def answers(llm: Any, prompts: list[str], kinds: list[dict[str, Any]]) -> list[Any]:
+    outputs = llm.generate(prompts, [made(**kind) for kind in kinds], use_tqdm=False)
+    return [
+        [
+            (
+                list(one.token_ids),
+                one.text,
+                one.finish_reason,
+                one.stop_reason,
+                _numbers(one.logprobs),
+            )
+            for one in output.outputs
+        ]
+        + [_numbers(output.prompt_logprobs)]
+        for output in outputs
+    ]
+
+
+def _numbers(logprobs: Any) -> Any:
+    return logprobs and [
+        entry and {token: (one.logprob, one.rank) for token, one in entry.items()}
+        for entry in logprobs
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(demo_path: Path) -> Iterator[Any]:
+    """An engine without speculation."""
+    with in_process_llm(demo_path, **SETTINGS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def llm(demo_path: Path) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_MOE_COMPAT_PARK_DRAFTS", "0")
+        with in_process_llm(demo_path, speculative_config=NGRAMS, **SETTINGS) as llm:
+            yield llm
+
+
+@pytest.fixture
+def accepted(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Numbers of drafts verified and accepted, per request and step."""
+    sampler = worker(llm).runner.sampler
+    counts: list[tuple[int, int]] = []
+    verify = sampler.verify
+
+    def noted(*args: Any) -> Any:
+        requests = worker(llm).runner.batch.requests
+        order, tokens, logprobs = verify(*args)
+        for req_id, new in zip(order, tokens, strict=True):
+            if requests[req_id].drafts:
+                counts.append((len(requests[req_id].drafts), len(new) - 1))
+        return order, tokens, logprobs
+
+    monkeypatch.setattr(sampler, "verify", noted)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "prompt", [0, *(pytest.param(i, marks=pytest.mark.full) for i in range(1, len(PROMPTS)))]
+)
+def test_every_kind_of_parameters(
+    llm: Any, plain: Any, accepted: list[tuple[int, int]], prompt: int
+) -> None:
+    prompts = [PROMPTS[prompt]] * len(KINDS)
+    found, expected = (answers(engine, prompts, KINDS) for engine in (llm, plain))
+    for kind, one, other in zip(KINDS, found, expected, strict=True):
+        assert one == other, kind
+    # All drafts right, none, and some.
+    assert any(right == count for count, right in accepted)
+    assert any(right == 0 for _, right in accepted)
+    assert any(0 < right < count for count, right in accepted)
