@@ -87,13 +87,13 @@ def best_speed(slope: float, rate: float) -> float:
     return max(one / (1 + slope * count) for count, one in enumerate(expected))
 
 
-@pytest.mark.parametrize("slope", [0.05, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("slope", [0.05, 0.25, 1.0])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.8, 1.0])
 def test_the_speed_is_near_the_best_one_and_never_below_that_without_drafts_for_long(
     slope: float, rate: float
 ) -> None:
     machine = Machine(lambda rows: slope)
-    speed = machine.serve(make_requests(1), lambda request: rate, 1200)
+    speed = machine.serve(make_requests(1), lambda request: rate, 800)
     assert speed > 0.98
     best = best_speed(slope, rate)
     assert speed > 0.9 * best or best < 1.3  # Chance decides where there is little to gain.

@@ -1,0 +1,151 @@
+"""Drafts change when tokens come, and neither which ones nor what is kept for later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support import drafts, models
+from support.drafts import Oracle
+from support.engine import Greedy, in_process_llm, worker
+from vllm_moe_compat.backend.step.batch import Request
+
+pytestmark = pytest.mark.serve
+
+Held = tuple[list[bytes], list[np.ndarray]]
+# Neither drawn in MLX nor built ahead: the states after a step are those of its tokens.
+ONE_CHOICE = {"temperature": 1.0, "top_k": 1, "seed": 3}
+
+# By kind: most drafts, tokens of the prompt, tokens per block where vLLM does not cache every block
+# by itself. The first block boundary comes soon after the prompt. With many drafts a pass goes
+# over one or more of them.
+KINDS: dict[str, tuple[int, int, int]] = {
+    "demo": (4, 71, 80),  # gated delta
+    "qwen3_moe": (20, 41, 0),
+    "granitemoehybrid": (5, 41, 48),  # Mamba-2
+    "gpt_oss": (5, 21, 16),  # windows of 24 tokens
+    "gemma4_text": (20, 21, 32),
+    "deepseek_v3": (5, 41, 0),  # latents
+    "kimi_linear": (5, 41, 48),  # KDA
+    "nemotron_h": (20, 41, 48),
+    "falcon_h1": (60, 41, 48),
+    "qwen3_next": (20, 41, 48),
+    "lfm2_moe": (20, 21, 16),
+    "jamba": (5, 41, 48),
+}
+DAILY = ("demo", "qwen3_moe", "granitemoehybrid")
+TOKENS = 24
+
+
+def run(
+    llm: Any, prompt: Sequence[int], each_step: Callable[[Request], None], count: int = TOKENS
+) -> tuple[list[int], int]:
+    """Generate tokens; ``each_step`` gets the request after each step that drew.
+
+    Returns the tokens, and how many of the prompt were cached.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    engine, runner = llm.llm_engine, worker(llm).runner
+    params = SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False, **ONE_CHOICE)
+    engine.add_request("r", TokensPrompt(prompt_token_ids=list(prompt)), params)
+    for _ in range(count + 20):
+        (output,) = engine.step() or [None]
+        for request in runner.batch.requests.values():
+            if request.output:
+                each_step(request)
+        if output is not None and output.finished:
+            engine.step()  # The worker is told.
+            return list(output.outputs[0].token_ids), output.num_cached_tokens
+    raise AssertionError("the request does not end")
+
+
+def is_equal(one: Held, other: Held) -> bool:
+    return one[0] == other[0] and all(
+        np.array_equal(*both) for both in zip(one[1], other[1], strict=True)
+    )
+
+
+class Comparison:
+    """Compares what a request holds after each step with what it held without drafts."""
+
+    def __init__(self, llm: Any, plain: dict[int, Held]) -> None:
+        self.llm, self.plain = llm, plain
+        self.compared: set[int] = set()
+
+    def __call__(self, request: Request) -> None:
+        done = drafts.computed(request)
+        if done not in self.plain:
+            return  # Beyond the last token that was asked for.
+        assert is_equal(drafts.held(self.llm, request), self.plain[done]), f"after {done} tokens"
+        self.compared.add(done)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in DAILY else pytest.mark.full) for kind in KINDS],
+)
+def test_what_is_held_after_each_step_is_bitwise_that_of_no_drafts(
+    kind: str, demo_path: Path, tmp_path: Path
+) -> None:
+    from vllm import EngineArgs
+
+    most, length, interval = KINDS[kind]
+    path = demo_path if kind == "demo" else models.write_mlx(tmp_path / "model", kind)
+    greedy = Greedy(path)
+    prompt = [5 + (7 * i * i + i) % 490 for i in range(length)]
+    answer = greedy.tokens(prompt, TOKENS + most)
+    settings = {"enable_prefix_caching": True, "skip_tokenizer_init": True, "max_model_len": 192}
+    if interval and "prefix_cache_retention_interval" in EngineArgs.__dataclass_fields__:
+        settings["prefix_cache_retention_interval"] = interval  # Before, all states stay.
+    with in_process_llm(path, **settings, **drafts.speculating(most)) as llm:
+        plain, hits = dict[int, Held](), 0
+        drafts.put_in(llm, Oracle(greedy.tokens, "nothing"), most)
+
+        def note(request: Request) -> None:
+            plain[drafts.computed(request)] = drafts.held(llm, request)
+
+        assert run(llm, prompt, note)[0] == answer[:TOKENS]
+        assert set(plain) == set(range(length, length + TOKENS))
+        for pattern, wanted in {
+            "none right": {0},
+            "all right": {most} if most < TOKENS else set(),
+            "each prefix": set(range(min(most, 5) + 1)),
+            "mixed": {0, 1},
+        }.items():
+            llm.reset_prefix_cache()
+            oracle = Oracle(greedy.tokens, pattern, no_ids=pattern == "mixed")
+            drafts.put_in(llm, oracle, most)
+            comparison = Comparison(llm, plain)
+            assert run(llm, prompt, comparison)[0] == answer[:TOKENS], pattern
+            accepted = {found for _, _, found in oracle.accepted}
+            assert accepted >= wanted, (pattern, oracle.accepted)
+            assert len(comparison.compared) >= TOKENS // (most + 1), pattern
+            hits += check_prefixes(llm, prompt + answer[:TOKENS], length, plain)
+        assert hits
+
+
+def check_prefixes(llm: Any, text: list[int], start: int, plain: dict[int, Held]) -> int:
+    """See that requests behind blocks that were cached with drafts hold what they should.
+
+    Returns how many there were: vLLM does not cache a state when a step goes over the boundary.
+    """
+    block, hits = worker(llm).cache_config.block_size, 0
+    drafts.put_in(llm, Oracle(lambda prompt, count: [], "nothing"), 1)
+    for end in range(block, len(text) - 1, block):
+        if end < start:
+            continue  # Not generated.
+        found: list[Held] = []
+        tokens, cached = run(
+            llm, text[: end + 1], lambda request, to=found: to.append(drafts.held(llm, request)), 1
+        )
+        assert tokens == text[end + 1 : end + 2]
+        if cached == end:  # The rest was one pass of one token, as it was without drafts.
+            hits += 1
+            assert is_equal(found[0], plain[end + 1]), f"behind {end} cached tokens"
+    return hits
