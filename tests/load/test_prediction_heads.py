@@ -123,6 +123,21 @@ def test_the_layer_is_the_targets_own(family: str, form: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("family", "form"),
+    [("qwen3_5_moe", "int4"), ("qwen3_next", "release"), ("deepseek_v3", "block FP8 128")],
+)
+def test_the_layer_is_the_targets_own_in_half_precision(
+    family: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_MOE_COMPAT_DTYPE", "bfloat16")
+    cell, layer, _ = cell_of(family, form)
+    folder = cell.write(tmp_path)
+    target, _ = mlx_lm.utils.load_model(folder)
+    found = heads(folder, "bfloat16")
+    assert same_bits(parameters(found.decoder.layers[0]), parameters(target.layers[layer]))
+
+
+@pytest.mark.parametrize(
     "form",
     [
         "release",

@@ -84,7 +84,9 @@ def view_head(
         pieces=(),
         stored={new: of_files.get(old, old) for old, new in renamed.items()},
     )
-    view = make(headers, config, replace(planned.serving, experts_apart=False, ranks=1))
+    view = make(
+        headers, config, replace(planned.serving, complete=True, experts_apart=False, ranks=1)
+    )
     faults += [
         replace(fault, message=fault.message.replace(layer, names.layer)) for fault in view.faults
     ]
