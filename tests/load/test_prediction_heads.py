@@ -264,6 +264,13 @@ def test_a_head_with_another_shape_is_refused(name: str, tmp_path: Path):
     refused(cell.write(tmp_path), LayoutError, name.split(".weight")[0].split(".experts")[0])
 
 
+@pytest.mark.parametrize("name", ["mtp.norm.weight", f"{HEAD}input_layernorm.weight"])
+def test_a_head_of_integers_is_refused(name: str, tmp_path: Path):
+    cell, _, _ = cell_of("qwen3_next", "release")
+    cell.checkpoint.tensors[name] = cell.checkpoint.tensors[name].to(torch.int32)
+    refused(cell.write(tmp_path), LayoutError, name, "I32")
+
+
 def test_scales_that_a_head_lacks_are_refused(tmp_path: Path):
     cell, _, _ = cell_of("deepseek_v3", "block FP8")
     name = "model.layers.2.self_attn.o_proj.weight_scale_inv"

@@ -154,7 +154,7 @@ def _one_layer_class(
                 if name in module and name not in stems:
                     del module[name]
 
-    return type("Model", (model_class,), {"__init__": create, "__module__": __name__})
+    return type("Model", (model_class,), {"__init__": create, "__module__": model_class.__module__})
 
 
 def decoder_of(model: nn.Module, embedding: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vllm_moe_compat.checkpoint.config import quantization_configs, whole_number
 from vllm_moe_compat.checkpoint.extras import Extras
@@ -17,6 +18,8 @@ from vllm_moe_compat.checkpoint.findings import refuse
 from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.layout import detect
 from vllm_moe_compat.checkpoint.names import fold, layer_of
+from vllm_moe_compat.checkpoint.operations import Spec
+from vllm_moe_compat.dtypes import FLOATS
 from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families.prediction_heads import (
     EMBEDDING,
@@ -56,12 +59,13 @@ def check_parts(planned: PlannedLoad, names: HeadNames) -> Iterator[Fault]:
             continue
         given = {n: planned.headers.tensors[n] for n in names.apart[part]}
         file = next(iter(given.values())).file
-        weights = detect(given, planned.config, Extras()).weights
-        found = weights.get(f"{module}.weight")
-        if extra := sorted(weights.keys() - {f"{module}.weight"}):
+        layout, name = detect(given, _config(planned), Extras()), f"{module}.weight"
+        found = layout.weights.get(name)
+        if extra := sorted(layout.weights.keys() - {name}):
             yield _strange_names(extra)
-        if found is None or found.shape != shapes[part]:
-            has = "is missing" if found is None else f"is {list(found.shape)}"
+        known = found is not None and (name in layout.numbers.weights or found.dtype in FLOATS)
+        if found is None or found.shape != shapes[part] or not known:
+            has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
             yield _incomplete(f"{file}: {module}.weight {has}, where {list(shapes[part])} was")
     if not names.inside:
         yield _incomplete(f"{names.layer}… is missing, where a decoder layer's tensors were")
@@ -102,14 +106,14 @@ def _check_layer(
     planned: PlannedLoad,
     view: PlannedLoad,
     facts: PredictionHead,
-    made: Mapping[str, tuple[int, ...]],
-    target: Sequence[Mapping[str, tuple[int, ...]]],
+    made: Mapping[str, Spec],
+    target: Sequence[Mapping[str, Spec]],
     stored: str,
     layer: str,
 ) -> Iterator[Fault]:
     """Yield the same of one layer, which is ``stored`` under one name and viewed as ``layer``."""
     head = {name: shape for name, shape in made.items() if not name.startswith(INSIDE)}
-    parts: dict[str, list[dict[str, tuple[int, ...]]]] = {}
+    parts: dict[str, list[dict[str, Spec]]] = {}
     for one in target:
         for part, tensors in _by_part(one).items():
             if tensors not in parts.setdefault(part, []):
@@ -146,11 +150,15 @@ def _check_layer(
             if expected[name] != given[name]:
                 yield Fault(
                     "heads-incomplete",
-                    f"{_file(view, layer + name)}{stored}{name} is {list(given[name])}, "
-                    f"where {list(expected[name])} was expected, as in the target's layers",
+                    f"{_file(view, layer + name)}{stored}{name} is {_words(given[name])}, where "
+                    f"{_words(expected[name])} was expected, as in the target's layers",
                     AGAIN,
                     LayoutError,
                 )
+
+
+def _words(spec: Spec) -> str:
+    return f"{'' if spec.dtype == _FLOAT else f'{spec.dtype} '}{list(spec.shape)}"
 
 
 def _file(view: PlannedLoad, name: str) -> str:
@@ -170,22 +178,23 @@ def _strange_names(found: Sequence[str]) -> Fault:
     )
 
 
-def _by_part(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+def _by_part(tensors: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
+    found: dict[str, dict[str, Spec]] = {}
     for name, shape in tensors.items():
         found.setdefault(name.partition(".")[0], {})[name] = shape
     return found
 
 
+_FLOAT = "BF16"
 _NUMBER = re.compile(r"\.\d+\.")
 
 
-def _made(planned: PlannedLoad) -> dict[int, dict[str, tuple[int, ...]]]:
+def _made(planned: PlannedLoad) -> dict[int, dict[str, Spec]]:
     """Return the tensors that a load makes of each kind of layer, in floats.
 
     Returns:
-        Number of a layer → name in the layer → shape. Layers whose tensors are alike are there
-        once.
+        Number of a layer → name in the layer → dtype, all floats being ``_FLOAT``, and shape.
+        Layers whose tensors are alike are there once.
     """
     assert planned.layout is not None, "it was checked"
     assert planned.row is not None, "it was checked"
@@ -201,23 +210,28 @@ def _made(planned: PlannedLoad) -> dict[int, dict[str, tuple[int, ...]]]:
         )
         kinds.setdefault(shape, (number, members))
     kept = {name: planned.layout.tensors[name] for _, names in kinds.values() for name in names}
-    # The plan has replaced the settings of the stored numbers.
-    stored = quantization_configs(planned.original)
-    config = {**planned.config, "quantization_config": stored[0] if stored else None}
+    config = _config(planned)
     layout = detect(kept, config, Extras())
     refuse(layout.numbers.findings(), layout.tensors)
     plan = make_plan(layout, planned.row, config, checked=True, complete=True)
-    shapes = {
-        name: spec.shape
+    specs: dict[str, Spec | TensorInfo] = {
+        name: spec
         for build in plan.builds
-        for name, spec in zip(build.targets, build.results(layout.tensors, "BF16"), strict=True)
+        for name, spec in zip(build.targets, build.results(layout.tensors, _FLOAT), strict=True)
     }
-    shapes |= {name: layout.tensors[name].shape for name in plan.widen}
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    for name, shape_ in shapes.items():
+    specs |= {name: layout.tensors[name] for name in plan.widen}
+    found: dict[int, dict[str, Spec]] = {}
+    for name, spec in specs.items():
         if (layer := layer_of(name)) is not None:
-            found.setdefault(layer.number, {})[name[_after(name) :]] = tuple(shape_)
+            dtype = _FLOAT if spec.dtype in FLOATS else spec.dtype
+            found.setdefault(layer.number, {})[name[_after(name) :]] = Spec(dtype, spec.shape)
     return found
+
+
+def _config(planned: PlannedLoad) -> dict[str, Any]:
+    """Return the effective config with the settings of stored numbers, which a plan replaces."""
+    stored = quantization_configs(planned.original)
+    return {**planned.config, "quantization_config": stored[0] if stored else None}
 
 
 def _after(name: str) -> int:
