@@ -19,8 +19,8 @@ pytestmark = pytest.mark.serve
     ("settings", "words"),
     [
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
+            {"speculative_config": {"method": "suffix", "num_speculative_tokens": 2}},
+            "--speculative-config with method suffix",
         ),
         ({"enable_lora": True}, "LoRA"),
         ({"tensor_parallel_size": 2, "enable_sleep_mode": True}, "--enable-sleep-mode on several"),

@@ -34,7 +34,7 @@ GATED_DELTA = {
 }
 
 
-def config(path: Path, speculation: dict[str, Any], **settings: Any) -> VllmConfig:
+def config(path: Path, speculation: dict[str, Any] | None, **settings: Any) -> VllmConfig:
     """vLLM's configuration, made as a server makes it; the platform has checked it."""
     return EngineArgs(
         str(path), max_model_len=128, speculative_config=speculation, **settings
@@ -183,6 +183,21 @@ def test_vllm_makes_the_configuration_of_each_familys_heads(
     assert made.scheduler_config.async_scheduling is False
     assert made.max_concurrent_batches == 1
     assert "async" not in str(made.scheduler_config.scheduler_cls).lower()
+
+
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_heads_on_several_ranks_are_refused(released: Callable[..., Path], size: str) -> None:
+    path = released("glm4_moe", "Glm4MoeForCausalLM")
+    with pytest.raises(ValueError, match=r"method mtp on several ranks: .*; use ngram"):
+        config(path, MTP, skip_tokenizer_init=True, **{size: 2})
+
+
+def test_the_steps_of_a_pipeline_are_scheduled_one_by_one(demo_path: Path) -> None:
+    for speculation in (NGRAM, None):
+        made = config(demo_path, speculation, pipeline_parallel_size=2)
+        assert made.max_concurrent_batches == 1
+    made = config(demo_path, None, tensor_parallel_size=2)
+    assert made.max_concurrent_batches == (2 if made.scheduler_config.async_scheduling else 1)
 
 
 @pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_moe"])

@@ -97,6 +97,11 @@ def batching_of(layers: Sequence[Layer]) -> Batching:
     return Batching.PADDED
 
 
+def has_states(layers: Sequence[Layer]) -> bool:
+    """Return whether some layer has a state of fixed size."""
+    return any(isinstance(layer, StateLayer) for layer in layers)
+
+
 def has_nested_caches(layers: Sequence[Layer]) -> bool:
     """Return whether some layer of the model has several caches."""
     slots = [layer.slot for layer in layers if layer.slot >= 0]

@@ -80,7 +80,7 @@ class Always:
 
 def lengths_of(most: int) -> Lengths:
     """Return what decides about up to ``most`` drafts per request."""
-    return Parking(most) if PARK_DRAFTS.read() == "1" else Always(most)
+    return Parking(most) if most and PARK_DRAFTS.read() == "1" else Always(most)
 
 
 def useful(request: Request) -> int:
@@ -121,17 +121,17 @@ class Drafting:
         drafted = [len(request.drafts) for request in requests]
         self.lengths.observe(requests, drafted, accepted, seconds + self._seconds)
 
-    def propose(self, requests: Sequence[Request]) -> None:
-        """Draft for the requests that drew tokens."""
+    def propose(self, requests: Sequence[Request], most: int = sys.maxsize) -> None:
+        """Draft up to ``most`` tokens for each of the requests that drew tokens."""
         begin = time.perf_counter()
-        wanted = self.lengths.lengths(requests)
+        wanted = [min(count, most) for count in self.lengths.lengths(requests)]
         self.idle = not any(wanted)
         lengths = [min(count, useful(r)) for r, count in zip(requests, wanted, strict=True)]
         drafted = [(r, count) for r, count in zip(requests, lengths, strict=True) if count]
         found: list[list[int]] = []
         if drafted:
-            most = max(count for _, count in drafted)
-            found = self.drafter.propose([request for request, _ in drafted], most)
+            longest = max(count for _, count in drafted)
+            found = self.drafter.propose([request for request, _ in drafted], longest)
         proposed = {request.req_id: list[int]() for request in requests}
         for (request, count), drafts in zip(drafted, found, strict=True):
             proposed[request.req_id] = drafts[:count]

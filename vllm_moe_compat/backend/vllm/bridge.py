@@ -310,6 +310,30 @@ def input_batch_blocks(block_sizes: Sequence[int]) -> dict[str, Any]:
 # --- the scheduler ------------------------------------------------------------
 
 
+def run_one_batch_of_a_pipeline() -> None:
+    """Have vLLM schedule a step of a pipeline when the one before has ended; idempotent.
+
+    vLLM schedules one per rank, of different requests. Here a pass ends on all ranks at once, so
+    all requests are in one; and drafts for the requests of one batch would come in while another
+    one runs. Engines read this in a process of their own. Remove when the executor says it.
+    """
+    from vllm.config import VllmConfig
+
+    count: Callable[[VllmConfig], int] = vars(VllmConfig)["max_concurrent_batches"].fget
+    if hasattr(count, "__wrapped__"):
+        return
+
+    @functools.wraps(count)
+    def count_once(self: VllmConfig) -> int:
+        if not str(self.parallel_config.distributed_executor_backend).startswith(
+            "vllm_moe_compat."
+        ):
+            return count(self)
+        return 2 if self.scheduler_config.async_scheduling else 1
+
+    VllmConfig.max_concurrent_batches = property(count_once)
+
+
 class _OurSchedulerIsTested(logging.Filter):
     """Drops the warning that a scheduler of another class may be incompatible, for ours."""
 

@@ -54,15 +54,6 @@ def settled(vllm_config: VllmConfig) -> dict[str, Any]:
 class MlxExecutor(MultiprocExecutor):
     """Runs the ranks of one engine."""
 
-    @property
-    def max_concurrent_batches(self) -> int:
-        """Return the steps that vLLM schedules before the first one ends.
-
-        vLLM schedules one per rank of a pipeline, of different requests. Here a pass ends on all
-        ranks at once, so all requests are in one.
-        """
-        return 2 if self.scheduler_config.async_scheduling else 1
-
     def _init_executor(self) -> None:
         bridge.allow_shutdown_without_accelerator()
         bridge.accept_own_scheduler()

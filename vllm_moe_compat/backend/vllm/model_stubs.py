@@ -186,6 +186,7 @@ for _method in METHODS:
 def register() -> None:
     """Register the stubs; idempotent."""
     bridge.allow_one_head_size_for_all_layers()
+    bridge.run_one_batch_of_a_pipeline()
     bridge_speculation.check_before_vllm(speculation.refusal, speculation.no_heads)
     bridge_speculation.read_heads_of_text_configs()
     bridge_speculation.accept_all_parameters()

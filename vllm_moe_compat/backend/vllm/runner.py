@@ -23,6 +23,7 @@ from vllm.v1.outputs import (
 from vllm_moe_compat.backend.model.hidden_states import HiddenStates
 from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.backend.model.state_recording import StateRecording
+from vllm_moe_compat.backend.pages.layers import has_states
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.drafting import Drafting
@@ -98,10 +99,12 @@ class ModelRunner:
 
     def _make_forward(self) -> Forward:
         recording = None
-        if self.drafting is not None and self.storage.states.layers:
+        # The ranks of a pipeline try it together, and each has other layers.
+        if self.drafting is not None and has_states(self.storage.of_all_ranks):
             recording = StateRecording(self.model)
-            if recording.unsupported:
-                logger.info("no drafts are made: %s", recording.unsupported)
+            found = [recording.unsupported]
+            for reason in filter(None, self._ranks.exchange(found[0]) if self._ranks else found):
+                logger.info("no drafts are made: %s", reason)
                 self.drafting = None
         forward = Forward(self.model, self.storage, compiles=self._compiles, recording=recording)
         if self._follower is not None:
@@ -369,7 +372,9 @@ class ModelRunner:
         req_ids = order + self._unsampled
         failures = self.sampler.failed.among(req_ids)
         if self.drafting is not None:
-            self._draft(self.drafting, order, tokens)
+            # Fewer than configured if vLLM chooses the number by the size of the batch.
+            most = scheduler_output.num_spec_tokens_to_schedule
+            self._draft(self.drafting, order, tokens, most)
         prompts = {}
         for req_id in order:
             finished = self.sampler.finished_prompt(req_id)
@@ -395,13 +400,15 @@ class ModelRunner:
         for request, offset in zip(work.requests, work.offsets.tolist(), strict=True):
             request.done = offset + counts[request.req_id]
 
-    def _draft(self, drafting: Drafting, order: Sequence[str], tokens: Sequence[list[int]]) -> None:
+    def _draft(
+        self, drafting: Drafting, order: Sequence[str], tokens: Sequence[list[int]], most: int
+    ) -> None:
         """Propose drafts for the next step, and take note of those of this one."""
         drawn = [(self.batch.requests[r], got) for r, got in zip(order, tokens, strict=True) if got]
         requests = [request for request, _ in drawn]
         accepted = [len(got) - 1 for _, got in drawn]
         drafting.observe(requests, accepted, time.perf_counter() - self._pass_began)
-        drafting.propose(requests)
+        drafting.propose(requests, most)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Return the drafts for the next step; None without speculation."""

@@ -71,7 +71,7 @@ class Speculation:
 
     Attributes:
         method: ``ngram`` or ``mtp``.
-        most: drafts of one request in one step.
+        most: drafts of one request in one step; 0 on a rank whose drafts do not count.
         prompt_lookup_min: tokens of the shortest n-gram that is looked up.
         prompt_lookup_max: tokens of the longest one.
     """

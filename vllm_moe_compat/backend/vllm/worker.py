@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,9 @@ class MlxWorker(OutOfStepCalls):
         self.ranks = rank_group.join(
             self.vllm_config, self.rank, self.local_rank, self.distributed_init_method
         )
+        if self.speculation and self.ranks and self.rank != self.ranks.source:
+            # vLLM takes the drafts of one rank.
+            self.speculation = replace(self.speculation, most=0)
         torch.manual_seed(self.model_config.seed)
         mx.random.seed(self.model_config.seed)
         mx.reset_peak_memory()
