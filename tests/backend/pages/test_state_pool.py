@@ -14,6 +14,7 @@ from vllm_moe_compat.backend.pages.layers import StateLayer
 from vllm_moe_compat.backend.pages.page_pool import PagePool
 from vllm_moe_compat.backend.pages.state_pool import StatePool
 from vllm_moe_compat.backend.pages.storage import LayerStorage
+from vllm_moe_compat.backend.step import kept_states
 from vllm_moe_compat.backend.step.batch import Request
 from vllm_moe_compat.backend.step.schedule import NewRequest, Schedule
 from vllm_moe_compat.backend.vllm.runner import ModelRunner
@@ -125,12 +126,20 @@ def request(req_id: str, blocks: list[int], done: int) -> Request:
 def test_a_state_whose_page_was_given_away_is_dropped() -> None:
     runner = runner_with(request("running", [1, 2], 6), request("preempted", [3, 4], 6))
     newcomer = NewRequest("new", [1, 2], PARAMS, ([4],), 0)
-    runner._drop_preempted(Schedule(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
+    kept_states.drop_preempted(
+        runner.storage,
+        runner.batch,
+        Schedule(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()),
+    )
     assert runner.storage.states.resident == {"running"}
 
 
 def test_a_request_that_is_only_not_scheduled_keeps_its_state() -> None:
     runner = runner_with(request("running", [1, 2], 6), request("paused", [3, 4], 6))
     newcomer = NewRequest("new", [1, 2], PARAMS, ([5],), 0)
-    runner._drop_preempted(Schedule(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()))
+    kept_states.drop_preempted(
+        runner.storage,
+        runner.batch,
+        Schedule(frozenset(), (newcomer,), (), {"running": 1, "new": 2}, ()),
+    )
     assert runner.storage.states.resident == {"running", "paused"}

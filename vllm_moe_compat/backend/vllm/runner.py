@@ -25,6 +25,7 @@ from vllm_moe_compat.backend.model.prediction_heads import PredictionHeads
 from vllm_moe_compat.backend.model.state_recording import StateRecording
 from vllm_moe_compat.backend.pages.layers import has_states
 from vllm_moe_compat.backend.pages.storage import LayerStorage
+from vllm_moe_compat.backend.step import kept_states
 from vllm_moe_compat.backend.step.batch import Batch, Pass, Request
 from vllm_moe_compat.backend.step.drafting import Drafting
 from vllm_moe_compat.backend.step.forward import Forward
@@ -33,13 +34,11 @@ from vllm_moe_compat.backend.step.schedule import Schedule
 from vllm_moe_compat.backend.vllm import request_checks
 from vllm_moe_compat.backend.vllm.expert_cache_stats import ExpertCounts
 from vllm_moe_compat.backend.vllm.pending_output import PendingOutput
+from vllm_moe_compat.backend.vllm.rank_agreement import RankAgreement
 from vllm_moe_compat.backend.vllm.sampling import TokenSampler
 from vllm_moe_compat.backend.vllm.scheduler_output import read_schedule
 from vllm_moe_compat.backend.vllm.step_output import StepOutput
-from vllm_moe_compat.envs import CHECK_RANKS
 from vllm_moe_compat.log import logger
-from vllm_moe_compat.ranks import same_tokens
-from vllm_moe_compat.ranks.order_check import OrderCheck
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -73,7 +72,7 @@ class ModelRunner:
             drafting: proposes drafts; None for no speculation.
         """
         self.drafting = drafting
-        self.model, self.storage, self.sampler, self._ranks = model, storage, sampler, ranks
+        self.model, self.storage, self.sampler = model, storage, sampler
         self._expert_counts = expert_counts or ExpertCounts()
         # Whether passes are compiled, or built ahead, is decided on each rank: by what its
         # compiler and its disk do, and by its draws. All have to evaluate the same.
@@ -83,10 +82,10 @@ class ModelRunner:
         self.batch = Batch(sampler.rows.embedding)
         self._compiles = compiles
         self.forward = self._make_forward()
-        self._check: OrderCheck | None = None
-        if ranks is not None and CHECK_RANKS.read() == "1":
-            self._check = OrderCheck(ranks.group)
-            self.forward.before_pass = self._check_pass
+        self._agreement: RankAgreement | None = None
+        if ranks is not None:
+            self._agreement = RankAgreement(ranks, storage, sampler)
+            self.forward.before_pass = self._agreement.before_pass
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
@@ -184,11 +183,11 @@ class ModelRunner:
         if self._pending is not None:
             self._pending.get_output()
             self._pending = None
-        if self._check is not None:
-            self._check.begin_step()
+        if self._agreement is not None:
+            self._agreement.begin_step()
         schedule = read_schedule(scheduler_output)
         self.storage.states.drop(self._update(schedule))
-        self._drop_preempted(schedule)
+        kept_states.drop_preempted(self.storage, self.batch, schedule)
         if schedule.page_copies:
             self.forward.discard_next()
         for pool in self.storage.all_pools:
@@ -214,7 +213,7 @@ class ModelRunner:
         if self._order:
             work = self.batch.decodes(self._order, scheduled)
             build_next = (
-                self._ranks is None
+                self._agreement is None
                 and not self._unsampled
                 and self.sampler.draws_all
                 and not self._draws_without_row
@@ -228,7 +227,10 @@ class ModelRunner:
                     work, self.sampler.draw, build_next=build_next
                 )
             self._fail_rows(work)
-        self._save_states(unsampled if self._verified else requests, scheduled)
+        if self.storage.states.layers:
+            # Those of verified rows are kept when their tokens are known.
+            done = unsampled if self._verified else requests
+            kept_states.save(self.storage, done, scheduled, self.forward.discard_next)
         self._scheduler_output = scheduler_output
         return None
 
@@ -267,30 +269,6 @@ class ModelRunner:
         """Whether the head has columns for which the embeddings have no row."""
         return self.sampler.rows.head > self.sampler.rows.embedding
 
-    def _drop_preempted(self, schedule: Schedule) -> None:
-        """Discard the states of preempted requests.
-
-        vLLM does not name them, and a request that is merely not scheduled in this step must
-        keep its state. But vLLM never assigns the block of a state in use to another request. At
-        a block boundary the block may be shared, and then its page holds the state too.
-        """
-        states = self.storage.states
-        paused = states.resident - schedule.scheduled.keys()
-        if not paused:
-            return
-        assigned = schedule.assigned_blocks()
-        requests = [self.batch.requests[req_id] for req_id in paused]
-        blocks = self.storage.state_blocks(
-            [request.blocks for request in requests], [request.done for request in requests]
-        )
-        states.drop(
-            {
-                request.req_id
-                for i, request in enumerate(requests)
-                if any(held[i] in assigned for held in blocks.values())
-            }
-        )
-
     def _prefill(self, work: Pass) -> None:
         scored = [
             row
@@ -312,28 +290,6 @@ class ModelRunner:
                 reason = f"its prompt_logprobs fail ({type(error).__name__}: {error})"
                 self.sampler.failed.fail(request, reason, taints_pages=False)
         self._spread_failures()
-
-    def _save_states(self, requests: Sequence[Request], scheduled: dict[str, int]) -> None:
-        """Write to pages the states that a later step may have to read from there."""
-        storage = self.storage
-        if not storage.states.layers:
-            return
-        block = storage.block_sizes[storage.states.groups[0]]
-        keep, counts, unfinished = [], [], set()
-        for request in requests:
-            end = request.done = request.computed + scheduled[request.req_id]
-            is_partial = end < request.num_tokens
-            if is_partial:
-                unfinished.add(request.req_id)
-            if is_partial or (storage.keep_boundaries and end % block == 0):
-                keep.append(request)
-                counts.append(end)
-        if keep:
-            self.forward.discard_next()
-            blocks = storage.state_blocks([r.blocks for r in keep], counts)
-            storage.states.save([r.req_id for r in keep], blocks)
-        if unfinished:
-            storage.states.drop(unfinished)
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput | PendingOutput:
         """Sample from the logits of ``execute_model``; unfinished prompts get no token.
@@ -365,8 +321,8 @@ class ModelRunner:
                 order, tokens, logprobs = sampler.verify(logits, scheduler_output, grammar)
             else:
                 order, tokens, logprobs = sampler.sample(logits, drawn, scheduler_output, grammar)
-            if self._ranks is not None:
-                tokens = self._same_on_all(self._ranks, order, tokens)
+            if self._agreement is not None:
+                tokens = self._agreement.on_tokens(self.batch.requests, order, tokens)
             if self._verified is not None:
                 self._accept(self._verified, dict(zip(order, tokens, strict=True)))
         req_ids = order + self._unsampled
@@ -416,38 +372,6 @@ class ModelRunner:
             return None
         proposed = self.drafting.take()
         return DraftTokenIds(list(proposed), list(proposed.values()))
-
-    def _same_on_all(
-        self, ranks: RankGroup, order: Sequence[str], tokens: Sequence[list[int]]
-    ) -> list[list[int]]:
-        """Replace the tokens drawn here by those of the rank whose output counts."""
-        drawn = dict(zip(order, tokens, strict=True))
-        req_ids = sorted(drawn)
-        if self._check is not None:
-            facts = {"requests": req_ids, "way of drawing": self.sampler.draws_all}
-            self._check.agree("tokens", facts)
-        ranks.heartbeat.progress()
-        own = [drawn[req_id] for req_id in req_ids]
-        requests = [self.batch.requests[req_id] for req_id in req_ids]
-        most = 1 + max((len(request.drafts) for request in requests), default=0)
-        told = same_tokens.tell(ranks.group, ranks.source, own, most)
-        for request, mine, theirs in zip(requests, own, told, strict=True):
-            if theirs != mine:
-                drawn[request.req_id] = theirs
-                self.sampler.replace(request, theirs)
-        return [drawn[req_id] for req_id in order]
-
-    def _check_pass(self, work: Pass, logits: bool) -> None:
-        assert self._check is not None
-        facts = {
-            "requests": work.req_ids,
-            "tokens": work.tokens,
-            "place of the tokens": (work.offsets.tolist(), work.lengths.tolist()),
-            "pages": [request.blocks for request in work.requests],
-            "states": sorted(self.storage.states.resident),
-            "need of logits": logits,
-        }
-        self._check.agree("pass", facts)
 
     def _note_tokens_without_row(self, req_ids: Sequence[str]) -> None:
         """Note requests whose last token has no row: they fail if they go on."""
