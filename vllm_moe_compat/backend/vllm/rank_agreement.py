@@ -20,6 +20,10 @@ class RankAgreement:
         self._ranks, self._storage, self._sampler = ranks, storage, sampler
         self._check = OrderCheck(ranks.group) if CHECK_RANKS.read() == "1" else None
 
+    def first(self, own: str) -> str:
+        """Return the first text of a rank that is not empty; all ranks call it."""
+        return next(filter(None, self._ranks.exchange(own)), "")
+
     def begin_step(self) -> None:
         """Take note of a new step."""
         if self._check is not None:

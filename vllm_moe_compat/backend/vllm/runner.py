@@ -81,11 +81,8 @@ class ModelRunner:
         self._drawn_without_row: dict[str, int] = {}
         self.batch = Batch(sampler.rows.embedding)
         self._compiles = compiles
+        self._agreement = None if ranks is None else RankAgreement(ranks, storage, sampler)
         self.forward = self._make_forward()
-        self._agreement: RankAgreement | None = None
-        if ranks is not None:
-            self._agreement = RankAgreement(ranks, storage, sampler)
-            self.forward.before_pass = self._agreement.before_pass
         self._scheduler_output: SchedulerOutput | None = None
         self._order: list[str] = []
         self._logits: mx.array | None = None
@@ -101,14 +98,18 @@ class ModelRunner:
         # The ranks of a pipeline try it together, and each has other layers.
         if self.drafting is not None and has_states(self.storage.of_all_ranks):
             recording = StateRecording(self.model)
-            found = [recording.unsupported]
-            for reason in filter(None, self._ranks.exchange(found[0]) if self._ranks else found):
+            reason = recording.unsupported
+            if self._agreement is not None:
+                reason = self._agreement.first(reason)
+            if reason:
                 logger.info("no drafts are made: %s", reason)
                 self.drafting = None
         forward = Forward(self.model, self.storage, compiles=self._compiles, recording=recording)
         if self._follower is not None:
             forward.keep_hidden(HiddenStates(self.model))
             self._follower.passes.before_write = forward.discard_next
+        if self._agreement is not None:
+            forward.before_pass = self._agreement.before_pass
         return forward
 
     @property
