@@ -79,7 +79,10 @@ def test_text_is_that_of_no_drafts_and_most_of_them_are_right(
         "deepseek_v3",
         *(
             pytest.param(name, marks=pytest.mark.full)
-            for name in ("glm4_moe", "glm4_moe_lite", "qwen3_next", "ernie4_5_moe", "exaone_moe")
+            for name in (
+                *("glm4_moe", "glm4_moe_lite", "qwen3_5", "qwen3_next", "ernie4_5_moe"),
+                *("exaone_moe", "exaone_moe full", "mimo_v2_flash", "nemotron_h"),
+            )
         ),
     ],
 )

@@ -19,15 +19,9 @@ def speculating(most: int) -> dict[str, Any]:
 
 def write_with_heads(path: Path, family: str) -> Path:
     """Write a small random checkpoint of ``family`` in the form of its releases, with a head."""
-    from parity.families import FAMILIES
-    from parity.forms import FORM_BY_NAME, build
-    from support.checkpoint_heads import add_head, layer_count
+    from parity import released_heads
 
-    cell = build(FAMILIES[family], FORM_BY_NAME["release"])
-    last = layer_count(cell.checkpoint.tensors) - 1
-    add_head(cell.checkpoint, FAMILIES[family].module, last)
-    path.mkdir()
-    return Path(cell.write(path))
+    return released_heads.write(released_heads.make(family), path)
 
 
 class Proposals:
