@@ -26,6 +26,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 48,
         "max_num_seqs": 6,
     },
+    "drafts": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 2,
+        },
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 64,
+    },
 }
 COMMON = {"max_model_len": 128, "max_logprobs": 10 * ROWS, "kv_cache_memory_bytes": 4 << 20}
 
@@ -139,10 +149,18 @@ def test_every_kind_beside_good_requests(
     check(llm, reference, odd, seed=1)
 
 
-@pytest.mark.parametrize("name", [pytest.param("async", marks=pytest.mark.full), "starved"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.full) for name in ("async", "drafts")), "starved"],
+)
 def test_random_mixtures(
-    name: str, checkpoint: Path, reference: Greedy, schedule_budget: int
+    name: str,
+    checkpoint: Path,
+    reference: Greedy,
+    schedule_budget: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("VLLM_MOE_COMPAT_PARK_DRAFTS", "0")
     kinds = REFUSED | ENDED | ANSWERED
     with in_process_llm(checkpoint, **COMMON, **SETTINGS[name]) as llm:
         for seed in range(schedule_budget):

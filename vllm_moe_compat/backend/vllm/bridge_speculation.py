@@ -97,3 +97,44 @@ def accept_all_parameters() -> None:
 
     if "_validate_spec_decode" in vars(SamplingParams):
         SamplingParams._validate_spec_decode = accept
+
+
+def drop_tokens_behind_stop_strings() -> None:
+    """Let vLLM 0.27 end a request at the token that completes a stop string; idempotent.
+
+    A step that accepts drafts gives several tokens. 0.27 leaves those behind the stop string out
+    of the text, but not out of the tokens and log-probabilities. Remove when 0.27 leaves the
+    tested range.
+    """
+    register_post_import_hook(_drop_tokens_behind_stop_strings, "vllm.v1.engine.output_processor")
+
+
+def _drop_tokens_behind_stop_strings(module: Any) -> None:
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
+
+    processor = module.LogprobsProcessor
+    update, update_logprobs = BaseIncrementalDetokenizer.update, processor.update_from_output
+    if hasattr(module.OutputProcessor, "_trim_surplus_tokens") or hasattr(update, "__wrapped__"):
+        return
+
+    @functools.wraps(update)
+    def update_one_by_one(self: Any, new_token_ids: list[int], stop_terminated: bool) -> Any:
+        if not self.stop:
+            return update(self, new_token_ids, stop_terminated)
+        last = len(new_token_ids) - 1
+        for place, token in enumerate(new_token_ids):
+            stop = update(self, [token], stop_terminated and place == last)
+            if stop is not None:
+                # The list is that of the output, from which vLLM goes on.
+                del new_token_ids[place + 1 :]
+                return stop
+        return None
+
+    @functools.wraps(update_logprobs)
+    def update_logprobs_of_kept(self: Any, output: Any) -> None:
+        if output.new_logprobs is not None:
+            output.new_logprobs = output.new_logprobs.slice_request(0, len(output.new_token_ids))
+        update_logprobs(self, output)
+
+    BaseIncrementalDetokenizer.update = update_one_by_one
+    processor.update_from_output = update_logprobs_of_kept

@@ -190,6 +190,7 @@ def register() -> None:
     bridge_speculation.check_before_vllm(speculation.refusal, speculation.no_heads)
     bridge_speculation.read_heads_of_text_configs()
     bridge_speculation.accept_all_parameters()
+    bridge_speculation.drop_tokens_behind_stop_strings()
     for method in METHODS:
         register_quantization_config(method)(config_class(method))
     for names, stub in (
