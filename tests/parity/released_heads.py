@@ -43,6 +43,8 @@ class Head:
         one: settings of a model of the decoder layer alone.
         count: key of the number of heads.
         says: what else the configuration says of it.
+        target: settings of the target that the family has otherwise.
+        own: whether the head has embeddings and an output head of its own.
         attention: attributes of the attention that no setting sets.
         renames: a beginning within the decoder layer in the target, and in the head.
     """
@@ -52,6 +54,8 @@ class Head:
     one: dict[str, Any]
     count: str = "num_nextn_predict_layers"
     says: dict[str, Any] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    own: bool = False
     attention: dict[str, Any] = field(default_factory=dict)
     renames: tuple[str, str] = ("", "")
 
@@ -65,24 +69,27 @@ _WINDOW = {
 _SPARSE = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 _QWEN3_5 = Head("mtp.layers.0.", _MTP, _FULL, "mtp_num_hidden_layers")
 _FURTHER_LAYER = Head("model.layers.2.", _NEXTN, _SPARSE)
+_ERNIE = Head(
+    "model.mtp_block.0.",
+    {
+        "join": "model.mtp_linear_proj.0",
+        "embedding_norm": "model.mtp_emb_norm.0",
+        "hidden_norm": "model.mtp_hidden_norm.0",
+    },
+    {"num_hidden_layers": 1},
+)
 HEADS = {
     "qwen3_5": _QWEN3_5,
     "qwen3_5_moe": _QWEN3_5,
     "qwen3_next": Head("mtp.layers.0.", _MTP, _FULL),
     "deepseek_v3": _FURTHER_LAYER,
+    "deepseek_v3 own": replace(_FURTHER_LAYER, own=True),
     "glm4_moe": _FURTHER_LAYER,
     "glm4_moe_lite": replace(
         _FURTHER_LAYER, one={"num_hidden_layers": 1, "mlp_layer_types": ["sparse"]}
     ),
-    "ernie4_5_moe": Head(
-        "model.mtp_block.0.",
-        {
-            "join": "model.mtp_linear_proj.0",
-            "embedding_norm": "model.mtp_emb_norm.0",
-            "hidden_norm": "model.mtp_hidden_norm.0",
-        },
-        {"num_hidden_layers": 1},
-    ),
+    "ernie4_5_moe": _ERNIE,
+    "ernie4_5_moe tied": replace(_ERNIE, target={"tie_word_embeddings": True}),
     "exaone_moe": Head("mtp.layers.0.", _MTP, _WINDOW),
     # A head without a window has rotary embeddings, which such layers of the target have not.
     "exaone_moe full": Head(
@@ -147,9 +154,10 @@ def text_model(target: Any) -> Any:
 
 def make(name: str) -> Released:
     """Make a release with the head ``name``, the same one in every call."""
-    family, described = FAMILIES[name.partition(" ")[0]], HEADS[name]
-    found = reference.reference(family.name)
+    described, family = HEADS[name], FAMILIES[name.partition(" ")[0]]
+    family = replace(family, kwargs=family.kwargs | described.target)
     target = reference.new_model(family, False, GRAIN)
+    saved, config = _saved(target)
     one = reference.new_model(replace(family, kwargs=family.kwargs | described.one), False, GRAIN)
     decoder = text_model(one)
     if described.attention:
@@ -165,26 +173,31 @@ def make(name: str) -> Released:
             for key, tensor in module.state_dict().items():
                 if tensor.is_floating_point():
                     tensor.copy_(reference._values(key, tensor, GRAIN, generator, False))
-    tensors = _in_release(family, found.saved)
-    tensors |= _layer(described, _in_release(family, _saved(one)))
+    tensors = _in_release(family, saved)
+    tensors |= _layer(described, _in_release(family, _saved(one)[0]))
     for part, stem in described.parts.items():
         tensors[f"{stem}.weight"] = modules[part].weight.detach().clone()
-    config = release_config(family.base, found.config)
+    config = release_config(family.base, config)
     config.get("text_config", config).update({described.count: 1} | described.says)
     setattr(decoder, norm, torch.nn.Identity())
+    ends = one if described.own else target
+    embed, output = ends.get_input_embeddings(), ends.get_output_embeddings()
+    if described.own:
+        tensors[f"{described.layer}embed_tokens.weight"] = embed.weight.detach()
+        tensors[f"{described.layer}shared_head.head.weight"] = output.weight.detach()
     head = HeadModules(
         decoder=decoder,
-        embed=target.get_input_embeddings(),
-        output=target.get_output_embeddings(),
+        embed=embed,
+        output=output,
         norm=modules.pop("norm", None),
         **modules,
     )
     return Released(family.name, Checkpoint(tensors, config), target, head)
 
 
-def _saved(model: Any) -> State:
+def _saved(model: Any) -> tuple[State, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        return reference._save(model, Path(folder))[0]
+        return reference._save(model, Path(folder))
 
 
 def _in_release(family: Family, saved: State) -> State:
