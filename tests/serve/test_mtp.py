@@ -6,15 +6,19 @@ They equal those of one pass over the whole sequence, however the engine cut it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from support import schedules
 from support.drafts_of_heads import Proposals, accepted, speculating, write_with_heads
 from support.engine import Greedy, engine_core, in_process_llm, worker
+from vllm_moe_compat.backend.step import mtp
+from vllm_moe_compat.backend.step.batch import Request
+from vllm_moe_compat.backend.step.drafting import Always
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(3600)]
 
@@ -138,6 +142,62 @@ def test_any_schedule(
             proposals.made.clear()
         assert preemptions > 0 or "starved" not in name
         assert (cached > 0) == ("prefix" in name)
+
+
+class Pauses(Always):
+    """Gives a request drafts for some tokens, then none for more tokens, and so on."""
+
+    def __init__(self, most: int, drafts: int, pause: int) -> None:
+        super().__init__(most)
+        self.drafts, self.pause = drafts, pause
+
+    def lengths(self, requests: Sequence[Request]) -> list[int]:
+        turn = self.drafts + self.pause
+        return [self.most * (len(r.output) % turn < self.drafts) for r in requests]
+
+
+def test_drafts_begin_again_after_pauses_and_no_pool_is_copied(
+    demo_path: Path, greedy: Greedy, text: list[int]
+) -> None:
+    """The heads' pages are in a pool that layers of the model use, too."""
+    prompts = [text[:40], text[3:9]]
+    with in_process_llm(demo_path, kv_cache_memory_bytes=256 << 20, **speculating(MOST)) as llm:
+        runner = worker(llm).runner
+        assert runner.storage.heads.distinct_pools[0] in runner.storage.distinct_pools
+        runner.drafting.lengths = Pauses(MOST, 9, mtp.MOST_UNSEEN + 11)
+        ask(llm, prompts, 4)
+        proposals = Proposals(llm)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        found = ask(llm, prompts, 110)
+        assert (
+            mx.get_peak_memory() - before
+            < min(pool.nbytes for pool in runner.storage.distinct_pools) / 4
+        )
+        assert [answer for _, answer in found] == [greedy.tokens(p, 110) for p in prompts]
+        # In the pauses, the next pass is built while one runs.
+        assert runner.forward.hits > mtp.MOST_UNSEEN / 2
+        late = [one for one in proposals.made if len(one[0]) > 40 + mtp.MOST_UNSEEN]
+        assert any(drafts for _, drafts in late)
+        proposals.check()
+
+
+@pytest.mark.full
+def test_other_weights_after_sleep(demo_path: Path, greedy: Greedy, text: list[int]) -> None:
+    expected = greedy.tokens(text[:30], COUNT)
+    before = mx.get_active_memory()
+    with in_process_llm(demo_path, enable_sleep_mode=True, **speculating(MOST)) as llm:
+        assert ask(llm, [text[:30]])[0][1] == expected
+        for level in (1, 2):
+            llm.sleep(level)
+            assert mx.get_active_memory() - before < 1 << 20
+            llm.wake_up()
+            if level == 2:
+                llm.collective_rpc("reload_weights")
+            proposals = Proposals(llm)
+            assert ask(llm, [text[:30]])[0][1] == expected
+            proposals.check()
 
 
 def test_the_end_of_the_longest_sequence(demo_path: Path, greedy: Greedy, text: list[int]) -> None:

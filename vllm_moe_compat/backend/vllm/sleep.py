@@ -63,7 +63,7 @@ class SleepMode:
         self._held, self._wanted = set(TAGS), set(TAGS)
         self._same_weights = True
         self._permitted: frozenset[str] = frozenset()
-        self._shapes = _shapes(worker.served.model)
+        self._shapes = _shapes(worker.served)
 
     @property
     def asleep(self) -> list[str]:
@@ -190,9 +190,9 @@ class SleepMode:
         old, new = self._worker.served, self._checked(self._load(folder))
         self._worker.runner.suspend()
         self._worker.served = new
-        _clear(old.model)
+        _clear(old)
         give_back()
-        self._worker.runner.resume(new.model)
+        self._worker.runner.resume(new.model, new.heads)
         if new.stamps != old.stamps:
             logger.warning(
                 "new weights of %s; cached prefixes are those of the old ones until "
@@ -204,8 +204,8 @@ class SleepMode:
         if WEIGHTS not in self._held:
             return
         self._held.discard(WEIGHTS)
-        _clear(self._worker.served.model)
-        self._worker.served = replace(self._worker.served, model=nn.Module())
+        _clear(self._worker.served)
+        self._worker.served = replace(self._worker.served, model=nn.Module(), heads=None)
         mx.clear_cache()
 
     def _take_weights(self, folder: Path) -> None:
@@ -218,7 +218,7 @@ class SleepMode:
         Raises:
             UnsupportedServingError: layers or weights differ.
         """
-        old, new = self._shapes, _shapes(served.model)
+        old, new = self._shapes, _shapes(served)
         differs = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         before = self._worker.served
         settings = (served.layers, served.max_length) == (before.layers, before.max_length)
@@ -254,17 +254,23 @@ class SleepMode:
             logger.info("awake: %.1f MiB are held", mx.get_active_memory() / 2**20)
 
 
-def _shapes(model: nn.Module) -> dict[str, str]:
+def _shapes(served: ServedModel) -> dict[str, str]:
     """Return shape and dtype of every weight by its name, in words."""
+    model, heads = served.model, served.heads
     found = {name: (array.shape, array.dtype) for name, array in tree_flatten(model.parameters())}
+    found |= whole_model.parameters(model)
+    for name, array in tree_flatten(heads.parameters()) if heads is not None else ():
+        found[f"prediction head, {name}"] = array.shape, array.dtype
     return {
         name: f"{list(shape)} {str(dtype).rpartition('.')[2]}"
-        for name, (shape, dtype) in (found | whole_model.parameters(model)).items()
+        for name, (shape, dtype) in found.items()
     }
 
 
-def _clear(model: nn.Module) -> None:
-    """Take all arrays out of ``model``, since others may hold the module itself."""
-    whole_model.close(model)
-    for module in [module for _, module in model.named_modules()]:
-        module.clear()
+def _clear(served: ServedModel) -> None:
+    """Take all arrays out of the model and its heads, since others may hold the modules."""
+    whole_model.close(served.model)
+    for part in (served.model, served.heads):
+        if part is not None:
+            for module in [module for _, module in part.named_modules()]:
+                module.clear()
