@@ -157,7 +157,7 @@ def make(name: str) -> Released:
     described, family = HEADS[name], FAMILIES[name.partition(" ")[0]]
     family = replace(family, kwargs=family.kwargs | described.target)
     target = reference.new_model(family, False, GRAIN)
-    saved, config = _saved(target)
+    tensors, config = saved(target)
     one = reference.new_model(replace(family, kwargs=family.kwargs | described.one), False, GRAIN)
     decoder = text_model(one)
     if described.attention:
@@ -173,8 +173,8 @@ def make(name: str) -> Released:
             for key, tensor in module.state_dict().items():
                 if tensor.is_floating_point():
                     tensor.copy_(reference._values(key, tensor, GRAIN, generator, False))
-    tensors = _in_release(family, saved)
-    tensors |= _layer(described, _in_release(family, _saved(one)[0]))
+    tensors = in_release(family, tensors)
+    tensors |= _layer(described, in_release(family, saved(one)[0]))
     for part, stem in described.parts.items():
         tensors[f"{stem}.weight"] = modules[part].weight.detach().clone()
     config = release_config(family.base, config)
@@ -195,12 +195,13 @@ def make(name: str) -> Released:
     return Released(family.name, Checkpoint(tensors, config), target, head)
 
 
-def _saved(model: Any) -> tuple[State, dict[str, Any]]:
+def saved(model: Any) -> tuple[State, dict[str, Any]]:
+    """Return the tensors and the configuration that transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         return reference._save(model, Path(folder))
 
 
-def _in_release(family: Family, saved: State) -> State:
+def in_release(family: Family, saved: State) -> State:
     """Return the tensors as releases have them."""
     rest, layers = experts.take_experts(family.base, release_names(family.base, saved))
     for path, layer in layers.items():

@@ -56,6 +56,7 @@ class Definition:
             the result.
         given: names of what ``forward`` is given.
         spelled_out: ``forward`` computes the decoder layer itself, by its parts.
+        paired: the join returns a pair.
     """
 
     file: str
@@ -64,6 +65,7 @@ class Definition:
     parts: tuple[str, str, str, str]
     given: tuple[str, ...]
     spelled_out: bool = False
+    paired: bool = False
 
     def run(self, head: HeadModules, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Run a whole text: ``ids [T]`` and ``hidden [T, H]``.
@@ -84,9 +86,9 @@ class Definition:
         found = forward(modules, **{name: values[name] for name in self.given})
         for_logits, handed_on = found if isinstance(found, tuple) else (found, found)
         compute_logits = method(self.file, self.logits, "compute_logits")
-        with_head = "lm_head" in compute_logits.__code__.co_varnames
-        logits = compute_logits(modules, for_logits, *([head.output] if with_head else []))
-        return logits, handed_on
+        taken = compute_logits.__code__.co_varnames
+        output = {"lm_head": head.output} if "lm_head" in taken else {}
+        return compute_logits(modules, for_logits, **output), handed_on
 
     def _modules(self, head: HeadModules) -> SimpleNamespace:
         """Return what both methods find in ``self``."""
@@ -100,15 +102,19 @@ class Definition:
             lm_head=head.output,
             logits_processor=lambda output, states: output(states),
         )
+        if self.parts[3] != "shared_head":
+            made.shared_head = _Norm(lambda states: states, head.output)
         # One looks for the block here, the other for the layer that has the norm.
         made.layers = made.mtp_layers = {0: block, "0": made}
+        if self.paired:
+            setattr(made, self.parts[0], lambda states: (head.join(states), None))
         if self.spelled_out:
             layer = head.decoder.layers[0]
-            setattr(made, self.parts[0], lambda states: (head.join(states), None))
             made.input_layernorm = layer.input_layernorm
             made.self_attn = _Attention(head.decoder)
+            made.post_attention_layernorm = layer.post_attention_layernorm
             made.pre_mlp_layernorm = _Norm(layer.post_attention_layernorm)
-            made.mlp = layer.mlp
+            made.mlp = lambda states: layer.mlp(states[None])[0]
         return made
 
 
@@ -188,6 +194,15 @@ DEFINITIONS = {
         ("eh_proj", "enorm", "hnorm", "final_layernorm"),
         _EMBEDDED,
         spelled_out=True,
+        paired=True,
+    ),
+    "bailing_hybrid": Definition(
+        "bailing_moe_mtp",
+        "BailingMoeV25MultiTokenPredictorLayer",
+        "BailingMoeV25MultiTokenPredictor",
+        ("eh_proj", "enorm", "hnorm", "final_layernorm"),
+        _LAYER,
+        spelled_out=True,
     ),
 }
 """Family → vLLM's definition of its head."""
@@ -252,19 +267,22 @@ class _Block:
 
 
 class _Attention:
-    """The attention of a layer with a sliding window, as vLLM calls it."""
+    """The attention of a decoder's layer, as vLLM calls it."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
 
-    def __call__(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        decoder, (kind,) = self.decoder, set(self.decoder.config.layer_types)
+    def __call__(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        decoder, config = self.decoder, self.decoder.config
         distance = positions[:, None] - positions
-        hidden = (distance < 0) | (distance >= decoder.config.sliding_window)
+        hidden = distance < 0
+        if window := getattr(config, "sliding_window", None):
+            hidden |= distance >= window
+        kinds = () if window is None else config.layer_types[:1]  # Each has embeddings of its own.
         found, _ = decoder.layers[0].self_attn(
             hidden_states=hidden_states[None],
             attention_mask=torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None, None],
-            position_embeddings=decoder.rotary_emb(hidden_states[None], positions[None], kind),
+            position_embeddings=decoder.rotary_emb(hidden_states[None], positions[None], *kinds),
         )
         attended: Tensor = found[0]
         return attended

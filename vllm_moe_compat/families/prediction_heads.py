@@ -142,6 +142,21 @@ HEADS_BY_MODULE: Mapping[str, PredictionHead] = {
     "kimi_k25": _DEEPSEEK,
     "glm4_moe": _further_layer(recycles_normed=False),
     "glm4_moe_lite": _further_layer(recycles_normed=False),
+    "bailing_hybrid": PredictionHead(
+        layer="{root}layers.{number}.",
+        parts={
+            JOIN: "{root}layers.{number}.eh_proj",
+            EMBEDDING_NORM: "{root}layers.{number}.enorm",
+            HIDDEN_NORM: "{root}layers.{number}.hnorm",
+            NORM: "{root}layers.{number}.final_layernorm",
+            EMBEDDING: "{root}layers.{number}.word_embeddings",
+            OUTPUT: "{root}layers.{number}.shared_head.head",
+        },
+        sparse={"first_k_dense_replace": 0},
+        dense={"first_k_dense_replace": 1},
+        attention="attention",
+        masks_first=True,
+    ),
     # A dense layer with a sliding window; the module looks for a layer of either kind.
     "mimo_v2_flash": PredictionHead(
         layer="{root}mtp.layers.{index}.",
