@@ -27,9 +27,9 @@ from vllm_moe_compat.load.report import last_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
 
-DENSE_HEADS = ("ernie4_5_moe", "exaone_moe")
+DENSE_HEADS = ("ernie4_5_moe", "exaone_moe", "step3p7")
 """Families whose head is like the target's first layer; those of others are like the last."""
-SHIFTED = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
+SHIFTED = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p5")
 DAILY = {
     ("qwen3_5_moe", "block FP8 128"),
     ("qwen3_5_moe", "int4"),
@@ -41,6 +41,8 @@ DAILY = {
     ("ernie4_5_moe", "release"),
     ("exaone_moe", "per-tensor FP8"),
     ("kimi_k25", "combined"),
+    ("step3p7", "release"),
+    ("minimax_m3_vl", "block FP8"),
 }
 FORMS = (
     "saved",

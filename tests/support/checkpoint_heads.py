@@ -51,7 +51,11 @@ def add_head(
     tensors = checkpoint.tensors = dict(checkpoint.tensors)  # They may be a reference's own.
     count = layer_count(tensors) - index
     root = next(m["root"] for name in tensors if (m := _decoder_layer(name)))
-    at = {"root": "" if "mtp" in facts.own else root, "index": index, "number": count + index}
+    at = {
+        "root": "" if "mtp" in facts.own and module != "minimax_m3_vl" else root,
+        "index": index,
+        "number": count + index,
+    }
     begin = facts.layer.format(**at)
     back = tuple((new, old) for old, new in facts.renames)
     for name in list(tensors):

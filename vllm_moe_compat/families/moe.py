@@ -312,7 +312,9 @@ MOE_ROWS: tuple[Row, ...] = (
         dropped_upstream=Extras(
             prefixes=("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
         ),
-        dropped_here=Extras(prefixes=("model.vision_tower.", "model.multi_modal_projector.")),
+        dropped_here=Extras(
+            prefixes=("model.vision_tower.", "model.multi_modal_projector."), parts=("mtp.",)
+        ),
         renames=(
             *LIFTED,
             (r"\.mlp\.gate\.e_score_correction_bias$", ".block_sparse_moe.e_score_correction_bias"),

@@ -30,6 +30,9 @@ PER_LAYER = (
     "indexer_types",
     "swiglu_limits",
     "swiglu_limits_shared",
+    "rope_theta",
+    "partial_rotary_factors",
+    "use_rope_layers",
 )
 """Settings that are lists with an entry per layer."""
 
@@ -196,6 +199,35 @@ HEADS_BY_MODULE: Mapping[str, PredictionHead] = {
         dense={"first_k_dense_replace": 1, "mlp_layer_types": ["dense"], "is_moe_layer": [False]},
     ),
     # A layer of attention and one of experts.
+    # A dense layer with a sliding window; each head has an output head of its own.
+    "step3p5": PredictionHead(
+        layer="{root}layers.{number}.",
+        parts={
+            JOIN: "{root}layers.{number}.eh_proj",
+            EMBEDDING_NORM: "{root}layers.{number}.enorm",
+            HIDDEN_NORM: "{root}layers.{number}.hnorm",
+            NORM: "{root}layers.{number}.transformer.shared_head.norm",
+            OUTPUT: "{root}layers.{number}.transformer.shared_head.output",
+        },
+        sparse={"moe_layers_enum": "0", "mlp_layer_types": ["sparse"]},
+        dense={"moe_layers_enum": "1", "mlp_layer_types": ["dense"]},
+        recycles_normed=False,
+    ),
+    # A layer of sparse attention with experts, whatever the target's kinds are.
+    "minimax_m3_vl": PredictionHead(
+        layer="{root}mtp.layers.{index}.transformer_layer.",
+        own="{root}mtp.",
+        parts={
+            JOIN: "{root}mtp.layers.{index}.eh_proj",
+            EMBEDDING_NORM: "{root}mtp.layers.{index}.enorm",
+            HIDDEN_NORM: "{root}mtp.layers.{index}.hnorm",
+            NORM: "{root}mtp.layers.{index}.final_layernorm",
+        },
+        sparse={"mlp_layer_types": ["sparse"], "moe_layer_freq": [1]},
+        dense={"mlp_layer_types": ["dense"], "moe_layer_freq": [0]},
+        masks_first=True,
+        recycles_normed=False,
+    ),
     "nemotron_h": PredictionHead(
         layer="{root}mtp.layers.",
         own="{root}mtp.",

@@ -14,10 +14,12 @@ verified, so a difference further on costs a draft and not an answer.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vllm_moe_compat.checkpoint.headers import TensorInfo
 from vllm_moe_compat.checkpoint.names import layer_of
 from vllm_moe_compat.checkpoint.same_bytes import same_bytes
 from vllm_moe_compat.families.prediction_heads import (
@@ -48,6 +50,7 @@ PLACES = {
     HIDDEN_NORM: f"{INSIDE}.hidden.input_layernorm",
 }
 """Part of a head → its module in the view's decoder layer."""
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def view_head(
@@ -72,7 +75,11 @@ def view_head(
             renamed[name] = places[part] + name.removeprefix(names.parts[part])
     tensors = {new: planned.headers.tensors[old] for old, new in renamed.items()}
     experts = any(".experts." in name for name in names.inside)
-    config = _one_layer(planned, facts, count, experts=experts, untied=OUTPUT in own)
+    inside = {
+        _inside(name.removeprefix(names.layer), facts): planned.headers.tensors[name]
+        for name in names.inside
+    }
+    config = _one_layer(planned, facts, count, inside, experts=experts, untied=OUTPUT in own)
     _rename_modules(config, names, renamed)
     of_files = {new: old for old, new in planned.plan.names.renamed} if planned.plan else {}
     headers = replace(
@@ -164,20 +171,32 @@ def _same(planned: PlannedLoad, one: str, other: str) -> bool:
 
 
 def _one_layer(
-    planned: PlannedLoad, facts: PredictionHead, count: int, *, experts: bool, untied: bool
+    planned: PlannedLoad,
+    facts: PredictionHead,
+    count: int,
+    inside: Mapping[str, TensorInfo],
+    *,
+    experts: bool,
+    untied: bool,
 ) -> dict[str, Any]:
-    """Return the config of a model of the head's layer alone."""
+    """Return the config of a model of the head's layer alone, whose tensors are ``inside``."""
     config: dict[str, Any] = copy.deepcopy(dict(planned.original))
     text = text_section(config)
     kind = "sparse" if experts else "dense"
-    like = _first_layer_with(planned, experts=experts)
+    like = _layer_like(planned, inside)
     for key in PER_LAYER:
         value, own = text.get(key), text.get(f"mtp_{key}")
+        if value is None:
+            value = planned.settings.get(key)  # What the class makes of other settings.
         if isinstance(own, list) and own:
             # K-EXAONE 2.0 says of its heads what it says of its layers.
             text[key] = own[: facts.layers]
         elif isinstance(value, list) and len(value) >= count:
             text[key] = [value[count] if len(value) > count else value[like]]
+    by_layer = text.get("per_layer_config")
+    if isinstance(by_layer, dict):
+        own = by_layer.get(str(count), by_layer.get(str(like)))
+        text["per_layer_config"] = {} if own is None else {"0": own}
     windows = text.get("mtp_sliding_windows")
     if isinstance(windows, list) and windows and windows[0]:
         text["sliding_window"] = windows[0]
@@ -193,12 +212,22 @@ def _one_layer(
     return config
 
 
-def _first_layer_with(planned: PlannedLoad, *, experts: bool) -> int:
-    """Return the number of the target's first layer with, or without, routed experts."""
+def _layer_like(planned: PlannedLoad, inside: Mapping[str, TensorInfo]) -> int:
+    """Return the number of the target's first layer that has the most tensors of the head's."""
     assert planned.layout is not None, "it was checked"
-    sparse = {layer.number for b in planned.layout.experts if (layer := layer_of(b.path))}
-    every = {layer.number for n in planned.layout.tensors if (layer := layer_of(n))}
-    return min(sparse if experts else every - sparse, default=0)
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, info in planned.layout.tensors.items():
+        if (layer := layer_of(name)) is not None:
+            rest = _NUMBER.sub(".", name.removeprefix(layer.path))
+            layers.setdefault(layer.number, {})[rest] = info.shape
+    head = {_NUMBER.sub(".", f".{name}"): info.shape for name, info in inside.items()}
+
+    def likeness(number: int) -> tuple[int, int, int]:
+        mine = layers[number]
+        same = len(mine.items() & head.items()), len(mine.keys() & head.keys())
+        return (*same, -number)
+
+    return max(layers, key=likeness, default=0)
 
 
 def _rename_modules(config: dict[str, Any], names: HeadNames, renamed: Mapping[str, str]) -> None:

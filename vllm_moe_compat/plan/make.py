@@ -184,6 +184,7 @@ def _plan(
             checked=True,
             hold=not quantizes,
             complete=serving.complete or (serving.experts_apart and bool(layout.experts)),
+            released=headers.stored is not None,
         )
         return plan, []
     except LayoutError as error:

@@ -19,7 +19,7 @@ _HALF = ("BF16", "F16")
 
 
 def norms(
-    layout: Layout, row: Row, *, stacking: bool
+    layout: Layout, row: Row, *, stacking: bool, released: bool = False
 ) -> tuple[list[tuple[str, Op]], tuple[str, ...], bool]:
     """Return the operations on norms, and on the convolutions whose axes mark a release.
 
@@ -27,6 +27,8 @@ def norms(
         layout: the checkpoint's layout.
         row: its module's row.
         stacking: whether the plan stacks the experts.
+        released: whether the layout is a part of a release, so that norms are shifted even if
+            there is no mark.
 
     Returns:
         Pairs of tensor and operation; the half-precision tensors to widen because upstream
@@ -42,22 +44,24 @@ def norms(
     convs = [n for n in layout.tensors if n.endswith("conv1d.weight")]
     raw = [n for n in convs if layout.tensors[n].shape[-1:] != (1,)]
     half = tuple(n for n in found if layout.tensors[n].dtype in _HALF)
-    published = any(n.startswith("model.") for n in found)
+    published = released or any(n.startswith("model.") for n in found)
+    shifts: list[tuple[str, Op]] = [(n, Add(1.0)) for n in found]
     match rule.mark:
         case "conv1d":
             if raw:
                 return [], half, False
             # Without a convolution upstream finds no mark, whether the norms are shifted or
             # not; names with the prefix of a release tell.
-            unmarked = published and not convs
-            return [(n, Add(1.0)) for n in found if unmarked], (), False
+            return shifts if published and not convs else [], (), False
         case "per-expert":
             if stacking:
                 # Stacked experts look to upstream like its own checkpoint, so the plan also
                 # moves the axis of convolutions.
-                ops: list[tuple[str, Op]] = [(n, Add(1.0)) for n in found]
-                return ops + [(n, Transpose()) for n in raw], (), True
-            return [], half if any(b.per_expert for b in layout.experts) else (), False
+                return shifts + [(n, Transpose()) for n in raw], (), True
+            if any(b.per_expert for b in layout.experts):
+                return [], half, False
+            return shifts if released else [], (), False
         case _:
-            routers = [n for n in layout.tensors if ".moe." in n]
-            return [], half if routers or stacking else (), False
+            if stacking or any(".moe." in n for n in layout.tensors):
+                return [], half, False
+            return shifts if released else [], (), False

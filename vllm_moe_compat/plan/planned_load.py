@@ -161,6 +161,7 @@ class PlannedLoad:
             checked=True,
             hold=not split,
             complete=self.plan.complete if complete is None else complete,
+            released=self.headers.stored is not None,
         )
 
 

@@ -94,6 +94,7 @@ def make_plan(
     checked: bool = False,
     hold: bool = False,
     complete: bool = False,
+    released: bool = False,
 ) -> Plan:
     """Plan how the module of ``row`` gets its tensors from this checkpoint.
 
@@ -110,6 +111,7 @@ def make_plan(
         checked: whether the caller has checked numbers and experts.
         hold: whether weights stay packed where MLX can hold them as they are stored.
         complete: see ``Plan``; implies ``split``, for combined experts too.
+        released: see ``norms``.
 
     Raises:
         LayoutError: the tensors contradict each other or the config.
@@ -161,7 +163,7 @@ def make_plan(
                 experts = layout.tensors[build.weights[0]].shape[0]
     done = {name for build in builds for name in build.sources}
     builds.extend(_other_builds(layout, row, config, stored, done))
-    shifts, widen, returns_early = norms(layout, row, stacking=stacking)
+    shifts, widen, returns_early = norms(layout, row, stacking=stacking, released=released)
     builds.extend(Build(name, (name,), (), (op,)) for name, op in shifts)
     drops = (row.ignored if returns_early else row.dropped_here).of(config).select(layout.ignored)
     if complete:
