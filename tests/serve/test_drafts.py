@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from support import drafts, models
 from support.drafts import Oracle
 from support.engine import Greedy, in_process_llm, worker
+from vllm_moe_compat.backend.step import drafting
 from vllm_moe_compat.backend.step.batch import Request
+from vllm_moe_compat.backend.step.parking import Parking
 
 pytestmark = pytest.mark.serve
 
@@ -149,3 +152,78 @@ def check_prefixes(llm: Any, text: list[int], start: int, plain: dict[int, Held]
             hits += 1
             assert is_equal(found[0], plain[end + 1]), f"behind {end} cached tokens"
     return hits
+
+
+def test_answers_end_where_they_end_without_drafts(tmp_path: Path) -> None:
+    """Drafts go beyond the last token that is asked for, a stop token, and the longest sequence."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    path = models.write_mlx(tmp_path / "model", "qwen3_moe")
+    greedy = Greedy(path)
+    prompt = [5 + (7 * i * i + i) % 490 for i in range(41)]
+    answer = greedy.tokens(prompt, 60)
+    stop = next(t for i, t in enumerate(answer) if i > 6 and t not in answer[:i])
+    ends: list[tuple[dict[str, Any], list[int], str]] = [
+        ({"max_tokens": 7}, answer[:7], "length"),
+        ({"max_tokens": 1}, answer[:1], "length"),
+        ({"max_tokens": 60}, answer[:23], "length"),  # 64 tokens in all
+        ({"max_tokens": 23, "stop_token_ids": [stop]}, answer[: answer.index(stop) + 1], "stop"),
+    ]
+    settings = {"skip_tokenizer_init": True, "max_model_len": 64, "enable_prefix_caching": True}
+    with (
+        in_process_llm(path, **settings, **drafts.speculating(20)) as llm,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(drafting, "useful", lambda request: sys.maxsize)
+        for pattern in ("all right", "mixed", "nothing"):
+            drafts.put_in(llm, Oracle(greedy.tokens, pattern, no_ids=True), 20)
+            params = [
+                SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **end)
+                for end, _, _ in ends
+            ]
+            prompts = [TokensPrompt(prompt_token_ids=prompt) for _ in ends]
+            found = llm.generate(prompts, params, use_tqdm=False)
+            for (end, tokens, reason), output in zip(ends, found, strict=True):
+                (one,) = output.outputs
+                assert (list(one.token_ids), one.finish_reason) == (tokens, reason), (pattern, end)
+
+
+class Wrong:
+    """A drafter that proposes a token which is never drawn."""
+
+    def propose(self, requests: Sequence[Request], most: int) -> list[list[int]]:
+        return [[3] * most for _ in requests]
+
+    def forget(self, req_id: str) -> None:
+        """There is nothing to let go of."""
+
+
+def test_drafts_that_are_wrong_are_parked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    path = models.write_mlx(tmp_path / "model", "qwen3_moe")
+    greedy = Greedy(path)
+    prompt = [5 + (7 * i * i + i) % 490 for i in range(41)]
+    answer = greedy.tokens(prompt, 200)
+    assert 3 not in answer
+    settings = {"skip_tokenizer_init": True, "max_model_len": 256}
+    with in_process_llm(path, **settings, **drafts.speculating(3)) as llm:
+        engine = worker(llm).runner.drafting
+        engine.drafter, parking = Wrong(), engine.lengths
+        verified = []
+
+        def observe(requests: Any, drafted: Any, accepted: Any, seconds: Any) -> None:
+            verified.append(max(drafted))
+            assert accepted == [0]
+            # A machine on which each further token costs a third of a pass.
+            Parking.observe(parking, requests, drafted, accepted, 1 + max(drafted) / 3)
+
+        parking.observe = observe
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+        (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], params, use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == answer
+        assert len(verified) == 200
+        assert 2 <= sum(map(bool, verified)) <= 20
+        assert sum("Drafts are parked" in r.getMessage() for r in caplog.records) == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support import models, schedules
-from support.engine import Greedy, engine_core, in_process_llm, worker
+from support.engine import Greedy
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(3600)]  # --schedules is open-ended
 
@@ -42,7 +42,7 @@ def test_tokens_are_those_of_a_single_sequence(
 ) -> None:
     # A block holds 80 tokens: only long answers need another one midway.
     output = 90 if "starved" in name else 24
-    check(name, demo_path, SETTINGS[name], greedy, schedule_budget, output=output)
+    schedules.check(name, demo_path, SETTINGS[name], greedy, schedule_budget, output=output)
 
 
 # Other kinds of layers: windows with sinks; heads of two sizes, so blocks of two sizes;
@@ -85,7 +85,7 @@ def test_other_layers_give_the_tokens_of_a_single_sequence(
         "async_scheduling": "async" in name,
         "num_gpu_blocks_override": KINDS[kind] if "starved" in name else None,
     }
-    check(name, path, settings, Greedy(path), schedule_budget, longest=150, output=60)
+    schedules.check(name, path, settings, Greedy(path), schedule_budget, longest=150, output=60)
 
 
 @pytest.mark.full
@@ -119,42 +119,4 @@ def test_a_share_of_the_experts_gives_the_tokens_of_a_single_sequence(
         }
         greedy = Greedy(path)
     monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", cache)
-    check(name, path, settings, greedy, max(1, schedule_budget // 2), **sizes)
-
-
-def check(
-    name: str,
-    path: Path,
-    settings: dict[str, Any],
-    greedy: Greedy,
-    schedule_budget: int,
-    **sizes: int,
-) -> None:
-    """Play schedules; every answer equals the reference, and all blocks and states are freed."""
-    with in_process_llm(path, **settings) as llm:
-        block = worker(llm).cache_config.block_size
-        cached = preemptions = 0
-        for seed in range(schedule_budget):
-            arrivals = schedules.make(seed, block, **sizes)
-            played = schedules.play(llm, arrivals)
-            done = played.tokens
-            cached += played.cached
-            preemptions += played.preemptions
-            for arrival in arrivals:
-                if arrival.req_id in done:
-                    want = greedy.tokens(arrival.prompt, arrival.max_tokens)
-                    assert done[arrival.req_id] == want, (
-                        f"{name}: {arrival.req_id} differs\n{schedules.describe(seed, arrivals)}"
-                    )
-            assert len(done) >= len([a for a in arrivals if a.abort_after is None])
-            pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
-            assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-            llm.llm_engine.step()
-            runner = worker(llm).runner
-            assert not runner.storage.states.resident - set(runner.batch.requests)
-            if "prefix" in name and seed == 0:
-                # Refused by vLLM unless every block was given back.
-                assert llm.reset_prefix_cache()
-        # The setting did what it is there for.
-        assert (cached > 0) == ("prefix" in name)
-        assert preemptions > 0 or "starved" not in name
+    schedules.check(name, path, settings, greedy, max(1, schedule_budget // 2), **sizes)

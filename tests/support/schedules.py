@@ -7,10 +7,12 @@ happened and the seed brings it back.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from support.engine import engine_core
+from support.engine import Greedy, engine_core, in_process_llm, worker
 
 # Ways to leave one choice, half of them drawn in MLX and half by vLLM's sampler.
 ONE_CHOICE: tuple[dict[str, Any], ...] = (
@@ -138,3 +140,56 @@ def play(llm: Any, arrivals: list[Arrival], limit: int = 3000) -> Played:
         played.preemptions += len(before & waiting_again)
         step += 1
     return played
+
+
+def check(
+    name: str,
+    path: Path,
+    settings: dict[str, Any],
+    greedy: Greedy,
+    schedule_budget: int,
+    *,
+    prepare: Callable[[Any], None] = lambda llm: None,
+    preempts: bool | None = None,
+    **sizes: int,
+) -> None:
+    """Play schedules; every answer equals the reference, and all blocks and states are freed.
+
+    Args:
+        name: of the settings, whose words say what they have to bring about.
+        path: of the model.
+        settings: of the engine.
+        greedy: the reference.
+        schedule_budget: number of schedules.
+        prepare: is given the engine.
+        preempts: whether requests have to be preempted; None if the name says so.
+        sizes: of the schedules.
+    """
+    with in_process_llm(path, **settings) as llm:
+        prepare(llm)
+        block = worker(llm).cache_config.block_size
+        cached = preemptions = 0
+        for seed in range(schedule_budget):
+            arrivals = make(seed, block, **sizes)
+            played = play(llm, arrivals)
+            done = played.tokens
+            cached += played.cached
+            preemptions += played.preemptions
+            for arrival in arrivals:
+                if arrival.req_id in done:
+                    want = greedy.tokens(arrival.prompt, arrival.max_tokens)
+                    assert done[arrival.req_id] == want, (
+                        f"{name}: {arrival.req_id} differs\n{describe(seed, arrivals)}"
+                    )
+            assert len(done) >= len([a for a in arrivals if a.abort_after is None])
+            pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
+            assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            llm.llm_engine.step()
+            runner = worker(llm).runner
+            assert not runner.storage.states.resident - set(runner.batch.requests)
+            if "prefix" in name and seed == 0:
+                # Refused by vLLM unless every block was given back.
+                assert llm.reset_prefix_cache()
+        # The setting did what it is there for.
+        assert (cached > 0) == ("prefix" in name)
+        assert preemptions > 0 or not ("starved" in name if preempts is None else preempts)
