@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[int, int]] = {
     "lfm2_moe": (26, 20),
     "jamba": (26, 5),
 }
-DAILY = {("demo", "starved-prefix", "mixed"), ("gpt_oss", "starved-prefix", "each prefix")}
+DAILY = {("gpt_oss", "starved-prefix", "each prefix")}
 PATTERNS = ("none right", "all right", "each prefix", "mixed")
 CASES = [
     *(("demo", name, pattern) for name in SETTINGS for pattern in PATTERNS),
