@@ -5,13 +5,15 @@ The demo model repeats itself, so many drafts are right, and short n-grams make 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.engine import in_process_llm, worker
+from support import drafts
+from support.engine import engine_core, in_process_llm, worker
 
 pytestmark = pytest.mark.serve
 
@@ -80,27 +82,31 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def answers(llm: Any, prompts: list[str], kinds: list[dict[str, Any]]) -> list[Any]:
+def answers(llm: Any, prompts: list[Any], kinds: list[dict[str, Any]]) -> list[Any]:
     outputs = llm.generate(prompts, [made(**kind) for kind in kinds], use_tqdm=False)
+    return [answer(output) for output in outputs]
+
+
+def answer(output: Any) -> list[Any]:
+    """All that a request got, of each of its answers, and of its prompt."""
     return [
-        [
-            (
-                list(one.token_ids),
-                one.text,
-                one.finish_reason,
-                one.stop_reason,
-                _numbers(one.logprobs),
-            )
-            for one in output.outputs
-        ]
-        + [_numbers(output.prompt_logprobs)]
-        for output in outputs
-    ]
+        [list(one.token_ids), one.text, one.finish_reason, one.stop_reason, _numbers(one.logprobs)]
+        for one in output.outputs
+    ] + [_numbers(output.prompt_logprobs)]
+
+
+def _rounded(found: Any) -> Any:
+    """What was found, with log-probabilities as far as prompts cut elsewhere have the same."""
+    if isinstance(found, float):
+        return pytest.approx(found, abs=1e-4)
+    if isinstance(found, dict):
+        return {key: _rounded(value) for key, value in found.items()}
+    return [_rounded(one) for one in found] if isinstance(found, list) else found
 
 
 def _numbers(logprobs: Any) -> Any:
     return logprobs and [
-        entry and {token: (one.logprob, one.rank) for token, one in entry.items()}
+        entry and {token: [one.logprob, one.rank] for token, one in entry.items()}
         for entry in logprobs
     ]
 
@@ -153,3 +159,77 @@ def test_every_kind_of_parameters(
     assert any(right == count for count, right in accepted)
     assert any(right == 0 for _, right in accepted)
     assert any(0 < right < count for count, right in accepted)
+
+
+STARVED: dict[str, Any] = {
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 40,
+    "num_gpu_blocks_override": 16,
+    "max_num_seqs": 6,
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("pattern", ["each prefix", "mixed"])
+def test_random_schedules_with_drafts_of_every_acceptance(
+    demo_path: Path, plain: Any, pattern: str, most: int, schedule_budget: int
+) -> None:
+    """Chunks, preemptions and shared prefixes; requests come at any time, and some are aborted."""
+    kinds = [kind for kind in KINDS if "n" not in kind]
+    for seed in range(schedule_budget):
+        draw = random.Random(seed)
+        tokenizer = plain.get_tokenizer()
+        beginnings = [tokenizer.encode(text * 3, add_special_tokens=False) for text in PROMPTS]
+        prompts = [
+            [*draw.choice(beginnings)[: draw.choice([5, 17, 33])], 5 + number]
+            for number in range(len(kinds))
+        ]
+        asked: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+        expected = answers(plain, asked, kinds)
+        known = {tuple(prompt): one[0][0] for prompt, one in zip(prompts, expected, strict=True)}
+
+        def tokens(
+            prompt: Sequence[int], count: int, known: dict[Any, list[int]] = known
+        ) -> list[int]:
+            return (known[tuple(prompt)] + [7] * count)[:count]
+
+        settings = SETTINGS | STARVED | drafts.speculating(most)
+        with in_process_llm(demo_path, **settings) as llm:
+            oracle = drafts.Oracle(tokens, pattern, seed=seed)
+            drafts.put_in(llm, oracle, most)
+            found = arrive(llm, asked, kinds, draw)
+            for number, one in found.items():
+                assert one == _rounded(expected[number]), (seed, kinds[number])
+            assert len(found) > len(kinds) // 2
+            right = {(count, accepted) for _, count, accepted in oracle.accepted}
+            assert {(most, i) for i in range(most + 1)} <= right
+
+
+def arrive(
+    llm: Any, prompts: Sequence[Any], kinds: Sequence[dict[str, Any]], draw: random.Random
+) -> dict[int, list[Any]]:
+    """Send requests at drawn steps, abort a few, and return the answers of the others."""
+    engine, found = llm.llm_engine, dict[int, list[Any]]()
+    waiting = list(range(len(kinds)))
+    draw.shuffle(waiting)
+    aborted: dict[int, int] = {}
+    for step in range(3000):
+        if waiting and draw.random() < 0.4:
+            number = waiting.pop()
+            engine.add_request(str(number), prompts[number], made(**kinds[number]))
+            if draw.random() < 0.15:
+                aborted[number] = step + draw.randint(1, 8)
+        for number, due in aborted.items():
+            if due == step:
+                engine.abort_request([str(number)])
+        for output in engine.step():
+            if output.finished and output.outputs[0].finish_reason != "abort":
+                found[int(output.request_id)] = answer(output)
+        if not waiting and not engine.has_unfinished_requests():
+            break
+    engine.step()
+    pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert not worker(llm).runner.batch.requests
+    return found
