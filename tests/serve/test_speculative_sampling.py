@@ -5,6 +5,7 @@ The demo model repeats itself, so many drafts are right, and short n-grams make 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from support import drafts
 from support.engine import engine_core, in_process_llm, worker
+from support.server import serve
 
 pytestmark = pytest.mark.serve
 
@@ -233,3 +235,46 @@ def arrive(
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert not worker(llm).runner.batch.requests
     return found
+
+
+HTTP: list[dict[str, Any]] = [
+    {"temperature": 0, "logprobs": 2},
+    SEEDED | {"top_p": 0.8},
+    SEEDED | {"min_p": 0.05, "logit_bias": {40: 2.0}},
+    {"temperature": 0, "stop": ["etter"], "logprobs": 1},
+    {"temperature": 0, "min_tokens": 11, "stop_token_ids": list(range(60, 120))},
+    SEEDED | {"structured_outputs": {"regex": "([a-f]{2}-){5}[0-9]{9}"}},
+    SEEDED | {"n": 2},
+]
+
+
+@pytest.mark.full
+def test_over_http(demo_path: Path, plain: Any, tmp_path: Path) -> None:
+    arguments = ["--speculative-config", json.dumps(NGRAMS), "--max-num-seqs", "12"]
+    env = {"VLLM_MOE_COMPAT_PARK_DRAFTS": "0"}
+    with serve(demo_path, tmp_path / "log", *arguments, env=env) as server:
+        for kind in HTTP:
+            body: dict[str, Any] = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 40} | kind
+            body["return_token_ids"] = True
+            answer = server.request("/v1/completions", body)
+            (output,) = plain.generate([PROMPTS[0]], made(**kind), use_tqdm=False)
+            for mine, theirs in zip(answer["choices"], output.outputs, strict=True):
+                assert mine["text"] == theirs.text, kind
+                assert mine["token_ids"] == list(theirs.token_ids), kind
+                assert mine["finish_reason"] == theirs.finish_reason, kind
+                assert mine["stop_reason"] == theirs.stop_reason, kind
+                if "logprobs" in kind:
+                    chosen = [
+                        entry[token].logprob
+                        for token, entry in zip(theirs.token_ids, theirs.logprobs, strict=True)
+                    ]
+                    assert mine["logprobs"]["token_logprobs"] == pytest.approx(chosen, abs=1e-4)
+            count = sum(len(one.token_ids) for one in output.outputs)
+            assert answer["usage"]["completion_tokens"] == count
+            if "n" not in kind:
+                chunks = list(server.stream("/v1/completions", body))
+                (mine,) = output.outputs
+                assert "".join(one["choices"][0]["text"] for one in chunks) == mine.text
+                got = [token for one in chunks for token in one["choices"][0]["token_ids"] or ()]
+                assert got == list(mine.token_ids)
+        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
