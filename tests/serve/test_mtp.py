@@ -106,9 +106,9 @@ def test_heads_of_other_families(family: str, tmp_path: Path) -> None:
 # Few blocks starve the scheduler into preemptions; few tokens per step cut prompts into chunks.
 SETTINGS: dict[str, dict[str, Any]] = {
     "prefix-chunks": {"enable_prefix_caching": True, "max_num_batched_tokens": 90},
-    "starved": {"num_gpu_blocks_override": 20, "max_model_len": 432, "max_num_seqs": 3},
+    "starved": {"num_gpu_blocks_override": 18, "max_model_len": 432, "max_num_seqs": 3},
     "starved-prefix": {
-        "num_gpu_blocks_override": 40,
+        "num_gpu_blocks_override": 34,
         "max_model_len": 432,
         "enable_prefix_caching": True,
     },

@@ -146,6 +146,19 @@ def test_drafts_are_tokens_with_embeddings_even_after_nan(
     passes.close()
 
 
+def test_a_token_without_an_embedding_reads_no_memory_beyond(
+    heads: Any, passes: HeadPasses
+) -> None:
+    """Its request ends in the next step; garbage, and NaN, could not be told from others."""
+    request, same = hybrid.requests([9, 9])
+    request.prompt[-1], same.prompt[:] = small.VOCABULARY + 3, request.prompt
+    same.prompt[-1] = small.VOCABULARY - 1
+    first, second = (row(r, 0, r.num_tokens - 1) for r in (request, same))
+    second = HeadRow(same, 0, first.hidden)
+    found = passes.draft([first, second], [DRAFTS, DRAFTS])
+    assert found[0] == found[1]
+
+
 def test_a_pass_that_cannot_be_built_leaves_the_pool(
     heads: Any, passes: HeadPasses, storage: LayerStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

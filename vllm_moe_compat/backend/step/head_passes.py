@@ -171,6 +171,8 @@ class HeadPasses:
             padded = np.minimum(steps, row.length - 1).astype(np.uint32)
             whole = row.length == len(steps)
             hidden.append(row.hidden if whole else row.hidden[mx.array(padded)])
+        # A token without an embedding ends its request in the next step.
+        np.minimum(tokens, self._token_rows - 1, out=tokens)
         offsets = np.asarray([row.start for row in rows], dtype=np.int64)
         requests = tuple(row.request for row in rows)
         work = Pass(requests, tokens, offsets, lengths, verifies)
