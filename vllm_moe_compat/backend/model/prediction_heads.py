@@ -16,8 +16,8 @@ The definitions are those of ``vllm/model_executor/models/*_mtp.py``. Which hidd
 on differs between them: vLLM's drafter (``SpecDecodeBaseProposer.propose``) continues from what
 ``forward`` returns, and computes logits of it.
 
-- ``qwen3_5_mtp``, ``qwen3_next_mtp``, ``mimo_mtp``, ``mimo_v2_mtp``, ``exaone_moe_mtp``,
-  ``nemotron_h_mtp``, ``bailing_moe_mtp``: ``forward`` ends with the norm.
+- ``qwen3_5_mtp``, ``qwen3_next_mtp``, ``mimo_v2_mtp``, ``exaone_moe_mtp``, ``nemotron_h_mtp``,
+  ``bailing_moe_mtp``: ``forward`` ends with the norm.
 - ``deepseek_mtp``: ``forward`` returns both; logits are computed of the one before the norm, which
   ``compute_logits`` applies, and the drafter continues from the one after it.
 - ``glm4_moe_mtp``, ``glm4_moe_lite_mtp``: ``forward`` ends before the norm, which
@@ -72,7 +72,8 @@ class PredictionHeads(nn.Module):
         if parts.output is not None:
             self.output = parts.output
         # Functions, since modules would count as parts of the head.
-        embedding = parts.embedding or backbone.embedding(target)
+        own = parts.embedding
+        embedding = backbone.embedding(target) if own is None else own
         self.embed: Callable[[mx.array], mx.array] = embedding.__call__
         self.logits = backbone.output_head(target, parts.output)
         # No item of the module, which would look for modules in it.
