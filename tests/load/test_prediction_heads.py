@@ -20,8 +20,14 @@ from parity.forms import FORM_BY_NAME, Cell, applies, build
 from parity.fp8 import widen
 from support.checkpoint_heads import add_head, layer_count
 from support.loading import same_bits
-from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.errors import (
+    CompatError,
+    InsufficientMemoryError,
+    LayoutError,
+    UnsupportedCheckpointError,
+)
 from vllm_moe_compat.families.prediction_heads import HEADS_BY_MODULE
+from vllm_moe_compat.load import memory
 from vllm_moe_compat.load.prediction_heads import HeadParts, load_heads
 from vllm_moe_compat.load.report import last_report
 
@@ -392,6 +398,24 @@ def test_a_heads_own_embeddings_and_output_head_are_used(form: str, tmp_path: Pa
     found = heads(cell.write(tmp_path))
     for part, name in names.items():
         assert np.array_equal(np.array(getattr(found, part).weight), tensors[name].float().numpy())
+
+
+def test_a_fault_during_the_load_says_that_it_is_the_heads(tmp_path: Path):
+    cell, _, _ = cell_of("glm4_moe_lite", "GPTQ")
+    name = "model.layers.2.mlp.experts.3.down_proj.g_idx"
+    cell.checkpoint.tensors[name] = cell.checkpoint.tensors[name].flip(0).clone()
+    with pytest.raises(CompatError, match=r"the prediction head cannot be loaded: .* act order"):
+        heads(cell.write(tmp_path))
+
+
+def test_a_head_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cell, _, _ = cell_of("qwen3_5_moe", "block FP8 128")
+    folder = cell.write(tmp_path)
+    monkeypatch.setattr(memory, "device_memory", lambda: (100_000, 100_000))
+    with pytest.raises(InsufficientMemoryError, match="the prediction head cannot be loaded"):
+        heads(folder)
 
 
 def test_only_the_head_is_read_and_the_report_stays_the_targets(tmp_path: Path):

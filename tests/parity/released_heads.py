@@ -116,6 +116,16 @@ HEADS = {
         {"layers_block_type": ["attention", "moe"]},
         says={"mtp_hybrid_override_pattern": "*E"},
     ),
+    "step3p7": Head(
+        "model.layers.4.",
+        {
+            "join": "model.layers.4.eh_proj",
+            "embedding_norm": "model.layers.4.enorm",
+            "hidden_norm": "model.layers.4.hnorm",
+            "norm": "model.layers.4.transformer.shared_head.norm",
+        },
+        _WINDOW,
+    ),
     "mimo_v2_flash": Head(
         "model.mtp.layers.0.",
         {

@@ -14,7 +14,7 @@ import copy
 import functools
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,6 +57,7 @@ class Definition:
         given: names of what ``forward`` is given.
         spelled_out: ``forward`` computes the decoder layer itself, by its parts.
         paired: the join returns a pair.
+        summed: the decoder layer returns the sum of the two.
     """
 
     file: str
@@ -66,6 +67,7 @@ class Definition:
     given: tuple[str, ...]
     spelled_out: bool = False
     paired: bool = False
+    summed: bool = False
 
     def run(self, head: HeadModules, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Run a whole text: ``ids [T]`` and ``hidden [T, H]``.
@@ -96,7 +98,7 @@ class Definition:
         parts = (head.join, head.embedding_norm, head.hidden_norm, norm)
         made = SimpleNamespace(
             **dict(zip(self.parts, parts, strict=True)),
-            mtp_block=block,
+            mtp_block=(lambda **given: sum(block(**given))) if self.summed else block,
             num_mtp_layers=1,
             mtp_start_layer_idx=0,
             lm_head=head.output,
@@ -172,6 +174,7 @@ DEFINITIONS = {
     "deepseek_v3": _nextn("deepseek_mtp", "DeepSeek"),
     "glm4_moe": _nextn("glm4_moe_mtp", "Glm4Moe"),
     "glm4_moe_lite": _nextn("glm4_moe_lite_mtp", "Glm4MoeLite"),
+    "step3p7": replace(_nextn("step3p5_mtp", "Step3p5A"), summed=True),
     "ernie4_5_moe": Definition(
         "ernie_mtp",
         "ErnieMultiTokenPredictorLayer",

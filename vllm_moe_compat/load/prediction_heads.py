@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_moe_compat.errors import LayoutError, UnsupportedCheckpointError
+from vllm_moe_compat.errors import CompatError, LayoutError, UnsupportedCheckpointError
 from vllm_moe_compat.families.prediction_heads import NORM, PredictionHead
 from vllm_moe_compat.load.options import loading_with, serving_here
 from vllm_moe_compat.plan.check_heads import INSIDE
@@ -112,8 +112,12 @@ def load_heads(folder: Path, dtype: str, settle: Callable[[nn.Module], object]) 
             )
         try:
             model, _ = utils.load_model(folder, lazy=True, get_model_classes=classes)
+        except CompatError as error:
+            if not made:
+                raise  # It says already what it is about.
+            raise type(error)(f"the prediction head cannot be loaded: {error}") from error
         except ValueError as error:
-            if isinstance(error, LayoutError | UnsupportedCheckpointError) or not made:
+            if not made:
                 raise
             raise LayoutError(
                 f"{folder}: the prediction head does not fit {made[-1][0].module} ({error}); "
