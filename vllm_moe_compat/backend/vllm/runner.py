@@ -102,7 +102,7 @@ class ModelRunner:
             if self._agreement is not None:
                 reason = self._agreement.first(reason)
             if reason:
-                logger.info("no drafts are made: %s", reason)
+                logger.warning("No drafts are made, since states cannot be kept: %s.", reason)
                 self.drafting = None
         forward = Forward(self.model, self.storage, compiles=self._compiles, recording=recording)
         if self._follower is not None:
