@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,15 +92,22 @@ def ask(server: Server, prompt: str) -> str:
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["", "ngram", "mtp"])
 def test_two_engines_share_the_requests_and_answer_as_one(
-    demo_path: Path, tmp_path: Path, greedy: Greedy
+    demo_path: Path, tmp_path: Path, greedy: Greedy, method: str
 ) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_path)
     prompts = [f"{word} is better than" for word in WORDS]
     log = tmp_path / "log"
-    server = start(demo_path, log, "--data-parallel-size", "2", "--api-server-count", "1")
+    arguments = ["--data-parallel-size", "2", "--api-server-count", "1"]
+    if method:
+        # Each engine has drafts of its own.
+        drafts = {"method": method, "num_speculative_tokens": 2}
+        drafts |= {"prompt_lookup_max": 2} if method == "ngram" else {}
+        arguments += ["--speculative-config", json.dumps(drafts)]
+    server = start(demo_path, log, *arguments, env={"VLLM_MOE_COMPAT_PARK_DRAFTS": "0"})
     try:
         wait(server, PATIENCE)
         with ThreadPoolExecutor(16) as pool:
@@ -114,6 +122,9 @@ def test_two_engines_share_the_requests_and_answer_as_one(
             mine = [x for x in lines if x.startswith("vllm:request_success_total{")]
             mine = [x for x in mine if f'engine="{engine}"' in x]
             assert sum(float(x.rpartition(" ")[2]) for x in mine) >= 4
+            accepted = [x for x in lines if x.startswith("vllm:spec_decode_num_accepted_tokens_t")]
+            accepted = [x for x in accepted if f'engine="{engine}"' in x]
+            assert bool(method) == bool(sum(float(x.rpartition(" ")[2]) for x in accepted))
     finally:
         stop(server)
     assert log.read_text().count("2 engines share this machine") == 2

@@ -30,8 +30,9 @@ def run(model: Path, jobs: list[dict[str, Any]], **settings: Any) -> tuple[list[
 
     A job is ``{"prompts": token ids, "params": SamplingParams' arguments}``, with the answers'
     tokens as result; ``{"call": name}``, a call of all workers, with their answers or an error's
-    sentence; ``{"sleep": level}``, with an error's sentence; or ``{"held": True}``, with the bytes
-    of weights that each rank holds.
+    sentence; ``{"sleep": level}``, with an error's sentence; ``{"held": True}``, with the bytes
+    of weights that each rank holds; or ``{"drafts": True}``, with the number of draft tokens and
+    how many of them were accepted, so far.
     """
     defaults: dict[str, Any] = {"seed": 0, "disable_log_stats": True}
     order = {"model": str(model), "jobs": jobs, "settings": defaults | settings}
@@ -72,6 +73,11 @@ def _do(llm: Any, job: dict[str, Any]) -> Any:
             return str(error)
     if "held" in job:
         return llm.collective_rpc(lambda worker: worker.worker.served.weight_bytes)
+    if "drafts" in job:
+        counts = {metric.name: metric for metric in llm.get_metrics()}
+        names = ("draft_tokens", "accepted_tokens")
+        found = [counts.get(f"vllm:spec_decode_num_{name}") for name in names]
+        return [0 if metric is None else metric.value for metric in found]
     if "spoil" in job:
         llm.collective_rpc(_other_order, args=(job["spoil"],))
         return None
