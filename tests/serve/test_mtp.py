@@ -103,12 +103,31 @@ def test_heads_of_other_families(family: str, tmp_path: Path) -> None:
         proposals.check()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("cached", [False, True])
+def test_requests_that_are_preempted(cached: bool, tmp_path: Path) -> None:
+    """What their heads have seen is gone, or belongs to the prefix that they begin behind."""
+    path = write_with_heads(tmp_path / "model", "deepseek_v3")
+    greedy = Greedy(path)
+    settings = {
+        **{"dtype": "float32", "max_model_len": 160, "skip_tokenizer_init": True},
+        **{"num_gpu_blocks_override": 14, "enable_prefix_caching": cached},
+    }
+    prompts = [[(7 * i * i + s * i) % 90 + 3 for i in range(40 + 9 * s)] for s in (1, 2, 3)]
+    with in_process_llm(path, **settings, **speculating(MOST), disable_log_stats=False) as llm:
+        proposals = Proposals(llm)
+        found = ask(llm, prompts, 60)
+        assert [answer for _, answer in found] == [greedy.tokens(p, 60) for p in prompts]
+        proposals.check()
+        (preemptions,) = (m for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+        assert preemptions.value > 0
+
+
 # Few blocks starve the scheduler into preemptions; few tokens per step cut prompts into chunks.
 SETTINGS: dict[str, dict[str, Any]] = {
     "prefix-chunks": {"enable_prefix_caching": True, "max_num_batched_tokens": 90},
-    "starved": {"num_gpu_blocks_override": 18, "max_model_len": 432, "max_num_seqs": 3},
     "starved-prefix": {
-        "num_gpu_blocks_override": 34,
+        "num_gpu_blocks_override": 26,
         "max_model_len": 432,
         "enable_prefix_caching": True,
     },
