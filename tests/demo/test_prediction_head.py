@@ -84,6 +84,23 @@ def test_drafts_after_all_positions_are_those_after_each(
                     state = step(token, state, position + 1 + k, cache)
 
 
+def test_a_head_whose_drafts_are_wrong_fails_the_build(
+    demo_checkpoint: demo.DemoCheckpoint, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(builder, "HORIZON", 1)
+    monkeypatch.setattr(builder, "EXTRA_ROUNDS", 0)
+    tensors: dict[str, Any] = {}
+    for shard in demo_checkpoint.path.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [tokens[first : first + 24] for first in range(4)]
+    with pytest.raises(RuntimeError, match=r"only \d+% are accepted, expected 90%"):
+        builder._prediction_head(tensors, generator, sequences, (tokens, 5), lambda line: None)
+
+
 def test_a_checkpoint_of_an_older_format_is_not_taken(
     demo_checkpoint: demo.DemoCheckpoint, tmp_path: Path
 ) -> None:
