@@ -44,8 +44,7 @@ class RandomHeads(nn.Module):
     def decode(
         self, tokens: mx.array, hidden: mx.array, cache: Sequence[Any]
     ) -> tuple[mx.array, mx.array]:
-        target = self.target()
-        embedded = self.norms[0](target.model.embed_tokens(tokens))
+        embedded = self.norms[0](self.embed(tokens))
         both = mx.concatenate([embedded, self.norms[1](hidden)], axis=-1)
         joined = self.projection(both)
         out = self.norms[2](self.decoder(joined, create_attention_mask(joined, cache[0]), cache[0]))
@@ -54,6 +53,13 @@ class RandomHeads(nn.Module):
     def logits(self, normed: mx.array) -> mx.array:
         logits: mx.array = self.target().lm_head(normed)
         return logits
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        embedded: mx.array = self.target().model.embed_tokens(tokens)
+        return embedded
+
+    def make_cache(self) -> list[Any]:
+        return [KVCache()]
 
     @property
     def description(self) -> AttentionLayer:

@@ -76,6 +76,7 @@ class PredictionHeads(nn.Module):
         embedding = backbone.embedding(target) if own is None else own
         self.embed: Callable[[mx.array], mx.array] = embedding.__call__
         self.logits = backbone.output_head(target, parts.output)
+        self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(parts.model)
         # No item of the module, which would look for modules in it.
         object.__setattr__(self, "layers", _describe(self, parts.model))
 

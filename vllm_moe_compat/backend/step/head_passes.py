@@ -105,6 +105,17 @@ class HeadPasses:
                 self._first_pass(together, verifies=False)
             self._evaluate([])
 
+    def outputs(self, rows: Sequence[HeadRow]) -> list[mx.array]:
+        """Compute ``rows`` as ``draft`` does; return what the output head takes, ``[T, H]``."""
+        found = []
+        for together in self._together(rows):
+            with self._building():
+                self._zero_begun(together, [0] * len(together))
+                normed, _ = self._first_pass(together, verifies=True)
+            self._evaluate([normed])
+            found += [part[: row.length] for part, row in zip(normed, together, strict=True)]
+        return found
+
     def draft(self, rows: Sequence[HeadRow], counts: Sequence[int]) -> list[list[int]]:
         """Run over ``rows``, and draft ``counts[i]`` ≥ 1 tokens after those of each.
 

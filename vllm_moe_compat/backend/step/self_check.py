@@ -60,7 +60,7 @@ def run(forward: Forward, layers: Sequence[Layer] | None = None) -> None:
 def _agree(forward: Forward, tokens: Sequence[int], layers: Sequence[Layer]) -> bool:
     """Compare on prompts of ``tokens``; return False if mlx-lm's logits are not finite."""
     storage = forward.storage
-    requests = _requests(storage, tokens, layers)
+    requests = requests_on_pages(storage, tokens, layers)
     answers = [tokens[row % len(tokens)] for row in range(len(requests))]
     own = [_own_logits(forward.model, *pair) for pair in zip(requests, answers, strict=True)]
     if not all(mx.isfinite(logits.max()).item() for logits in own):
@@ -123,7 +123,7 @@ def _finite_tokens(model: nn.Module) -> list[int]:
     return found
 
 
-def _requests(
+def requests_on_pages(
     storage: LayerStorage, tokens: Sequence[int], layers: Sequence[Layer]
 ) -> list[Request]:
     """Return two requests on the blocks from 1 on, or one if the pool is too small for two."""

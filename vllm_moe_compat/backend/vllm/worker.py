@@ -19,7 +19,7 @@ import torch
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_moe_compat.backend.model import kernels, loader, token_rows
-from vllm_moe_compat.backend.step import self_check
+from vllm_moe_compat.backend.step import head_check, self_check
 from vllm_moe_compat.backend.vllm import (
     bridge,
     bridge_kv,
@@ -215,6 +215,8 @@ class MlxWorker(OutOfStepCalls):
             # vLLM may not call ``shutdown`` on a worker that failed to start.
             on_failure.callback(self.runner.close)
             self_check.run(self.runner.forward, self.all_layers.layers)
+            if self.runner.drafting is not None and self.runner.drafting.follower is not None:
+                head_check.run(self.runner.drafting.follower.passes)
             on_failure.pop_all()
         torch.manual_seed(self.model_config.seed)
         enabled = bool(self.model_config.enable_sleep_mode)
