@@ -150,7 +150,7 @@ def check(
     schedule_budget: int,
     *,
     prepare: Callable[[Any], None] = lambda llm: None,
-    preempts: bool | None = None,
+    sure: bool = True,
     **sizes: int,
 ) -> None:
     """Play schedules; every answer equals the reference, and all blocks and states are freed.
@@ -162,7 +162,7 @@ def check(
         greedy: the reference.
         schedule_budget: number of schedules.
         prepare: is given the engine.
-        preempts: whether requests have to be preempted; None if the name says so.
+        sure: what the name says has to happen; else some of it.
         sizes: of the schedules.
     """
     with in_process_llm(path, **settings) as llm:
@@ -191,5 +191,9 @@ def check(
                 # Refused by vLLM unless every block was given back.
                 assert llm.reset_prefix_cache()
         # The setting did what it is there for.
-        assert (cached > 0) == ("prefix" in name)
-        assert preemptions > 0 or not ("starved" in name if preempts is None else preempts)
+        assert cached == 0 or "prefix" in name
+        if sure:
+            assert cached > 0 or "prefix" not in name
+            assert preemptions > 0 or "starved" not in name
+        else:
+            assert cached + preemptions > 0
