@@ -127,7 +127,7 @@ def test_two_engines_share_the_requests_and_answer_as_one(
             assert bool(method) == bool(sum(float(x.rpartition(" ")[2]) for x in accepted))
     finally:
         stop(server)
-    assert log.read_text().count("2 engines share this machine") == 2
+    assert log.read_text().count("2 processes share this machine") == 2
     assert gone(server.process.pid)
 
 
