@@ -430,3 +430,18 @@ def test_drafts_that_are_not_verified_have_masks_all_the_same(config: Any) -> No
     found, tokens, _ = under_test.verify(logits, scheduled, GrammarOutput(["a", "b"], masks))
     assert found == order
     assert tokens == [[7], [7]]
+
+
+def test_a_mask_goes_with_its_request(config: Any) -> None:
+    """It does not bind the request that takes its place in the batch."""
+    under_test = sampler(config)
+    first, bound, free = (
+        plain(name, temperature=0, repetition_penalty=1.01) for name in ("first", "bound", "free")
+    )
+    bound.request.params.allowed_token_ids = [400, 401]
+    step(under_test, [first, bound], no_drafts)
+    step(under_test, [bound], no_drafts)
+    step(under_test, [bound, free], no_drafts)
+    assert set(bound.tokens) <= {400, 401}
+    assert free.tokens == first.tokens[:1]
+    assert free.tokens[0] < LIKELY

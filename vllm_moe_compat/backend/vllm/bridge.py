@@ -307,6 +307,19 @@ def input_batch_blocks(block_sizes: Sequence[int]) -> dict[str, Any]:
     return arguments
 
 
+def condense(batch: Any) -> None:
+    """Close the gaps of vLLM's ``InputBatch``.
+
+    0.27 leaves the mask of ``allowed_token_ids`` in the row from which a request moves, where it
+    would bind the next request that joins there. Remove when 0.27 leaves the tested range.
+    """
+    end = len(batch.req_ids)
+    batch.condense()
+    mask = batch.allowed_token_ids_mask_cpu_tensor
+    if mask is not None:
+        mask[batch.num_reqs : end] = False
+
+
 # --- the scheduler ------------------------------------------------------------
 
 

@@ -138,7 +138,7 @@ class HostSampler:
         for req_id, request in wanted.items():
             if req_id not in self.batch.req_id_to_index:
                 self.batch.add_request(self._state(request))
-        self.batch.condense()
+        bridge.condense(self.batch)
         self.batch.refresh_metadata()
 
     def _fill_with_sound(
