@@ -107,6 +107,7 @@ GATED_DELTA = (
 # Prediction heads, of which vLLM makes a model config of their own (``--speculative-config``).
 HEADS = (
     "BailingMoeV25MTPModel",
+    "BailingMoeV3MTPModel",
     "DeepSeekMTPModel",
     "DeepseekV32MTPModel",
     "ErnieMTPModel",
@@ -116,6 +117,7 @@ HEADS = (
     "LongCatFlashMTPModel",
     "MiMoMTPModel",
     "MiMoV2MTPModel",
+    "MiniMaxM3MTP",
     "NemotronHMTPModel",
     "Qwen3NextMTP",
     "Qwen3_5MTP",
