@@ -142,7 +142,7 @@ def _refuse_adapter(model_dir: Path) -> None:
 def _check_memory(load: context.LoadContext) -> None:
     """Refuse a load that the machine has no memory for, or warn of it, before reading."""
     serving = load.planned.serving
-    if not load.plan.builds and serving.setting == NONE:
+    if not (load.plan.builds or load.plan.made_upstream) and serving.setting == NONE:
         return  # mlx-lm decides what is read, and when.
     layout = load.planned.layout
     assert layout is not None, "there is a plan"

@@ -92,7 +92,11 @@ def estimate(
     largest = max(
         (nbytes(tensors[b.weights[0]]) // ranks_of(b.target) for b in plan.builds), default=0
     )
-    left = [(n, n, Spec(i.dtype, i.shape)) for n, i in tensors.items() if n not in gone]
+    left = [
+        (n, n, Spec("BF16" if n in plan.made_upstream else i.dtype, i.shape))
+        for n, i in tensors.items()
+        if n not in gone
+    ]
 
     held = {name: build.held for build in plan.builds if build.held for name in build.targets}
     final = {

@@ -57,6 +57,7 @@ class Plan:
         stacked: number of layers whose experts the plan stacks.
         dequantized: number of weights in a stored number form that the plan dequantises.
         digested: number of such weights that upstream dequantises or keeps.
+        made_upstream: the names of those that it dequantises, to bfloat16.
         names: changes of names that precede everything else.
         held: number of such weights that MLX holds as they are stored.
         complete: whether every tensor that ``sanitize`` does not compute with has a build, one of
@@ -73,6 +74,7 @@ class Plan:
     stacked: int = 0
     dequantized: int = 0
     digested: int = 0
+    made_upstream: frozenset[str] = frozenset()
     names: TensorNames = field(default_factory=TensorNames)
     held: int = 0
     complete: bool = False
@@ -187,6 +189,7 @@ def make_plan(
         stacked=len(blocks) if stacking else 0,
         dequantized=0 if digested else len(numbers.weights) - held,
         digested=len(numbers.weights) if digested else 0,
+        made_upstream=frozenset(numbers.weights) if digested else frozenset(),
         held=held,
         complete=complete,
     )
