@@ -154,6 +154,25 @@ def check_prefixes(llm: Any, text: list[int], start: int, plain: dict[int, Held]
     return hits
 
 
+def test_the_states_that_are_cached_are_those_of_no_drafts(demo_path: Path, greedy: Greedy) -> None:
+    """A block of 80 tokens ends inside the answer; drafts go on right behind it."""
+    from vllm import EngineArgs
+
+    prompt, most = [5 + (7 * i * i + i) % 490 for i in range(71)], 4
+    text = prompt + greedy.tokens(prompt, TOKENS)
+    settings = {"enable_prefix_caching": True, "skip_tokenizer_init": True, "max_model_len": 192}
+    if "prefix_cache_retention_interval" in EngineArgs.__dataclass_fields__:
+        settings["prefix_cache_retention_interval"] = 80
+    with in_process_llm(demo_path, **settings, **drafts.speculating(most)) as llm:
+        for pattern in ("nothing", "all right"):
+            llm.reset_prefix_cache()
+            oracle = Oracle(greedy.tokens, pattern)
+            drafts.put_in(llm, oracle, most, over_blocks=False)
+            assert run(llm, prompt, lambda request: None)[0] == text[71:]
+            assert run(llm, text[:90], lambda request: None, 1) == (text[90:91], 80)
+        assert (4, 4, 4) in oracle.accepted
+
+
 def test_answers_end_where_they_end_without_drafts(tmp_path: Path) -> None:
     """Drafts go beyond the last token that is asked for, a stop token, and the longest sequence."""
     from vllm import SamplingParams

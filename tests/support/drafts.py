@@ -88,9 +88,14 @@ class Oracle:
         return drafts
 
 
-def put_in(llm: Any, oracle: Oracle, most: int) -> None:
-    """Have an engine with speculation draft by the oracle, and never park."""
+def put_in(llm: Any, oracle: Oracle, most: int, *, over_blocks: bool = True) -> None:
+    """Have an engine with speculation draft by the oracle, and never park.
+
+    ``over_blocks``: drafts may go over the end of a block of states.
+    """
     drafting = worker(llm).runner.drafting
+    if over_blocks:
+        drafting.state_block = None
     drafting.drafter, drafting.lengths = oracle, Always(most)
 
 

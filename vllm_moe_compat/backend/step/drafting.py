@@ -96,14 +96,15 @@ class Drafting:
         follower: the drafter, if it needs the hidden states of all passes.
     """
 
-    def __init__(self, drafter: Drafter, lengths: Lengths) -> None:
+    def __init__(self, drafter: Drafter, lengths: Lengths, state_block: int | None = None) -> None:
         """Make the drafts of an engine.
 
         Args:
             drafter: proposes tokens.
             lengths: decides how many.
+            state_block: tokens per block of states that are cached; None without any.
         """
-        self.drafter, self.lengths = drafter, lengths
+        self.drafter, self.lengths, self.state_block = drafter, lengths, state_block
         self.follower = drafter if isinstance(drafter, MtpDrafter) else None
         # Whether nobody was to get a draft in the last step that proposed.
         self.idle = False
@@ -126,7 +127,10 @@ class Drafting:
         begin = time.perf_counter()
         wanted = [min(count, most) for count in self.lengths.lengths(requests)]
         self.idle = not any(wanted)
-        lengths = [min(count, useful(r)) for r, count in zip(requests, wanted, strict=True)]
+        lengths = [
+            min(count, useful(r), self._within_block(r))
+            for r, count in zip(requests, wanted, strict=True)
+        ]
         drafted = [(r, count) for r, count in zip(requests, lengths, strict=True) if count]
         found: list[list[int]] = []
         if drafted:
@@ -141,6 +145,16 @@ class Drafting:
             for (req_id, drafts), count in zip(proposed.items(), kept, strict=True)
         }
         self._seconds = time.perf_counter() - begin
+
+    def _within_block(self, request: Request) -> int:
+        """Return how many drafts end with the block of states that is being filled.
+
+        vLLM caches the state at the end of a block when a step goes on from there. Of one that a
+        step goes over by its drafts, it gives the block away before.
+        """
+        if self.state_block is None:
+            return sys.maxsize
+        return self.state_block - request.num_tokens % self.state_block
 
     def take(self) -> dict[str, list[int]]:
         """Return the drafts of the last ``propose`` by request, once."""

@@ -246,6 +246,8 @@ class Forward:
             return False
         if self._batching is Batching.SINGLE_SEQUENCE:
             return True
+        if work.verifies:
+            return False  # Its states are recorded, which needs no skipped padding.
         return bool((work.lengths != work.lengths[0]).any())
 
     def _begin(self, work: Pass) -> tuple[mx.array, list[mx.array]]:

@@ -31,8 +31,11 @@ def make(
         return None
     most = speculation.most
     shortest, longest = speculation.prompt_lookup_min, speculation.prompt_lookup_max
+    states, block = storage.states, None
+    if states.layers and storage.keep_boundaries:
+        block = storage.block_sizes[states.groups[0]]
     if heads is None:
-        return Drafting(NgramDrafter(shortest, longest, max_model_len), lengths_of(most))
+        return Drafting(NgramDrafter(shortest, longest, max_model_len), lengths_of(most), block)
     assert storage.heads is not None, "it is made for the heads"
     passes = HeadPasses(heads, storage.heads, token_rows)
-    return Drafting(MtpDrafter(passes, max_model_len), lengths_of(most))
+    return Drafting(MtpDrafter(passes, max_model_len), lengths_of(most), block)
