@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -12,7 +13,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig, speculative
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_moe_compat.backend.vllm import model_stubs
+from vllm_moe_compat.backend.vllm import draft_memory, model_stubs
 from vllm_moe_compat.backend.vllm import speculation as ours
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
@@ -111,6 +112,17 @@ def test_fields_that_mean_something_else_are_refused(
         config(demo_path, given)
 
 
+@pytest.mark.parametrize("method", [{"method": "mtp"}, {}], ids=["mtp", "no method"])
+def test_the_served_checkpoint_may_be_named_by_another_path(
+    demo_path: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(demo_path)
+    for path in (f"{demo_path}/", str(link)):
+        made = config(demo_path, method | {"num_speculative_tokens": 2, "model": path})
+        assert ours.read(made) == ours.Speculation("mtp", 2)
+
+
 def test_a_field_that_a_later_vllm_adds_is_refused_where_it_is_set(demo_path: Path) -> None:
     made = config(demo_path, NGRAM)
     model = made.model_config
@@ -143,6 +155,18 @@ def test_a_resolved_configuration_is_checked_too(demo_path: Path) -> None:
 )
 def test_ngrams(demo_path: Path, given: dict[str, Any], expected: ours.Speculation) -> None:
     assert ours.read(config(demo_path, given)) == expected
+
+
+def test_states_are_counted_for_no_more_tokens_than_a_step_has(demo_path: Path) -> None:
+    served: Any = SimpleNamespace(heads=None)
+
+    def states(drafts: int) -> int:
+        given = NGRAM | {"num_speculative_tokens": drafts}
+        made = config(demo_path, given, max_num_batched_tokens=96, max_num_seqs=4)
+        return draft_memory.measure(made, served).states
+
+    assert states(2) == 4
+    assert states(95) == states(1000) == 97
 
 
 def test_no_parameter_of_a_request_is_refused_beside_speculation(demo_path: Path) -> None:

@@ -53,4 +53,5 @@ def measure(vllm_config: VllmConfig, served: ServedModel) -> DraftMemory:
     if served.heads is not None:
         width = model.get_hidden_size() * served.heads.layers[0].dtype.size
         added += (tokens * (1 + JOINED) + sequences * MOST_UNSEEN) * width
-    return DraftMemory(2 + found.most, added)
+    # A step schedules no more tokens of a request, its drafts included.
+    return DraftMemory(1 + min(1 + found.most, tokens), added)

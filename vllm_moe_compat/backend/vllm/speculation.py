@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_moe_compat.envs import EXPERT_CACHE
@@ -157,7 +158,7 @@ def _settings(given: Mapping[str, Any], model: ModelConfig) -> Iterator[tuple[An
     )
     path, revision = given.get("model"), given.get("revision")
     yield (
-        method == "mtp" and path not in (None, model.model, model.model_weights),
+        method == "mtp" and path is not None and not _is_served(path, model),
         f"--speculative-config with the model {path}: prediction heads are taken from the "
         "checkpoint that is served; leave model out.",
     )
@@ -218,8 +219,19 @@ def method_of(given: Mapping[str, Any], model: ModelConfig) -> str:
     if method is None:
         # vLLM looks into a draft model's config; of one that is the target itself, only its
         # heads can be meant.
-        return "mtp" if path is not None and path == model.model else "draft_model"
+        return "mtp" if path is not None and _is_served(path, model) else "draft_model"
     return "mtp" if method in get_args(speculative.MTPModelTypes) else str(method)
+
+
+def _is_served(path: str, model: ModelConfig) -> bool:
+    """Return whether ``path`` names the served checkpoint, in whatever spelling of its folder."""
+    served = (model.model, model.model_weights)
+    if path in served:
+        return True
+    folder = Path(path).expanduser()
+    return folder.is_dir() and any(
+        Path(one).is_dir() and folder.samefile(one) for one in served if one
+    )
 
 
 def no_heads(model: ModelConfig) -> str:
