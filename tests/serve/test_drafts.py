@@ -173,6 +173,30 @@ def test_the_states_that_are_cached_are_those_of_no_drafts(demo_path: Path, gree
         assert (4, 4, 4) in oracle.accepted
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("cache", ["50%", "25%"])
+def test_with_a_share_of_the_experts(
+    cache: str, demo_path: Path, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass over drafts reads the experts of all of its tokens."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    monkeypatch.setenv("VLLM_MOE_COMPAT_EXPERT_CACHE", cache)
+    prompts = [[5 + (7 * i * i + i + row) % 490 for i in range(20 + 13 * row)] for row in range(3)]
+    with in_process_llm(demo_path, skip_tokenizer_init=True, **drafts.speculating(4)) as llm:
+        assert worker(llm).served.expert_cache is not None
+        for pattern in ("mixed", "all right"):
+            oracle = Oracle(greedy.tokens, pattern)
+            drafts.put_in(llm, oracle, 4)
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+            given = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+            found = llm.generate(given, params, use_tqdm=False)
+            answers = [list(one.outputs[0].token_ids) for one in found]
+            assert answers == [greedy.tokens(prompt, 40) for prompt in prompts]
+            assert oracle.accepted
+
+
 def test_answers_end_where_they_end_without_drafts(tmp_path: Path) -> None:
     """Drafts go beyond the last token that is asked for, a stop token, and the longest sequence."""
     from vllm import SamplingParams
