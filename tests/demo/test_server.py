@@ -185,6 +185,7 @@ def test_no_child_survives_the_stop(start, manner):
     assert gone(one.pid)
 
 
+@pytest.mark.full
 @pytest.mark.serve
 def test_the_demo_shows_the_servers_own_error(demo_checkpoint, tmp_path):
     command = [sys.executable, "-m", "vllm_moe_compat.demo.serve"]

@@ -29,6 +29,7 @@ def check(found: list[Any], most: float) -> None:
             assert each["share"] < most, (name, each)
 
 
+@pytest.mark.full
 def test_two_ranks_compute_what_one_does(tmp_path: Path):
     found = ranks.run("support.rank_logits", tmp_path, 2, *DAILY)
     check(found, 0.57)

@@ -56,7 +56,13 @@ def test_utilization_bounds_everything_that_is_held(demo_path: Path) -> None:
         assert "gpu-memory-utilization" in str(budget)
 
 
-@pytest.mark.parametrize("kind", ["demo", "gpt_oss", "gemma4_text", "deepseek_v3", "jamba"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("demo", "gemma4_text"),
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("gpt_oss", "deepseek_v3", "jamba")),
+    ],
+)
 def test_no_more_is_taken_than_the_sequences_can_use(
     kind: str, demo_path: Path, tmp_path: Path
 ) -> None:
@@ -92,8 +98,9 @@ def test_sequences_are_lowered_when_their_states_do_not_fit(demo_path: Path) -> 
 @pytest.mark.parametrize(
     ("kind", "prefix"),
     [
-        ("demo", False),
-        *((kind, True) for kind in ("demo", "gpt_oss", "deepseek_v3")),
+        ("demo", True),
+        pytest.param("demo", False, marks=pytest.mark.full),
+        *(pytest.param(x, True, marks=pytest.mark.full) for x in ("gpt_oss", "deepseek_v3")),
     ],
 )
 def test_poisoned_pages_are_never_read(

@@ -36,7 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# Each of the others is part of one of these.
+EACH_DAY = ("prefix-chunks", "starved", "async-starved-prefix")
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EACH_DAY else FULL) for name in SETTINGS]
+)
 def test_tokens_are_those_of_a_single_sequence(
     name: str, demo_path: Path, greedy: Greedy, schedule_budget: int
 ) -> None:
@@ -63,7 +70,6 @@ KINDS = {
 }
 # With a window, a latent, and states beside a short convolution; the others are like these.
 DAILY = ("gpt_oss", "deepseek_v3", "jamba")
-FULL = pytest.mark.full
 
 
 @pytest.mark.parametrize(

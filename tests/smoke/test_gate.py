@@ -44,6 +44,7 @@ def test_without_the_variable_they_are_deselected_and_it_is_said() -> None:
     assert f"{said[1]} deselected in" in result.stdout
 
 
+@pytest.mark.full
 def test_beside_other_tests_in_several_processes_it_is_said_once() -> None:
     others = ("tests/checkpoint/test_names.py", "tests/test_import.py")
     result = run_pytest(*FILES, *others, "-n", "2", "--dist", "loadfile")

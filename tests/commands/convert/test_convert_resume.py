@@ -89,8 +89,8 @@ def whole(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 @pytest.mark.parametrize(
     ("number", "after"),
     [
-        (signal.SIGINT, 2),
         (signal.SIGKILL, 5),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.full),
         pytest.param(signal.SIGTERM, 3, marks=pytest.mark.full),
         pytest.param(signal.SIGINT, 0, marks=pytest.mark.full),
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.full),

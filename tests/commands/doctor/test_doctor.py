@@ -135,6 +135,7 @@ def test_an_mlx_that_cannot_be_imported_is_a_finding_and_not_the_end(
     assert states(found)["checkpoint"] == "skipped"
 
 
+@pytest.mark.full
 def test_a_second_platform_plugin_and_a_broken_checkpoint_are_named(model: Path, tmp_path: Path):
     entry = "[vllm.platform_plugins]\nother_one = other_one:platform\n"
     init = "def platform():\n    return 'other_one.Platform'\n"
