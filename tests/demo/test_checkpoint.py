@@ -143,6 +143,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.full
 def test_a_model_that_does_not_recite_fails_the_build(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("vllm_moe_compat.demo.builder.EXTRA_ROUNDS", 0)
     with pytest.raises(RuntimeError, match="does not recite"):

@@ -175,7 +175,7 @@ def test_a_server_that_hangs_is_reported_after_the_timeout(start):
         start("hangs").wait_ready(1, silent)
 
 
-@pytest.mark.parametrize("manner", ["parent", "deaf"])
+@pytest.mark.parametrize("manner", [pytest.param("parent", marks=pytest.mark.full), "deaf"])
 def test_no_child_survives_the_stop(start, manner):
     one = start(manner)
     one.wait_ready(30, silent)

@@ -12,6 +12,7 @@ import pytest
 
 from parity.families import FAMILIES
 from parity.reference import new_config
+from support.cells import one_in
 from support.oracle import Oracle, distance, step_by_step
 from vllm_moe_compat.backend.model.describe_layers import describe
 from vllm_moe_compat.backend.model.dry_run import dry_run
@@ -74,7 +75,7 @@ def check(oracle: Oracle) -> Any:
 
 
 @pytest.mark.parametrize("pattern", ["FOOF", "OFOOF"])
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", one_in(2, FREE))
 def test_kinds_without_a_period(name: str, pattern: str, tmp_path: Path) -> None:
     kinds = [FULL if letter == "F" else other_kind(name) for letter in pattern]
     model = check(Oracle(tmp_path, name, **with_kinds(name, kinds)))
@@ -83,7 +84,7 @@ def test_kinds_without_a_period(name: str, pattern: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("letter", "FO")
-@pytest.mark.parametrize("name", [name for name in FREE if name not in UNIFORM])
+@pytest.mark.parametrize("name", one_in(2, [name for name in FREE if name not in UNIFORM]))
 def test_layers_of_one_kind(name: str, letter: str, tmp_path: Path) -> None:
     kind = FULL if letter == "F" else other_kind(name)
     oracle = Oracle(tmp_path, name, **with_kinds(name, [kind] * 3))

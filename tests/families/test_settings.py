@@ -124,6 +124,7 @@ def odd_configs(draw: st.DrawFn) -> Config:
     return config
 
 
+@pytest.mark.full
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(odd_configs())
 def test_odd_values_are_refused_by_name_or_left_to_mlx_lm(config: Config):

@@ -31,6 +31,7 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.full
 def test_what_is_left_to_the_full_lane_is_counted_and_named():
     result = run_pytest(PARITY, "--collect-only", "-q")
     left = len(CELLS) - len(DAILY)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from support.cells import one_in
 from support.checkpoints import Fp8, Sizes, build
 from support.interrupting import contents, interrupted
 from vllm_moe_compat.commands.convert.partial import Partial, partial_of
@@ -40,7 +41,7 @@ def convert(source: Path, target: Path, *words: str) -> int:
     return main(["convert", str(source), str(target), *SIZE, *words])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", one_in(2, FORMS))
 def test_the_result_is_that_of_an_uninterrupted_run(
     form: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

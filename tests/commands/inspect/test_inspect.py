@@ -369,6 +369,7 @@ sys.exit(code)
     assert ("transformers is not installed" in done.stdout) == bool(hidden)
 
 
+@pytest.mark.full
 def test_a_terminal_without_unicode(folder: Path):
     code = "import argparse as a, sys\nfrom vllm_moe_compat.commands.inspect import command\n"
     code += f"sys.exit(command.run(a.Namespace(checkpoint={str(folder)!r}, format='text')))"
