@@ -160,7 +160,8 @@ def test_any_schedule(
             proposals.check()
             proposals.made.clear()
         assert preemptions > 0 or "starved" not in name
-        assert (cached > 0) == ("prefix" in name)
+        # Where blocks are short, they go to running requests first.
+        assert cached > 0 or name != "prefix-chunks"
 
 
 class Pauses(Always):
