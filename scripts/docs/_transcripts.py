@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "transcripts.md"
 DEMO, CONVERTED = ".cache/demo", ".cache/demo-8bit"
-LINES = 60
+LINES = 80
 """Maximum number of lines per output."""
 
 _GENERATE = """
