@@ -28,6 +28,7 @@ import numpy as np
 
 from vllm_moe_compat.backend.model import attention_hook
 from vllm_moe_compat.backend.model.hidden_states import HiddenStates
+from vllm_moe_compat.backend.model.state_recording import StateRecording
 from vllm_moe_compat.backend.pages.layers import Batching, batching_of
 from vllm_moe_compat.backend.pages.state_pool import State
 from vllm_moe_compat.backend.pages.storage import LayerStorage
@@ -37,7 +38,7 @@ from vllm_moe_compat.backend.step.compiled_decode import (
     CompiledDecode,
 )
 from vllm_moe_compat.backend.step.expert_reads import ExpertReads
-from vllm_moe_compat.backend.step.graph import Graph, GraphBuilder, StateRecording
+from vllm_moe_compat.backend.step.graph import Graph, GraphBuilder
 from vllm_moe_compat.backend.step.verified import Verified
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vllm_moe_compat.backend.model.hidden_states import HiddenStates
 from vllm_moe_compat.backend.model.latent_by_token import LatentByToken
+from vllm_moe_compat.backend.model.state_recording import StateRecording
 from vllm_moe_compat.backend.pages import decode_attention, state_caches
 from vllm_moe_compat.backend.pages.attention_metadata import AttentionMetadata
 from vllm_moe_compat.backend.pages.layers import AttentionLayer, has_nested_caches, nest_caches
@@ -23,22 +24,6 @@ from vllm_moe_compat.backend.pages.states_by_position import StatesByPosition
 from vllm_moe_compat.backend.pages.storage import LayerStorage
 from vllm_moe_compat.backend.step.batch import Pass
 from vllm_moe_compat.ranks import pipeline
-
-
-class StateRecording(Protocol):
-    """Keeps the states after each token of the passes that are built during it."""
-
-    def during(self) -> AbstractContextManager[None]:
-        """Record the passes that are built inside."""
-        ...
-
-    def caches(self, states: Sequence[State], lengths: npt.NDArray[np.int64]) -> list[Any]:
-        """Return one cache per layer, as ``state_caches.make_caches``."""
-        ...
-
-    def by_position(self, caches: Sequence[Any]) -> list[StatesByPosition]:
-        """Return the states after each token, per layer; nothing is evaluated."""
-        ...
 
 
 @dataclass(slots=True)
